@@ -1,0 +1,1 @@
+"""One folder per experiment; every file has a get_config."""

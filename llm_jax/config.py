@@ -1,0 +1,332 @@
+"""Frozen, validated dataclasses, and the bridge between them and `ml_collections.ConfigDict`.
+
+Scripts speak ConfigDict (so that `--config.a.b=value` works); everything inside `llm_jax` takes the dataclasses
+below. A value of 0 or an empty string or tuple means "not set" wherever the field's comment says so, because a
+ConfigDict field needs a type and None has none.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ml_collections
+
+from llm_jax.errors import UserError, require
+
+DTYPES = ("float32", "bfloat16", "float16")
+POSITIONS = ("rope", "alibi")
+REMAT_POLICIES = ("none", "full", "dots", "save_attention")
+ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked")
+SCHEDULES = ("cosine", "linear", "constant")
+CORPUS_PROFILES = ("tiny", "clean", "default")
+TOKENIZER_STYLES = ("baichuan2", "baichuan1", "llama2")
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    near = difflib.get_close_matches(value, allowed, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    require(value in allowed, f"{field}={value!r} is not one of {', '.join(allowed)}{hint}")
+
+
+def _positive(owner: object, *fields: str) -> None:
+    for field in fields:
+        value = getattr(owner, field)
+        require(value > 0, f"{type(owner).__name__}.{field}={value} must be positive")
+
+
+def _non_negative(owner: object, *fields: str) -> None:
+    for field in fields:
+        value = getattr(owner, field)
+        require(value >= 0, f"{type(owner).__name__}.{field}={value} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer: every family of the LLaMA-2, Baichuan and Qwen reports is one of these."""
+
+    # Architecture: what a checkpoint's weights mean.
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    ffn_size: int = 11008
+    max_length: int = 4096  # the length the model is trained at
+    position: str = "rope"
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    norm_head: bool = False
+    tie_embeddings: bool = False
+    window_sizes: tuple[int, ...] = ()  # one per layer, 0 = unlimited; () = no windows at all
+    log_n: bool = False  # Qwen's log-n attention scaling beyond max_length; inference only
+    # Training.
+    dropout_rate: float = 0.0
+    init_std: float = 0.02  # ours; no report states it
+    # Execution: none of these changes what is computed.
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+    scan_layers: bool = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        _positive(self, "ffn_size", "max_length", "rope_theta", "norm_eps", "init_std")
+        _one_of("ModelConfig.position", self.position, POSITIONS)
+        _one_of("ModelConfig.remat", self.remat, REMAT_POLICIES)
+        _one_of("ModelConfig.attention", self.attention, ATTENTION_IMPLEMENTATIONS)
+        _one_of("ModelConfig.param_dtype", self.param_dtype, DTYPES)
+        _one_of("ModelConfig.compute_dtype", self.compute_dtype, DTYPES)
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"ModelConfig.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        require(
+            self.position != "rope" or self.head_dim % 2 == 0,
+            f"ModelConfig.head_dim={self.head_dim} must be even for rotary positions",
+        )
+        require(
+            len(self.window_sizes) in (0, self.num_layers),
+            f"ModelConfig.window_sizes has {len(self.window_sizes)} entries for {self.num_layers} layers",
+        )
+        require(all(w >= 0 for w in self.window_sizes), "ModelConfig.window_sizes must not be negative")
+        require(0 <= self.dropout_rate < 1, f"ModelConfig.dropout_rate={self.dropout_rate} must be in [0, 1)")
+        require(not (self.norm_head and self.tie_embeddings), "ModelConfig: norm_head needs tie_embeddings=False")
+
+    def architecture(self) -> dict[str, Any]:
+        """The fields that a checkpoint's weights depend on, for comparing two configs."""
+        excluded = ("dropout_rate", "init_std", "compute_dtype", "attention", "remat", "scan_layers", "log_n")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in excluded}
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Cross-entropy in chunks of `chunk_size` tokens of each sequence, with two optional logit regularisers."""
+
+    chunk_size: int = 256
+    z_loss: float = 0.0  # coefficient of logsumexp(logits)^2
+    max_z_loss: float = 0.0  # coefficient of max(logits)^2; Baichuan-2 equation 1 uses 2e-4
+
+    def __post_init__(self) -> None:
+        _positive(self, "chunk_size")
+        _non_negative(self, "z_loss", "max_z_loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay, a global-norm clip and a warm-up schedule."""
+
+    learning_rate: float = 3e-4  # the peak
+    schedule: str = "cosine"
+    warmup_steps: int = 2000
+    decay_steps: int = 0  # 0 = the run's length
+    final_fraction: float = 0.1  # the last learning rate over the peak
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # 0 = no clip
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "eps")
+        _non_negative(self, "warmup_steps", "decay_steps", "weight_decay", "clip_norm")
+        _one_of("OptimizerConfig.schedule", self.schedule, SCHEDULES)
+        for field in ("b1", "b2"):
+            value = getattr(self, field)
+            require(0 <= value < 1, f"OptimizerConfig.{field}={value} must be in [0, 1)")
+        require(
+            0 <= self.final_fraction <= 1, f"OptimizerConfig.final_fraction={self.final_fraction} must be in [0, 1]"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; `data=-1` takes whatever devices `replica` and `tensor` leave."""
+
+    replica: int = 1
+    data: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        _positive(self, "replica", "tensor")
+        require(self.data == -1 or self.data > 0, f"MeshConfig.data={self.data} must be positive, or -1 for the rest")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which tokenised dataset a run reads, and how a global batch is drawn from it."""
+
+    dataset: str = ""  # the folder that prepare_data wrote
+    sequence_length: int = 4096
+    batch_size: int = 1024  # sequences in a global batch
+    seed: int = 0
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # source -> weight; {} = by token count
+    prefetch: int = 8  # batches prepared ahead in the background
+
+    def __post_init__(self) -> None:
+        _positive(self, "sequence_length", "batch_size", "prefetch")
+        require(all(w >= 0 for w in self.weights.values()), "DataConfig.weights must not be negative")
+        require(not self.weights or sum(self.weights.values()) > 0, "DataConfig.weights are all zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved and which checkpoints stay."""
+
+    every_steps: int = 1000
+    keep_last: int = 3
+    keep_every_tokens: int = 0  # also keep one for every so many tokens seen; 0 = none
+
+    def __post_init__(self) -> None:
+        _positive(self, "every_steps", "keep_last")
+        _non_negative(self, "keep_every_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A whole pre-training run."""
+
+    steps: int = 500_000
+    seed: int = 0
+    microbatches: int = 1
+    log_every: int = 10
+    eval_every: int = 1000  # 0 = only at the end
+    eval_batches: int = 16
+    profile_start: int = 0  # first profiled step, with profile_steps > 0
+    profile_steps: int = 0
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "microbatches", "log_every", "eval_batches")
+        _non_negative(self, "seed", "eval_every", "profile_start", "profile_steps")
+        require(
+            self.data.batch_size % self.microbatches == 0,
+            f"DataConfig.batch_size={self.data.batch_size} is not divisible by microbatches={self.microbatches}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig:
+    """What `prepare_data` reads: a named profile of registry sources, or the user's own files."""
+
+    profile: str = "default"  # ignored when `path` is set
+    path: str = ""  # a file or folder of .txt, .jsonl, .jsonl.gz or .parquet
+    text_field: str = "text"  # of .jsonl and .parquet records
+    cache: str = ""  # where downloads are kept; "" = the user's cache folder
+    tokenizer: str = ""  # a SentencePiece model file
+    output: str = ""  # the dataset's folder
+    holdout_fraction: float = 0.01  # of every source's documents, chosen by hash
+    workers: int = 0  # processes; 0 = one per core
+
+    def __post_init__(self) -> None:
+        _one_of("CorpusConfig.profile", self.profile, CORPUS_PROFILES)
+        _non_negative(self, "workers")
+        require(
+            0 < self.holdout_fraction < 1, f"CorpusConfig.holdout_fraction={self.holdout_fraction} must be in (0, 1)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """A SentencePiece BPE vocabulary and the paper whose settings it follows."""
+
+    vocab_size: int = 125_696
+    style: str = "baichuan2"
+    corpus: CorpusConfig = CorpusConfig()
+    sample_bytes: int = 0  # train on about so many bytes, drawn over all sources; 0 = everything
+    seed: int = 0
+    workers: int = 0  # threads; 0 = one per core
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size")
+        _non_negative(self, "sample_bytes", "seed", "workers")
+        _one_of("TokenizerConfig.style", self.style, TOKENIZER_STYLES)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How continuations are drawn."""
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    repetition_penalty: float = 1.0  # 1 = off
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_new_tokens", "repetition_penalty")
+        _non_negative(self, "temperature", "top_k", "seed")
+        require(0 < self.top_p <= 1, f"SamplingConfig.top_p={self.top_p} must be in (0, 1]")
+
+
+Config = TypeVar("Config")
+
+
+def from_config_dict(cls: type[Config], values: Mapping[str, Any], prefix: str = "config") -> Config:
+    """Build the dataclass `cls` from a ConfigDict or a plain mapping.
+
+    Raises `UserError` for an unknown key (naming the nearest known one), a wrong type or an invalid value.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise UserError(unknown_key(f"{prefix}.{key}", [f"{prefix}.{name}" for name in fields]))
+    return cls(**{key: _convert(hints[key], values[key], f"{prefix}.{key}") for key in values})
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """The one-line message for a key that does not exist, naming the nearest one that does."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"unknown config key {key!r}; did you mean {near[0]!r}?" if near else f"unknown config key {key!r}"
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        require(isinstance(value, Mapping | ml_collections.ConfigDict), f"{key} must be a group of keys, got {value!r}")
+        return from_config_dict(hint, value, key)  # type: ignore[arg-type]
+    origin = typing.get_origin(hint) or hint
+    if origin is Mapping:
+        return {str(k): float(v) for k, v in value.items()}
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{key} must be a list, got {value!r}")
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    require(type(value) is hint, f"{key} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    """The ConfigDict whose fields are those of a dataclass: the form in which `configs/*.py` return their config."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def save(config: Any, path: Path) -> None:
+    """Write the resolved config as JSON, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    partial.replace(path)
+
+
+def load(cls: type[Config], path: Path) -> Config:
+    """Read a config that `save` wrote."""
+    require(path.is_file(), f"no config at {path}: is this the folder of a finished or running experiment?")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    return from_config_dict(cls, values)

@@ -1,0 +1,1 @@
+"""Loss functions that return an unreduced sum and a weight."""

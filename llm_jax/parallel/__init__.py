@@ -1,0 +1,1 @@
+"""The device mesh, and which mesh axes each logical axis is laid out over."""
