@@ -1,0 +1,18 @@
+"""Decoder-only models as pure functions of (params, config, tokens)."""
+
+from llm_jax.models.cache import Cache, init_cache
+from llm_jax.models.decoder import abstract, count_parameters, hidden_states, init, logical_axes, logits
+from llm_jax.models.heads import unembed, unembedding
+
+__all__ = [
+    "Cache",
+    "abstract",
+    "count_parameters",
+    "hidden_states",
+    "init",
+    "init_cache",
+    "logical_axes",
+    "logits",
+    "unembed",
+    "unembedding",
+]

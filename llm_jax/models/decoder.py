@@ -1,0 +1,184 @@
+"""The decoder as pure functions over a parameter pytree: the layers of `layers.py`, stacked and scanned.
+
+`params` is a dict with "embedding", "layers" (every leaf with a leading layer axis), "final_norm" and "head" (absent
+when the embeddings are tied).
+
+B batch, T length, S cache length, D model, V vocabulary, L layers.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.config import ModelConfig
+from llm_jax.kernels.mask import AttentionMask
+from llm_jax.models import heads, positions
+from llm_jax.models.cache import Cache, LayerCache
+from llm_jax.models.layers import Block, Embedding, RMSNorm, dropout
+from llm_jax.parallel.rules import LogicalAxes
+
+Params = dict[str, Any]
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "save_attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+}
+
+
+def _boxed(config: ModelConfig, key: jax.Array) -> Params:
+    """Initialise every module, keeping Flax's boxes with the logical axes."""
+    embedding_key, layers_key, head_key = jax.random.split(key, 3)
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    x_BTD = jnp.zeros((1, 1, config.hidden_size), config.compute_dtype)
+    rotary = _rotary(config, tokens_BT)
+
+    def layer(layer_key: jax.Array) -> Params:
+        return Block(config).init(layer_key, x_BTD, AttentionMask(), rotary)["params"]
+
+    params = {
+        "embedding": Embedding(config).init(embedding_key, tokens_BT)["params"],
+        "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_layers)),
+        "final_norm": RMSNorm(config).init(key, x_BTD)["params"],
+    }
+    if not config.tie_embeddings:
+        params["head"] = heads.Head(config).init(head_key)["params"]
+    return params
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def init(config: ModelConfig, key: jax.Array) -> Params:
+    """Random parameters in `config.param_dtype`: normal(0, init_std), norms 1, biases 0."""
+    return jax.tree.map(lambda box: box.value, _boxed(config, key), is_leaf=_is_box)
+
+
+def abstract(config: ModelConfig) -> Params:
+    """The parameters' shapes and dtypes (`jax.ShapeDtypeStruct`), allocating nothing."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """The logical axes of every parameter, in the structure of the parameters."""
+    boxed = jax.eval_shape(lambda: _boxed(config, jax.random.key(0)))
+
+    def names(box: nn.LogicallyPartitioned) -> LogicalAxes:
+        stacked = len(box.value.shape) == len(box.names) + 1
+        return ("layers", *box.names) if stacked else tuple(box.names)
+
+    return jax.tree.map(names, boxed, is_leaf=_is_box)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """How many parameters the model has, allocating nothing."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))
+
+
+def _rotary(config: ModelConfig, positions_BT: jax.Array) -> positions.RotaryTables | None:
+    if config.position != "rope":
+        return None
+    return positions.rotary_tables(positions_BT, config.head_dim, config.rope_theta)
+
+
+def _mask(
+    config: ModelConfig, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, cache: Cache | None
+) -> AttentionMask:
+    """What may see what, by index; the window is set layer by layer."""
+    return AttentionMask(
+        query_segment_ids=segment_ids_BT,
+        key_segment_ids=segment_ids_BT if cache is None else cache.segment_ids,
+        query_offset=None if cache is None else cache.length,
+        slopes=jnp.asarray(positions.alibi_slopes(config.num_heads)) if config.position == "alibi" else None,
+        query_scale=positions.log_n_scale(positions_BT, config.max_length) if config.log_n else None,
+    )
+
+
+def _apply_layers(
+    params: Params,
+    config: ModelConfig,
+    x_BTD: jax.Array,
+    mask: AttentionMask,
+    rotary: positions.RotaryTables | None,
+    layers_cache: LayerCache | None,
+    dropout_key: jax.Array | None,
+) -> tuple[jax.Array, LayerCache | None]:
+    """Run the block over the stacked layers: scanned, or unrolled with the same result."""
+    windows = jnp.asarray(config.window_sizes, jnp.int32) if any(config.window_sizes) else None
+    keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
+
+    def body(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, LayerCache | None]:
+        layer_params, window, key, cache = layer
+        layer_mask = dataclasses.replace(mask, window=window)
+        return Block(config).apply({"params": layer_params}, x_BTD, layer_mask, rotary, cache, key)
+
+    if config.remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+    stacked = (params["layers"], windows, keys, layers_cache)
+    return jax.lax.scan(body, x_BTD, stacked, unroll=1 if config.scan_layers else config.num_layers)
+
+
+def hidden_states(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: Cache | None = None,
+    dropout_key: jax.Array | None = None,
+) -> Any:
+    """Final hidden states after the last norm.
+
+    Args:
+      params: as from `init`.
+      config: the model.
+      tokens_BT: token ids [B, T], int32.
+      positions: [B, T] int32; by default 0, 1, 2, ..., continuing after the cache's filled slots.
+      segment_ids: [B, T] int32; a token sees only its own segment, and segment 0 is padding.
+      cache: keys and values of earlier tokens; needs T free slots (writing past the end is the caller's error).
+      dropout_key: turns dropout on, at `config.dropout_rate`.
+
+    Returns:
+      [B, T, D] in the compute dtype; with a cache, the pair of it and the new cache.
+    """
+    if cache is not None:
+        segment_ids = jnp.ones_like(tokens_BT) if segment_ids is None else segment_ids
+        filled = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
+        cache = cache._replace(segment_ids=filled)
+    if positions is None:
+        start = 0 if cache is None else cache.length
+        positions = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    with jax.named_scope("embedding"):
+        x_BTD = Embedding(config).apply({"params": params["embedding"]}, tokens_BT)
+        x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)
+    mask, rotary = _mask(config, positions, segment_ids, cache), _rotary(config, positions)
+    layers_cache = None if cache is None else cache.layers
+    with jax.named_scope("layers"):
+        x_BTD, layers_cache = _apply_layers(params, config, x_BTD, mask, rotary, layers_cache, layers_key)
+    x_BTD = RMSNorm(config).apply({"params": params["final_norm"]}, x_BTD)
+    if cache is None:
+        return x_BTD
+    return x_BTD, Cache(layers_cache, cache.segment_ids, cache.length + tokens_BT.shape[1])
+
+
+def logits(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: Cache | None = None,
+) -> Any:
+    """Next-token logits [B, T, V], float32; with a cache, the pair of them and the new cache. See `hidden_states`."""
+    result = hidden_states(params, config, tokens_BT, positions=positions, segment_ids=segment_ids, cache=cache)
+    if cache is None:
+        return heads.unembed(params, config, result)
+    hidden_BTD, cache = result
+    return heads.unembed(params, config, hidden_BTD), cache

@@ -1,0 +1,52 @@
+"""Output heads: the matrix that turns hidden states into logits.
+
+B batch, T length, D model, V vocabulary.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.config import ModelConfig
+from llm_jax.parallel.rules import constrain, gather
+
+NORM_HEAD_EPS = 1e-12
+
+
+class Head(nn.Module):
+    """The output matrix [V, D] in the compute dtype: as it is, or with L2-normalised rows (Baichuan-2's NormHead)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        config, axes = self.config, ("vocab", "embed")
+        initializer = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), axes)
+        kernel = self.param("kernel", initializer, (config.vocab_size, config.hidden_size), config.param_dtype)
+        if not config.norm_head:
+            return gather(kernel, axes, jnp.dtype(config.compute_dtype))
+        return normalize_rows(gather(kernel, axes, jnp.dtype(jnp.float32))).astype(config.compute_dtype)
+
+
+def normalize_rows(weight_VD: jax.Array) -> jax.Array:
+    """Rows over max(their L2 norm, 1e-12), float32; gradients flow through the norm."""
+    squares_V1 = jnp.sum(jnp.square(weight_VD.astype(jnp.float32)), axis=-1, keepdims=True)
+    return weight_VD * jax.lax.rsqrt(jnp.maximum(squares_V1, NORM_HEAD_EPS**2))
+
+
+def unembedding(params: Any, config: ModelConfig) -> jax.Array:
+    """The matrix [V, D] in the compute dtype with which the logits are `hidden @ unembedding.T`."""
+    if config.tie_embeddings:
+        return gather(params["embedding"]["embedding"], ("vocab", "embed"), jnp.dtype(config.compute_dtype))
+    return Head(config).apply({"params": params["head"]})
+
+
+def unembed(params: Any, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Array:
+    """Logits [B, T, V], float32, of final hidden states."""
+    with jax.named_scope("head"):
+        hidden_BTD = constrain(hidden_BTD, "batch", None, None)
+        weight_VD = unembedding(params, config)
+        logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, weight_VD, preferred_element_type=jnp.float32)
+        return constrain(logits_BTV, "batch", None, "vocab")

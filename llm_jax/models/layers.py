@@ -1,0 +1,183 @@
+"""The layers of a decoder block, as small Flax Linen modules: `init` and `apply`, nothing else.
+
+Each module states its parameters' shapes, initialisers and logical axes, once; the rest of the library derives
+sharding, counts, masks and checkpoints from that statement.
+
+B batch, T query length, S key length, D model, N heads, K kv heads, H head dim, F feed-forward.
+"""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.config import ModelConfig
+from llm_jax.kernels.attention import attention
+from llm_jax.kernels.mask import AttentionMask
+from llm_jax.models import positions
+from llm_jax.models.cache import LayerCache
+from llm_jax.parallel.rules import LogicalAxes, constrain, gather
+
+
+class Projection(nn.Module):
+    """A linear map from the trailing `len(inputs)` dimensions of `x` to dimensions `outputs`, optionally with bias."""
+
+    inputs: Sequence[int]
+    outputs: Sequence[int]
+    axes: LogicalAxes
+    std: float
+    config: ModelConfig
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(self.config.compute_dtype)
+        shape = (*self.inputs, *self.outputs)
+        initializer = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
+        kernel = gather(self.param("kernel", initializer, shape, self.config.param_dtype), self.axes, dtype)
+        y = jax.lax.dot_general(x, kernel, ((_trailing(x, len(self.inputs)), tuple(range(len(self.inputs)))), ((), ())))
+        if self.use_bias:
+            axes = self.axes[len(self.inputs) :]
+            bias = self.param(
+                "bias",
+                nn.with_logical_partitioning(nn.initializers.zeros, axes),
+                tuple(self.outputs),
+                self.config.param_dtype,
+            )
+            y = y + gather(bias, axes, dtype)
+        return y
+
+
+def _trailing(x: jax.Array, count: int) -> tuple[int, ...]:
+    return tuple(range(x.ndim - count, x.ndim))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in float32, cast to the compute dtype, times the weight (Zhang & Sennrich, 2019)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(self.config.compute_dtype)
+        initializer = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        scale = self.param("scale", initializer, (x_BTD.shape[-1],), self.config.param_dtype)
+        x32 = x_BTD.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.config.norm_eps)
+        return (x32 * inverse).astype(dtype) * gather(scale, ("embed",), dtype)
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Initial scale of the projections that write to the residual stream: ours, so that its variance starts near 1."""
+    return config.init_std / math.sqrt(2 * config.num_layers)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal self-attention with rotary or ALiBi positions."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        mask: AttentionMask,
+        rotary: positions.RotaryTables | None,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        config = self.config
+        q_BTNH = self._project(config.num_heads, "heads", "query")(x_BTD)
+        k_BTKH = self._project(config.num_kv_heads, "kv_heads", "key")(x_BTD)
+        v_BTKH = self._project(config.num_kv_heads, "kv_heads", "value")(x_BTD)
+        if rotary is not None:
+            q_BTNH, k_BTKH = positions.rotate(q_BTNH, rotary), positions.rotate(k_BTKH, rotary)
+        k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        if cache is not None:
+            cache = cache.write(k_BTKH, v_BTKH, mask.query_offset)
+            k_BSKH, v_BSKH = (array.astype(q_BTNH.dtype) for array in cache)
+        q_BTNH = constrain(q_BTNH, "batch", None, "heads", None)
+        k_BSKH = constrain(k_BSKH, "batch", None, "kv_heads", None)
+        v_BSKH = constrain(v_BSKH, "batch", None, "kv_heads", None)
+        out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, mask, implementation=config.attention)
+        return self._output()(out_BTNH), cache
+
+    def _project(self, heads: int, axis: str, name: str) -> Projection:
+        config = self.config
+        axes = ("embed", axis, "head_dim")
+        shapes = (config.hidden_size,), (heads, config.head_dim)
+        return Projection(*shapes, axes, config.init_std, config, use_bias=config.qkv_bias, name=name)
+
+    def _output(self) -> Projection:
+        config = self.config
+        shapes = (config.num_heads, config.head_dim), (config.hidden_size,)
+        return Projection(*shapes, ("heads", "head_dim", "embed"), residual_std(config), config, name="output")
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        config = self.config
+        wide = (config.hidden_size,), (config.ffn_size,), ("embed", "ffn"), config.init_std, config
+        narrow = (config.ffn_size,), (config.hidden_size,), ("ffn", "embed"), residual_std(config), config
+        gate_BTF = Projection(*wide, name="gate")(x_BTD)
+        up_BTF = Projection(*wide, name="up")(x_BTD)
+        hidden_BTF = constrain(nn.silu(gate_BTF) * up_BTF, "batch", None, "ffn")
+        return Projection(*narrow, name="down")(hidden_BTF)
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        mask: AttentionMask,
+        rotary: positions.RotaryTables | None,
+        cache: LayerCache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        with jax.named_scope("attention"):
+            normed = constrain(RMSNorm(self.config, name="attention_norm")(x_BTD), "batch", None, None)
+            update, cache = Attention(self.config, name="attention")(normed, mask, rotary, cache)
+            x_BTD = x_BTD + _residual(update, self.config.dropout_rate, keys[0])
+        with jax.named_scope("ffn"):
+            normed = constrain(RMSNorm(self.config, name="ffn_norm")(x_BTD), "batch", None, None)
+            update = FeedForward(self.config, name="ffn")(normed)
+            x_BTD = x_BTD + _residual(update, self.config.dropout_rate, keys[1])
+        return x_BTD, cache
+
+
+def _residual(update_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    return dropout(constrain(update_BTD, "batch", "sequence", None), rate, key)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero each element with probability `rate` and scale the rest by 1 / (1 - rate); `x` itself without a key."""
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """The table of token embeddings."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        config, axes = self.config, ("vocab", "embed")
+        initializer = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), axes)
+        table = self.param("embedding", initializer, (config.vocab_size, config.hidden_size), config.param_dtype)
+        x_BTD = jnp.take(gather(table, axes, jnp.dtype(config.compute_dtype)), tokens_BT, axis=0)
+        return constrain(x_BTD, "batch", "sequence", None)

@@ -1,0 +1,31 @@
+"""The language-modelling loss: what pre-training and fine-tuning minimise."""
+
+from typing import Any
+
+import jax
+
+from llm_jax import models
+from llm_jax.config import LossConfig, ModelConfig
+from llm_jax.data.batch import Batch
+from llm_jax.losses.cross_entropy import chunked_cross_entropy
+from llm_jax.losses.weighted import LossOutput
+from llm_jax.training.step import LossFunction
+
+
+def loss_function(model: ModelConfig, loss: LossConfig) -> LossFunction:
+    """`loss_fn(params, batch, rng)`: next-token cross-entropy over the batch's weights, with dropout if configured."""
+
+    def loss_fn(params: Any, batch: Batch, key: jax.Array) -> LossOutput:
+        hidden_BTD = models.hidden_states(
+            params,
+            model,
+            batch.tokens,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
+            dropout_key=key if model.dropout_rate > 0 else None,
+        )
+        with jax.named_scope("loss"):
+            unembedding_VD = models.unembedding(params, model)
+            return chunked_cross_entropy(hidden_BTD, unembedding_VD, batch.targets, batch.loss_weights, loss)
+
+    return loss_fn

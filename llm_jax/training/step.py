@@ -1,0 +1,98 @@
+"""The one train step: any loss function that returns a sum and a weight becomes a jitted, sharded, donated update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from llm_jax.errors import require
+from llm_jax.losses.weighted import LossOutput, WeightedSum
+from llm_jax.optim.adamw import global_norm
+from llm_jax.parallel import rules
+from llm_jax.training.state import TrainState
+
+LossFunction = Callable[[Any, Any, jax.Array], LossOutput]
+Metrics = dict[str, jax.Array]
+StepFunction = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+def split_microbatches(batch: Any, count: int) -> Any:
+    """Leaves [B, ...] as [count, B / count, ...], taking every count-th row so that no row leaves its device."""
+
+    def split(x: jax.Array) -> jax.Array:
+        rows = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return rules.constrain(rows, None, "batch", *(None,) * (x.ndim - 1))
+
+    return jax.tree.map(split, batch)
+
+
+def sum_gradients(
+    loss_fn: LossFunction, params: Any, batch: Any, key: jax.Array, microbatches: int
+) -> tuple[Any, LossOutput]:
+    """Gradients of the loss's *sum* and the loss output, added up over microbatches in the parameters' dtype."""
+
+    def one(microbatch: Any, index: jax.Array | int) -> tuple[Any, LossOutput]:
+        def total(params: Any) -> tuple[jax.Array, LossOutput]:
+            output = loss_fn(params, microbatch, jax.random.fold_in(key, index))
+            return output.total, output
+
+        return jax.grad(total, has_aux=True)(params)
+
+    if microbatches == 1:
+        return one(batch, 0)
+
+    def add(accumulated: Any, item: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, accumulated, one(*item)), None
+
+    rows = split_microbatches(batch, microbatches)
+    first = jax.tree.map(lambda x: x[0], rows)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first, 0))
+    accumulated, _ = jax.lax.scan(add, zeros, (rows, jnp.arange(microbatches)))
+    return accumulated
+
+
+def build(
+    loss_fn: LossFunction,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    microbatches: int = 1,
+) -> StepFunction:
+    """The update `step(state, batch) -> (state, metrics)`, jitted, with the state donated.
+
+    The gradient is that of total / weight over the whole global batch: one division, after all microbatches and
+    devices. A batch of weight 0 gives loss 0 and a zero gradient. Randomness depends on (seed, step) alone.
+    """
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        gradients, output = sum_gradients(loss_fn, state.params, batch, key, microbatches)
+        scale = WeightedSum(jnp.ones(()), output.weight).mean()
+        gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        metrics = {name: value.mean() for name, value in output.metrics.items()}
+        metrics |= {
+            "loss": WeightedSum(output.total, output.weight).mean(),
+            "weight": output.weight,
+            "gradient_norm": global_norm(gradients),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+    """Raise `UserError` unless every microbatch divides over the devices that share the batch."""
+    shares = rules.axis_size(mesh, "batch")
+    require(
+        batch_size % (microbatches * shares) == 0,
+        f"batch_size={batch_size} does not divide into {microbatches} microbatches over {shares} data-parallel "
+        f"devices (mesh {dict(mesh.shape)}); choose a multiple of {microbatches * shares}",
+    )
