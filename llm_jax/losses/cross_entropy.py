@@ -1,0 +1,235 @@
+"""Cross-entropy over a large vocabulary without ever holding the logits of a whole batch.
+
+The loss is one scalar, so its gradient is known up to a factor as soon as a chunk's logits are: the forward rule of
+the derivative computes loss and gradients chunk by chunk (three matmuls in all, nothing recomputed), the backward
+rule only scales them. Without differentiation only the loss is computed.
+
+On a mesh the same code runs on every device's part under `jax.shard_map`: the batch over `replica` and `data`, the
+vocabulary over `tensor`.
+
+Legend: B batch, T length, D model, V vocabulary (a device's part of it inside `shard_map`), C chunk, R = B * C rows.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.config import LossConfig
+from llm_jax.errors import require
+from llm_jax.losses.weighted import LossOutput, WeightedSum
+
+BATCH_AXES = ("replica", "data")
+VOCABULARY_AXES = ("tensor",)
+
+
+Gradients = tuple[jax.Array, jax.Array]
+
+
+class Sums(NamedTuple):
+    """Sums over tokens, each times the token's weight: float32 scalars."""
+
+    weight: jax.Array
+    cross_entropy: jax.Array
+    correct: jax.Array
+    lse_squared: jax.Array
+    max_squared: jax.Array
+
+
+def chunked_cross_entropy(
+    hidden_BTD: jax.Array,
+    unembedding_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    config: LossConfig,
+) -> LossOutput:
+    """The sum over tokens of weight * (cross-entropy + z_loss * lse^2 + max_z_loss * max^2), and the sum of weights.
+
+    `lse` is the log-sum-exp of a token's logits hidden @ unembedding^T and `max` the highest of them (max-z loss:
+    Baichuan-2, equation 1). hidden [B,T,D] and unembedding [V,D] share a dtype, in which the matmuls run with float32
+    accumulation; everything after them is float32. Gradients flow to hidden and unembedding only, and through the
+    highest logit in equal parts where several are highest. At most B * `config.chunk_size` rows of logits exist at
+    once. A token whose target is outside the vocabulary must have weight 0.
+
+    Metrics: "cross_entropy", "accuracy" (a target that ties for the highest logit counts as right) and, where their
+    coefficients are positive, "z_loss" and "max_z_loss".
+
+    With a mesh set (`jax.set_mesh`), the batch is split over its axes `replica` and `data` and the vocabulary over
+    `tensor`. Raises `UserError` where they do not divide, or if the shapes do not fit together.
+    """
+    _check_shapes(hidden_BTD, unembedding_VD, targets_BT, weights_BT)
+    unembedding_VD = unembedding_VD.astype(hidden_BTD.dtype)
+    total, sums = _loss(config, hidden_BTD, unembedding_VD, targets_BT, weights_BT.astype(jnp.float32))
+    metrics = {"cross_entropy": sums.cross_entropy, "accuracy": sums.correct}
+    if config.z_loss:
+        metrics["z_loss"] = config.z_loss * sums.lse_squared
+    if config.max_z_loss:
+        metrics["max_z_loss"] = config.max_z_loss * sums.max_squared
+    return LossOutput(total, sums.weight, {name: WeightedSum(value, sums.weight) for name, value in metrics.items()})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(
+    config: LossConfig, hidden_BTD: jax.Array, unembedding_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, Sums]:
+    sums, _ = _on_mesh(config, False, (hidden_BTD, unembedding_VD, targets_BT, weights_BT))
+    return _total(config, sums), sums
+
+
+def _forward(
+    config: LossConfig, hidden_BTD: jax.Array, unembedding_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[tuple[jax.Array, Sums], Gradients | None]:
+    sums, gradients = _on_mesh(config, True, (hidden_BTD, unembedding_VD, targets_BT, weights_BT))
+    return (_total(config, sums), sums), gradients
+
+
+def _backward(
+    config: LossConfig, gradients: Gradients, cotangents: tuple[jax.Array, Sums]
+) -> tuple[jax.Array, jax.Array, None, None]:
+    dhidden_BTD, dunembedding_VD = (g * cotangents[0].astype(g.dtype) for g in gradients)
+    return dhidden_BTD, dunembedding_VD, None, None
+
+
+_loss.defvjp(_forward, _backward)
+
+
+def _total(config: LossConfig, sums: Sums) -> jax.Array:
+    return sums.cross_entropy + config.z_loss * sums.lse_squared + config.max_z_loss * sums.max_squared
+
+
+class Parts(NamedTuple):
+    """The mesh axes over which a device holds only a part of the batch and of the vocabulary."""
+
+    batch: tuple[str, ...]
+    vocabulary: tuple[str, ...]
+
+
+def _on_mesh(config: LossConfig, differentiate: bool, arrays: tuple[jax.Array, ...]) -> tuple[Sums, Gradients | None]:
+    """`_scan_chunks` on the mesh in context: mapped over its devices' parts where there are several."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _scan_chunks(config, differentiate, Parts((), ()), *arrays)
+    parts = Parts(BATCH_AXES, VOCABULARY_AXES)
+    _check_mesh(dict(mesh.shape), parts, batch_size=arrays[0].shape[0], vocab_size=arrays[1].shape[0])
+    batch, vocabulary = P(parts.batch), P(parts.vocabulary)
+    mapped = jax.shard_map(
+        functools.partial(_scan_chunks, config, differentiate, parts),
+        in_specs=(batch, vocabulary, batch, batch),
+        out_specs=(P(), (batch, vocabulary) if differentiate else None),
+        check_vma=False,  # both rules of the derivative are written out: nothing is transposed through the map
+    )
+    return mapped(*arrays)
+
+
+def _scan_chunks(
+    config: LossConfig,
+    differentiate: bool,
+    parts: Parts,
+    hidden_BTD: jax.Array,
+    unembedding_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+) -> tuple[Sums, Gradients | None]:
+    """The sums over the whole mesh, and the gradients of `_total` for this device's part of the two inputs."""
+    B, T, D = hidden_BTD.shape
+    C = min(config.chunk_size, T)
+
+    def one(carry: tuple[Sums, jax.Array | None], rows: tuple[jax.Array, ...]):  # type: ignore[no-untyped-def]
+        sums, dunembedding_VD = carry
+        chunk_sums, gradients = _chunk(config, differentiate, parts, unembedding_VD, *rows)
+        sums = jax.tree.map(jnp.add, sums, chunk_sums)
+        if gradients is None or dunembedding_VD is None:
+            return (sums, None), None
+        return (sums, dunembedding_VD + gradients[1]), gradients[0].astype(hidden_BTD.dtype)
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (Sums(*[zero] * len(Sums._fields)), jnp.zeros(unembedding_VD.shape, jnp.float32) if differentiate else None)
+    rows = tuple(_split(x, C) for x in (hidden_BTD, targets_BT, weights_BT))
+    (sums, dunembedding_VD), dhidden_XRD = jax.lax.scan(one, start, rows)
+    sums = jax.lax.psum(sums, parts.batch)
+    if dunembedding_VD is None:
+        return sums, None
+    dhidden_BTD = jnp.moveaxis(dhidden_XRD.reshape(-1, B, C, D), 0, 1).reshape(B, -1, D)[:, :T]
+    return sums, (dhidden_BTD, jax.lax.psum(dunembedding_VD, parts.batch).astype(unembedding_VD.dtype))
+
+
+def _split(x_BT: jax.Array, C: int) -> jax.Array:
+    """[B,T,...] to [chunks, R,...]; a last chunk that is not full is padded with zeros, so with weight 0."""
+    B, T, *rest = x_BT.shape
+    if T % C:
+        x_BT = jnp.pad(x_BT, [(0, 0), (0, -T % C)] + [(0, 0)] * len(rest))
+    return jnp.moveaxis(x_BT.reshape(B, -1, C, *rest), 1, 0).reshape(-1, B * C, *rest)
+
+
+def _chunk(
+    config: LossConfig,
+    differentiate: bool,
+    parts: Parts,
+    unembedding_VD: jax.Array,
+    hidden_RD: jax.Array,
+    targets_R: jax.Array,
+    weights_R: jax.Array,
+) -> tuple[Sums, Gradients | None]:
+    """One chunk's sums, and its float32 gradients for hidden and unembedding."""
+    logits_RV = _matmul("rd,vd->rv", hidden_RD, unembedding_VD)
+    is_target_RV = _vocabulary_index(logits_RV, parts) == targets_R[:, None]
+    highest_R = jax.lax.pmax(jnp.max(logits_RV, axis=1), parts.vocabulary)
+    exps_R = jax.lax.psum(jnp.sum(jnp.exp(logits_RV - highest_R[:, None]), axis=1), parts.vocabulary)
+    lse_R = highest_R + jnp.log(exps_R)
+    target_R = jax.lax.psum(jnp.sum(jnp.where(is_target_RV, logits_RV, 0.0), axis=1), parts.vocabulary)
+    sums = Sums(
+        weight=jnp.sum(weights_R),
+        cross_entropy=jnp.sum(weights_R * (lse_R - target_R)),
+        correct=jnp.sum(weights_R * (target_R >= highest_R)),
+        lse_squared=jnp.sum(weights_R * lse_R**2),
+        max_squared=jnp.sum(weights_R * highest_R**2),
+    )
+    if not differentiate:
+        return sums, None
+    softmax_factor_R = weights_R * (1.0 + 2.0 * config.z_loss * lse_R)
+    dlogits_RV = softmax_factor_R[:, None] * jnp.exp(logits_RV - lse_R[:, None])
+    dlogits_RV -= jnp.where(is_target_RV, weights_R[:, None], 0.0)
+    if config.max_z_loss:
+        is_highest_RV = logits_RV == highest_R[:, None]
+        ties_R = jax.lax.psum(jnp.sum(is_highest_RV, axis=1), parts.vocabulary)
+        share_R = weights_R * (2.0 * config.max_z_loss) * highest_R / ties_R
+        dlogits_RV += jnp.where(is_highest_RV, share_R[:, None], 0.0)
+    dlogits_RV = dlogits_RV.astype(hidden_RD.dtype)
+    dhidden_RD = jax.lax.psum(_matmul("rv,vd->rd", dlogits_RV, unembedding_VD), parts.vocabulary)
+    return sums, (dhidden_RD, _matmul("rv,rd->vd", dlogits_RV, hidden_RD))
+
+
+def _vocabulary_index(logits_RV: jax.Array, parts: Parts) -> jax.Array:
+    """Int32 [R,V]: which entry of the whole vocabulary each logit belongs to."""
+    first = jax.lax.axis_index(parts.vocabulary) * logits_RV.shape[1] if parts.vocabulary else 0
+    return first + jax.lax.broadcasted_iota(jnp.int32, logits_RV.shape, 1)
+
+
+def _matmul(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
+
+
+def _check_shapes(
+    hidden_BTD: jax.Array, unembedding_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> None:
+    hidden, unembedding = hidden_BTD.shape, unembedding_VD.shape
+    require(
+        len(hidden) == 3 and len(unembedding) == 2 and hidden[2] == unembedding[1],
+        f"loss: hidden states {hidden} and unembedding {unembedding} must be [batch, length, D] and [vocabulary, D]",
+    )
+    require(
+        targets_BT.shape == weights_BT.shape == hidden[:2],
+        f"loss: targets {targets_BT.shape} and weights {weights_BT.shape} must have the shape {hidden[:2]}",
+    )
+
+
+def _check_mesh(sizes: dict[str, int], parts: Parts, *, batch_size: int, vocab_size: int) -> None:
+    missing = [axis for axis in parts.batch + parts.vocabulary if axis not in sizes]
+    require(not missing, f"loss: the mesh has axes {', '.join(sizes)}, but none named {', '.join(missing)}")
+    for name, size, axes in (("batch", batch_size, parts.batch), ("vocabulary", vocab_size, parts.vocabulary)):
+        ways = math.prod(sizes[axis] for axis in axes)
+        where = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
+        require(size % ways == 0, f"loss: a {name} of {size} does not divide by the mesh's {where}")
