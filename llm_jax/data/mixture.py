@@ -1,0 +1,54 @@
+"""Which source gives the next sequence: a deterministic interleaving in proportion to the sources' weights.
+
+Grain's mixing is used: after k sequences every source has been drawn within a few of its share of k, and the k-th
+draw is computed from k alone.
+"""
+
+import sys
+from collections.abc import Mapping
+
+import grain
+
+from llm_jax.config import unknown_key
+from llm_jax.data.batch import Batch
+from llm_jax.data.packing import PackedSource
+from llm_jax.data.records import Summary
+from llm_jax.errors import UserError, require
+
+
+class Endless:
+    """A packed source as Grain sees it: random access without an end."""
+
+    def __init__(self, source: PackedSource):
+        self._source = source
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._source[index]
+
+
+def fractions(summary: Summary, weights: Mapping[str, float]) -> dict[str, float]:
+    """Each source's share of the sequences, without those whose share is 0; {} weighs by training tokens.
+
+    Raises `UserError` for a weight of a source that the dataset does not have, or that has nothing to train on.
+    """
+    for name, weight in weights.items():
+        if name not in summary.sources:
+            message = unknown_key(name, list(summary.sources)).removeprefix("unknown config key ")
+            raise UserError(f"DataConfig.weights: no source {message}; there are {', '.join(summary.sources)}")
+        trainable = summary.sources[name].train.tokens > 1
+        require(trainable or weight == 0, f"DataConfig.weights: source {name!r} has no training documents")
+    by_tokens = {
+        name: float(source.train.tokens) for name, source in summary.sources.items() if source.train.tokens > 1
+    }
+    chosen = {name: weight for name, weight in (weights or by_tokens).items() if weight > 0}
+    total = sum(chosen.values())
+    return {name: chosen[name] / total for name in sorted(chosen)}
+
+
+def mix(sources: Mapping[str, PackedSource], shares: Mapping[str, float]) -> grain.MapDataset[Batch]:
+    """The endless, random-access sequence of single windows drawn from `sources` in proportion to `shares`."""
+    datasets = [grain.MapDataset.source(Endless(sources[name])) for name in shares]
+    return grain.MapDataset.mix(datasets, list(shares.values()))

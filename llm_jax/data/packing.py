@@ -1,0 +1,109 @@
+"""Packing: windows of a fixed length cut from the concatenated documents of one source, as a pure function.
+
+In epoch e the documents of a source stand in an order drawn from (seed, source, e) and form one stream of N tokens.
+Window i covers the T tokens from i*T, and its targets the T tokens from i*T + 1, so that an epoch predicts every
+token once, except the first of each document, which has no context. The last window is padded. Windows come in an
+order drawn from (seed, source, e) too, because neighbours often share a long document.
+
+Memory: 16 bytes a document and 8 bytes a window for each of the last two epochs.
+
+Shapes: T tokens of a window, D documents, N tokens of an epoch.
+"""
+
+import functools
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from llm_jax.data.batch import Batch
+
+
+class Documents(Protocol):
+    """Random access to tokenised documents."""
+
+    lengths: np.ndarray  # [D] integers
+
+    def read(self, documents: Sequence[int]) -> list[np.ndarray]:
+        """The token ids of each document."""
+        ...
+
+
+class EpochOrder(NamedTuple):
+    """One epoch's stream: the documents in order, where each starts, and the order of the windows."""
+
+    documents_D: np.ndarray  # int64
+    starts_D: np.ndarray  # int64, [D+1]: the last is N
+    windows: np.ndarray  # int64
+
+
+def permutation(size: int, *key: int) -> np.ndarray:
+    """A permutation of range(size) drawn from the integers of `key`.
+
+    It sorts raw output of Philox, which NumPy keeps the same between versions, unlike `Generator.permutation`.
+    """
+    bits = np.random.Philox(np.random.SeedSequence(key))
+    return np.argsort(bits.random_raw(size), kind="stable")
+
+
+def window_count(tokens: int, length: int) -> int:
+    """Windows that predict every token of a stream once: the stream's first token is no target."""
+    return max(0, -(-(tokens - 1) // length))
+
+
+class PackedSource:
+    """The endless sequence of packed windows of one source; `self[i]` is a pure function of i and the arguments.
+
+    `shuffle=False` keeps documents and windows in stored order.
+    """
+
+    def __init__(self, documents: Documents, name: str, length: int, seed: int, shuffle: bool = True):
+        self._documents = documents
+        self._length = length
+        self._shuffle = shuffle
+        self._key = (seed, zlib.crc32(name.encode()))
+        self.windows = window_count(int(np.sum(documents.lengths, dtype=np.int64)), length)
+        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+
+    def _make_order(self, epoch: int) -> EpochOrder:
+        count = len(self._documents.lengths)
+        if self._shuffle:
+            documents_D = permutation(count, *self._key, epoch, 0)
+            windows = permutation(self.windows, *self._key, epoch, 1)
+        else:
+            documents_D, windows = np.arange(count), np.arange(self.windows)
+        lengths_D = np.asarray(self._documents.lengths, np.int64)[documents_D]
+        return EpochOrder(documents_D, np.concatenate([[0], np.cumsum(lengths_D)]), windows)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Window `index`, counted through all epochs: a `Batch` without its first axis."""
+        epoch, within = divmod(int(index), self.windows)
+        order = self._order(epoch)
+        start = int(order.windows[within]) * self._length
+        return self._pack(order, start, min(start + self._length + 1, int(order.starts_D[-1])))
+
+    def _pack(self, order: EpochOrder, start: int, stop: int) -> Batch:
+        """The window of stream tokens [start, stop): the last is a target only."""
+        first = int(np.searchsorted(order.starts_D, start, side="right")) - 1
+        last = int(np.searchsorted(order.starts_D, stop, side="left"))  # one past the last document
+        edges = np.clip(order.starts_D[first : last + 1], start, stop) - start  # document borders inside the window
+        stream = np.zeros(self._length + 1, np.int32)
+        pieces = self._documents.read(order.documents_D[first:last].tolist())
+        pieces[-1] = pieces[-1][: stop - int(order.starts_D[last - 1])]
+        pieces[0] = pieces[0][start - int(order.starts_D[first]) :]
+        stream[: stop - start] = np.concatenate(pieces)
+        return _window(stream, edges, self._length)
+
+
+def _window(stream: np.ndarray, edges: np.ndarray, length: int) -> Batch:
+    """Fields of a window of T+1 `stream` tokens whose documents lie between consecutive `edges`."""
+    segments = np.zeros(length + 1, np.int32)
+    positions = np.zeros(length + 1, np.int32)
+    counts = np.diff(edges)
+    filled = int(edges[-1])
+    segments[:filled] = np.repeat(np.arange(1, len(counts) + 1, dtype=np.int32), counts)
+    positions[:filled] = np.arange(filled, dtype=np.int32) - np.repeat(edges[:-1].astype(np.int32), counts)
+    # The target of a document's last token would be the next document's first, or padding.
+    weights = (segments[:-1] == segments[1:]) & (segments[1:] > 0)
+    return Batch(stream[:-1], stream[1:], weights.astype(np.float32), segments[:-1], positions[:-1])
