@@ -1,0 +1,104 @@
+"""AdamW with decoupled weight decay, a global-norm clip and an explicit rule for what decays."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llm_jax.config import OptimizerConfig
+from llm_jax.errors import require
+from llm_jax.optim.schedules import learning_rate
+
+PyTree = Any
+
+
+class DecayRule(NamedTuple):
+    """Parameters whose whole path (names joined by "/") matches `pattern` decay, or do not."""
+
+    kind: str
+    pattern: str
+    decays: bool
+
+
+# Every parameter must match exactly one of these. A new kind of parameter needs a decision here, not a default.
+DECAY_RULES = (
+    DecayRule("scale of a norm", r"(.*/)?\w*norm\w*/scale", False),
+    DecayRule("bias", r"(.*/)?bias", False),
+    DecayRule("matrix", r"(.*/)?kernel", True),
+    DecayRule("embedding", r"(.*/)?embedding", True),
+)
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """A tree of bools: true where weight decay applies (matrices, embeddings), false on norms' scales and biases.
+
+    Raises `UserError` naming a parameter that no rule, or more than one, covers.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: _decays(_name(path)), params)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _decays(name: str) -> bool:
+    rules = [rule for rule in DECAY_RULES if re.fullmatch(rule.pattern, name)]
+    kinds = " and ".join(rule.kind for rule in rules) or "no rule"
+    require(len(rules) == 1, f"weight decay: parameter {name!r} matches {kinds}; decide in optim/adamw.py DECAY_RULES")
+    return rules[0].decays
+
+
+def build(
+    config: OptimizerConfig, total_steps: int, decay_mask: PyTree | Callable[[PyTree], PyTree]
+) -> optax.GradientTransformation:
+    """Clip to the global norm, then AdamW at the scheduled rate; moments and updates are float32.
+
+    Args:
+      config: the hyper-parameters; `clip_norm=0` leaves the gradients as they are.
+      total_steps: the length of the run, where the schedule ends unless the config says otherwise.
+      decay_mask: a tree of bools like the parameters, or the function that makes it (`adamw.decay_mask`).
+
+    Returns a transformation whose `update` needs the parameters. With p the parameters, m and v the bias-corrected
+    moments: update = -rate * (m / (sqrt(v) + eps) + weight_decay * p where the mask is true).
+    """
+    clip = [_clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return _in_float32(
+        optax.chain(
+            *clip,
+            optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+            optax.add_decayed_weights(config.weight_decay, decay_mask),
+            optax.scale_by_learning_rate(learning_rate(config, total_steps)),
+        )
+    )
+
+
+def global_norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm over all leaves, a float32 scalar.
+
+    Written with sums of squares because `jnp.vdot` flattens its arguments, which gathers a sharded array whole.
+    """
+    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum((jnp.sum(leaf * leaf) for leaf in leaves), start=jnp.zeros((), jnp.float32)))
+
+
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
+        factor = limit / jnp.maximum(global_norm(updates), limit)
+        return jax.tree.map(lambda g: g * factor, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _in_float32(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transformation as if gradients and parameters were float32, so that its state is too."""
+
+    def cast(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
+        return transformation.update(cast(updates), state, cast(params))
+
+    return optax.GradientTransformation(lambda params: transformation.init(cast(params)), update)
