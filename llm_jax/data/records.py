@@ -91,10 +91,12 @@ def shard_name(source: str, split: str, index: int, count: int) -> str:
 
 
 def lengths_path(folder: Path, source: str, split: str) -> Path:
+    """Where the token counts of a split's documents are."""
     return folder / "lengths" / f"{split}_{source}.npy"
 
 
 def heldout_text_path(folder: Path, source: str) -> Path:
+    """Where the held-out texts of a source are."""
     return folder / "heldout" / f"{source}.jsonl"
 
 
@@ -174,7 +176,7 @@ def write_metadata(folder: Path, summary: Summary) -> None:
         features=features(summary.vocab_size),
         split_infos=splits,
         filename_template=template,
-        description="Documents tokenised by llm_jax: [bos] + ids + [eos] a record, one split for each side of a source.",
+        description="Documents tokenised by llm_jax: [bos] + ids + [eos] a record, two splits for each source.",
         check_data=False,
     )
     (folder / SUMMARY).write_text(json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False) + "\n")
@@ -211,6 +213,7 @@ def summary_from_json(values: Any) -> Summary:
 
 
 def source_from_json(values: Any) -> SourceSummary:
+    """The summary of one source from parsed JSON."""
     sides = {split: SplitSummary(**{**values[split], "records": tuple(values[split]["records"])}) for split in SPLITS}
     return SourceSummary(**{**values, **sides})
 
@@ -223,6 +226,7 @@ def heldout_texts(folder: Path, source: str) -> Iterator[str]:
 
 
 def write_heldout_texts(folder: Path, source: str, texts: Iterable[str]) -> None:
+    """Write the held-out texts of a source, one JSON object a line."""
     path = heldout_text_path(folder, source)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as lines:
