@@ -1,0 +1,165 @@
+"""Pre-train a decoder on a tokenised dataset: resumable at any step, on any mesh.
+
+    python -m experiments.pretrain --config=configs/pretrain/small.py --workdir=runs/small \\
+        --config.data.dataset=runs/data/dataset
+
+Writes to --workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/ and the dataset's tokenizer.model. Run the
+same command again to continue after a stop.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+from experiments import runner
+from llm_jax import config as config_lib
+from llm_jax import models
+from llm_jax.config import ModelConfig, TrainConfig
+from llm_jax.data import loader
+from llm_jax.errors import require
+from llm_jax.evaluation import perplexity
+from llm_jax.models.flops import training_flops_per_token
+from llm_jax.optim import adamw, schedules
+from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.training import language_model, metrics, state, step
+from llm_jax.training.checkpoint import Checkpointer
+from llm_jax.training.loop import Loop, Throughput
+
+# What may change when a run is continued; everything else decides its numbers.
+CHANGEABLE = ("steps", "microbatches", "log_every", "eval_every", "eval_batches", "profile_start", "profile_steps")
+CHANGEABLE_GROUPS = ("mesh", "checkpoint")
+EXECUTION_FIELDS = ("attention", "remat", "scan_layers")
+
+
+def _decisive(config: TrainConfig) -> dict[str, Any]:
+    """The settings, flattened to dotted names, that a continued run must share with its beginning."""
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in CHANGEABLE + CHANGEABLE_GROUPS}
+    values["model"] = {k: v for k, v in values["model"].items() if k not in EXECUTION_FIELDS}
+    values["data"] = {k: v for k, v in values["data"].items() if k not in ("prefetch", "dataset")}
+    if not config.optimizer.decay_steps and config.optimizer.schedule != "constant":
+        values["steps"] = config.steps  # the schedule ends with the run
+    flat = {}
+    for key, value in values.items():
+        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def check_workdir(config: TrainConfig, workdir: Path) -> None:
+    """Raise `UserError` if `workdir` holds a run whose numbers `config` would not continue."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    old, new = _decisive(config_lib.load(TrainConfig, path)), _decisive(config)
+    differences = [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
+    require(
+        not differences,
+        f"{workdir} holds a run of another config ({', '.join(differences[:4])}); choose a new --workdir, or "
+        "continue with the old settings",
+    )
+
+
+def check_dataset(config: TrainConfig, info: loader.DatasetInfo) -> None:
+    """Raise `UserError` if the dataset holds token ids that the model has no embedding for."""
+    require(
+        info.vocab_size <= config.model.vocab_size,
+        f"dataset {config.data.dataset} has a vocabulary of {info.vocab_size}, config.model.vocab_size is "
+        f"{config.model.vocab_size}: set it to {info.vocab_size} or more",
+    )
+
+
+def heldout_evaluation(config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh) -> Callable[[Any], Mapping]:
+    """A function from parameters to held-out loss and bits per byte of every source, over `eval_batches` batches."""
+    score = perplexity.scorer(config.model, config.loss, mesh)
+    share = jax.process_index(), jax.process_count()
+
+    def evaluate(params: Any) -> dict[str, float]:
+        values = {}
+        nats = tokens = 0.0
+        for source in info.heldout:
+            batches = loader.heldout_batches(
+                config.data, source, max_batches=config.eval_batches, process_index=share[0], process_count=share[1]
+            )
+            result = score(params, batches)
+            values[f"loss/{source}"] = result.loss
+            values[f"bits_per_byte/{source}"] = result.bits_per_byte(
+                result.tokens * info.heldout[source].bytes / info.heldout[source].tokens
+            )
+            nats, tokens = nats + result.nats, tokens + result.tokens
+        return {"loss": perplexity.Heldout(nats, tokens).loss, **values}
+
+    return evaluate
+
+
+def describe(config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh) -> str:
+    """What is about to run, in one line."""
+    tokens = config.steps * config.data.batch_size * config.data.sequence_length
+    total = sum(source.tokens for source in info.train.values())
+    return (
+        f"{models.count_parameters(config.model):,} parameters, {config.steps:,} steps, {tokens:,} tokens "
+        f"({tokens / total:.2f} epochs of {total:,}), mesh {dict(mesh.shape)}"
+    )
+
+
+def run(config: TrainConfig, workdir: Path) -> None:
+    """Train until `config.steps`, continuing from the newest checkpoint in `workdir`."""
+    require(config.data.dataset != "", "set --config.data.dataset to the folder that prepare_data wrote")
+    mesh = mesh_lib.build(config.mesh)
+    step.check_batch(config.data.batch_size, config.microbatches, mesh)
+    info = loader.describe(config.data)
+    check_dataset(config, info)
+    check_workdir(config, workdir)
+    schedule = schedules.learning_rate(config.optimizer, config.steps)
+    optimizer = adamw.build(config.optimizer, config.steps, adamw.decay_mask)
+    abstract = state.abstract_state(config.model, optimizer, mesh)
+    config_lib.save(config, workdir / "config.json")
+    shutil.copyfile(info.tokenizer, workdir / "tokenizer.model")
+    logging.info("%s", describe(config, info, mesh))
+    train(config, workdir, mesh, info, optimizer, schedule, abstract)
+
+
+def train(
+    config: TrainConfig,
+    workdir: Path,
+    mesh: Mesh,
+    info: loader.DatasetInfo,
+    optimizer: Any,
+    schedule: Any,
+    abstract: state.TrainState,
+) -> None:
+    """Restore or initialise the state, and run the loop."""
+    tokens_per_step = config.data.batch_size * config.data.sequence_length
+    loss_fn = language_model.loss_function(config.model, config.loss)
+    step_function = step.build(loss_fn, optimizer, schedule, seed=config.seed, microbatches=config.microbatches)
+    flops = training_flops_per_token(config.model, config.data.sequence_length)
+    with Checkpointer(workdir, config.checkpoint, config.model, tokens_per_step) as checkpointer:
+        start = checkpointer.latest_step() or 0
+        if start:
+            print(f"continuing from step {start}")
+            current = checkpointer.restore(abstract, start)
+        else:
+            current = state.init_state(config.model, optimizer, mesh, jax.random.key(config.seed))
+        batches = loader.train_batches(
+            config.data, start_step=start, process_index=jax.process_index(), process_count=jax.process_count()
+        )
+        with metrics.Recorder(workdir, start, config.steps) as recorder:
+            Loop(
+                config=config,
+                mesh=mesh,
+                step_function=step_function,
+                evaluate=heldout_evaluation(config, info, mesh),
+                checkpointer=checkpointer,
+                recorder=recorder,
+                throughput=Throughput(tokens_per_step, flops, metrics.peak_flops()),
+                workdir=workdir,
+            ).run(current, batches, start)
+
+
+if __name__ == "__main__":
+    runner.main(run, TrainConfig, "configs/pretrain/small.py", save_config=False)

@@ -1,0 +1,172 @@
+"""The loop around the train step: data on the mesh, logs, held-out evaluation, checkpoints, and a clean stop.
+
+The loop knows nothing of what is trained: pre-training, fine-tuning and the rest hand it a step, batches and an
+evaluation.
+"""
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from llm_jax.config import TrainConfig
+from llm_jax.errors import UserError
+from llm_jax.parallel import rules
+from llm_jax.training.checkpoint import Checkpointer
+from llm_jax.training.metrics import Recorder
+from llm_jax.training.state import TrainState
+from llm_jax.training.step import Metrics, StepFunction
+
+Evaluation = Callable[[Any], Mapping[str, float]]
+
+
+def place(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of a global batch as global arrays [B, ...] on the mesh, split over its data axes."""
+
+    def one(rows: Any) -> jax.Array:
+        sharding = NamedSharding(mesh, rules.partition_spec(("batch", *(None,) * (rows.ndim - 1))))
+        return jax.make_array_from_process_local_data(sharding, rows)
+
+    return jax.tree.map(one, batch)
+
+
+class StopSignal:
+    """Turns the first SIGTERM or SIGINT inside a `with` block into a flag; a second SIGINT interrupts as usual."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+@dataclasses.dataclass
+class Throughput:
+    """Tokens per second and model FLOPs utilisation since the last reading, excluding evaluations and saves."""
+
+    tokens_per_step: int
+    flops_per_token: float
+    peak_flops: float | None
+    steps: int = 0
+    seconds: float = 0.0
+
+    def read(self) -> dict[str, float]:
+        """The rates over the steps since the last call; `mfu` only where the device's peak is known."""
+        rate = self.tokens_per_step * self.steps / max(self.seconds, 1e-9)
+        self.steps, self.seconds = 0, 0.0
+        rates = {"tokens_per_second": rate}
+        if self.peak_flops:
+            rates["mfu"] = rate * self.flops_per_token / self.peak_flops
+        return rates
+
+
+def check_finite(step: int, metrics: Metrics) -> None:
+    """Raise `UserError`, naming the step and its batch, if the loss or the gradient is not finite."""
+    loss, norm = float(jax.device_get(metrics["loss"])), float(jax.device_get(metrics["gradient_norm"]))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UserError(
+            f"non-finite loss {loss} (gradient norm {norm}) at step {step}, global batch {step - 1}: stopped before "
+            "it was saved; resume from the last checkpoint with a lower learning rate or look at that batch"
+        )
+
+
+@dataclasses.dataclass
+class Loop:
+    """One run of the train step from `start_step` to `config.steps`."""
+
+    config: TrainConfig
+    mesh: Mesh
+    step_function: StepFunction
+    evaluate: Evaluation
+    checkpointer: Checkpointer
+    recorder: Recorder
+    throughput: Throughput
+    workdir: Path
+
+    def run(self, state: TrainState, batches: Iterator[Any], start_step: int) -> TrainState:
+        """Train until the last step or a stop signal; either way the last state is checkpointed and returned."""
+        pending: tuple[int, Metrics] | None = None
+        step = start_step
+        with StopSignal() as stop, jax.set_mesh(self.mesh):
+            while step < self.config.steps and not stop.requested:
+                self._profile(step)
+                start = time.perf_counter()
+                batch = place(next(batches), self.mesh)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = self.step_function(state, batch)
+                if pending is not None:  # one step behind, so that the device always has work queued
+                    check_finite(*pending)
+                step, pending = step + 1, (step + 1, metrics)
+                due = self._due(step)
+                if due:
+                    check_finite(*pending)
+                self._count(step, time.perf_counter() - start)
+                if due:
+                    self._report(state, step, metrics)
+            if pending is not None:
+                check_finite(*pending)
+            self._profile(step)
+            self.checkpointer.save(state, step)
+            self.checkpointer.wait()
+        return state
+
+    def _count(self, step: int, seconds: float) -> None:
+        self.throughput.steps += 1
+        self.throughput.seconds += seconds
+        self.recorder.advance(step)
+
+    def _due(self, step: int) -> bool:
+        config = self.config
+        intervals = (config.log_every, config.eval_every, config.checkpoint.every_steps)
+        return step == config.steps or any(interval and step % interval == 0 for interval in intervals)
+
+    def _report(self, state: TrainState, step: int, metrics: Metrics) -> None:
+        config, last = self.config, step == self.config.steps
+        if last or step % config.log_every == 0:
+            self._log(step, metrics)
+        if last or (config.eval_every and step % config.eval_every == 0):
+            self.recorder.write("heldout", step, {"tokens": self._tokens(step), **self.evaluate(state.params)})
+        if step % config.checkpoint.every_steps == 0:
+            self.checkpointer.save(state, step)
+
+    def _tokens(self, step: int) -> int:
+        return step * self.throughput.tokens_per_step
+
+    def _log(self, step: int, metrics: Metrics) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values |= self.throughput.read()
+        self.recorder.write("train", step, {"tokens": self._tokens(step), **values})
+        mfu = f" mfu {values['mfu']:.1%}" if "mfu" in values else ""
+        text = f"loss {values['loss']:.3f} {values['tokens_per_second']:,.0f} tokens/s{mfu}"
+        seconds_left = (self.config.steps - step) * self.throughput.tokens_per_step / values["tokens_per_second"]
+        self.recorder.status(step, self.config.steps, text, seconds_left)
+
+    def _profile(self, step: int) -> None:
+        """Trace steps [profile_start, profile_start + profile_steps) to `workdir/profile`, for TensorBoard or XProf."""
+        config = self.config
+        first, end = config.profile_start, min(config.profile_start + config.profile_steps, config.steps)
+        if first < end and step == first:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        elif first < end == step:
+            jax.profiler.stop_trace()
