@@ -29,9 +29,9 @@ def find_sources(path: Path) -> dict[str, list[Path]]:
     Files of other kinds are counted in the log. Raises `UserError` if there is nothing to read.
     """
     require(path.exists(), f"no file or folder at {path} (CorpusConfig.path)")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    known = [file for file in files if kind(file)]
-    unknown = collections.Counter(file.suffix or "without a suffix" for file in files if not kind(file))
+    found = _files(path)
+    known = [file for file in found if kind(file)]
+    unknown = collections.Counter(file.suffix or "without a suffix" for file in found if not kind(file))
     counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unknown.items()))
     require(bool(known), f"{path} holds no {', '.join(KINDS)} file" + (f", only {counts}" if counts else ""))
     if unknown:
@@ -40,6 +40,16 @@ def find_sources(path: Path) -> dict[str, list[Path]]:
     for file in known:
         sources.setdefault(_source_name(file, path), []).append(file)
     return dict(sorted(sources.items()))
+
+
+def state(path: Path) -> list[tuple[str, int, int]]:
+    """(path, size, time of change) of every file to read, which stand for what the files hold."""
+    stats = [(str(file), file.stat()) for file in _files(path) if kind(file)]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
 def kind(path: Path) -> str | None:

@@ -16,7 +16,7 @@ A document is stored as `[bos] + ids + [eos]`, with whichever of the two the tok
 import bisect
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Summary:
     vocab_size: int
     tokenizer: str
     tokenizer_sha256: str
-    holdout_fraction: float
+    fingerprint: str  # of the corpus and the settings that it was made with
     sources: Mapping[str, SourceSummary]
 
     def split(self, source: str, split: str) -> SplitSummary:
@@ -225,13 +225,9 @@ def heldout_texts(folder: Path, source: str) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def write_heldout_texts(folder: Path, source: str, texts: Iterable[str]) -> None:
-    """Write the held-out texts of a source, one JSON object a line."""
-    path = heldout_text_path(folder, source)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as lines:
-        for text in texts:
-            lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+def heldout_line(text: str) -> str:
+    """A held-out text as a line of its file."""
+    return json.dumps({"text": text}, ensure_ascii=False) + "\n"
 
 
 class TokenReader:
