@@ -38,7 +38,7 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def main(
-    run: Callable[[Config, Path], None],
+    run: Callable[[Config, Path], object],
     config_class: type[Config],
     default_config: str,
     *,
@@ -260,7 +260,7 @@ def _fail(message: str, status: int) -> typing.NoReturn:
     sys.exit(status)
 
 
-def _experiment_name(run: Callable[..., None]) -> str:
+def _experiment_name(run: Callable[..., object]) -> str:
     """`pretrain` for `python -m experiments.pretrain`, also where `run` lives in `__main__`."""
     module = sys.modules[run.__module__]
     spec = getattr(module, "__spec__", None)
@@ -268,7 +268,7 @@ def _experiment_name(run: Callable[..., None]) -> str:
 
 
 def _help(
-    run: Callable[..., None], name: str, config_class: type[Config], default_config: str, workdir: str, full: bool
+    run: Callable[..., object], name: str, config_class: type[Config], default_config: str, workdir: str, full: bool
 ) -> str:
     """The experiment's docstring, its flags, the keys of its config, and an example."""
     own = flags.FLAGS.get_flags_for_module(sys.modules[run.__module__])

@@ -1,0 +1,146 @@
+"""Encoding and decoding: every text comes back byte for byte, in the way SentencePiece itself would encode it."""
+
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from llm_jax.config import TokenizerConfig
+from llm_jax.errors import UserError
+from llm_jax.tokenization.tokenizer import SPACE_MARK, Tokenizer
+from llm_jax.tokenization.train import train_on_texts
+
+CODE = (
+    "def add(first, second):\n    # the sum\n\tif first == 12345:\n        return None\n\n\n    return first + second\n"
+)
+CHINESE = "第一条　为了保护公民的合法权益，制定本法。\n第二条  公民在法律面前一律平等。\n\n"
+ENGLISH = "The quick brown fox jumps over the lazy dog; it was the best of times, in 1984.  Two spaces.\n"
+TEXTS = [CODE, CHINESE, ENGLISH, CODE + CHINESE, ENGLISH * 3]
+
+# Text in which adjacent characters often form pieces, among anything else that UTF-8 can hold.
+familiar = st.sampled_from([CODE, CHINESE, ENGLISH, " ", "   ", "\n", "\n\n", "\t", "\0", SPACE_MARK, "<s>", "</s>"])
+words = st.sampled_from(sorted({word for text in TEXTS for word in text.split()}))
+fragments = familiar | words | st.text(max_size=8)
+any_text = st.one_of(st.text(), st.lists(fragments, max_size=8).map("".join))
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, bytes]:
+    styles = ("baichuan2", "baichuan1", "llama2")
+    return {style: train_on_texts(TEXTS, TokenizerConfig(vocab_size=420, style=style)) for style in styles}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(models) -> dict[str, Tokenizer]:
+    return {style: Tokenizer(model) for style, model in models.items()}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizers) -> Tokenizer:
+    return tokenizers["baichuan2"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=any_text)
+@example(text="")
+@example(text=" ")
+@example(text=f" {SPACE_MARK} {SPACE_MARK}{SPACE_MARK}x")
+@example(text="\0\0 <s> </s><unk><0x41>\r\n\t\u2585\ufeff\U0010ffff")
+@pytest.mark.parametrize("style", ["baichuan2", "baichuan1", "llama2"])
+def test_any_text_comes_back(tokenizers, style, text):
+    tokenizer = tokenizers[style]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.decode(ids) == text
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=any_text.map(lambda text: text.replace(SPACE_MARK, "")))
+@pytest.mark.parametrize("style", ["baichuan2", "baichuan1", "llama2"])
+def test_ids_are_those_of_sentencepiece(models, tokenizers, style, text):
+    direct = sentencepiece.SentencePieceProcessor(model_proto=models[style])
+    assert tokenizers[style].encode(text) == direct.encode(text)
+
+
+def test_text_like_a_special_piece_is_ordinary_text(tokenizer):
+    specials = {tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id}
+    assert not specials & set(tokenizer.encode("<s>hello</s><unk><pad>"))
+
+
+def test_ids_of_the_specials(tokenizer):
+    assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2, 0)
+    assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("hi"), tokenizer.eos_id]) == "hi"
+
+
+def test_half_a_character(tokenizer):
+    ids = tokenizer.encode("a\U0001f600b")  # never trained on: four byte pieces
+    assert tokenizer.decode_bytes(ids[:3]) == b"a\xf0\x9f"
+    assert tokenizer.decode(ids[:3]) == "a\ufffd"
+    assert tokenizer.decode_bytes(ids[:3]) + tokenizer.decode_bytes(ids[3:]) == "a\U0001f600b".encode()
+
+
+@pytest.mark.parametrize("wrong", [-1, 420, 10**9])
+def test_an_id_outside_the_vocabulary(tokenizer, wrong):
+    with pytest.raises(UserError, match=f"id {wrong} is outside the vocabulary of 420"):
+        tokenizer.decode([5, wrong])
+
+
+def test_a_lone_surrogate(tokenizer):
+    with pytest.raises(UserError, match="lone surrogate"):
+        tokenizer.encode("a\ud800b")
+
+
+def test_batches_threads_and_processes_agree(tokenizer):
+    alone = [tokenizer.encode(text) for text in TEXTS]
+    fresh = pickle.loads(pickle.dumps(tokenizer))
+    assert fresh.sha256 == tokenizer.sha256
+    assert fresh.encode_batch(TEXTS, workers=2) == alone
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(pickle.loads(pickle.dumps(tokenizer)).encode, TEXTS)) == alone
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        assert list(processes.map(tokenizer.encode, TEXTS)) == alone
+
+
+def test_forgetting_atoms_changes_nothing(tokenizer, monkeypatch):
+    monkeypatch.setattr("llm_jax.tokenization.tokenizer.MAX_ATOMS", 3)
+    fresh = pickle.loads(pickle.dumps(tokenizer))
+    for _ in range(2):
+        for text in [*TEXTS, f"a{SPACE_MARK}b"]:
+            assert fresh.encode(text) == tokenizer.encode(text)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer at .*nothing\.model: train one with"):
+        Tokenizer.load(tmp_path / "nothing.model")
+
+
+@pytest.mark.parametrize("damage", [lambda m: b"", lambda m: b"junk" * 9, lambda m: m[:-1], lambda m: m[: len(m) // 2]])
+def test_a_damaged_file(models, tmp_path, damage):
+    path = tmp_path / "damaged.model"
+    path.write_bytes(damage(models["baichuan2"]))
+    with pytest.raises(UserError, match=r"damaged\.model") as caught:
+        Tokenizer.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": "unigram", "byte_fallback": True, "hard_vocab_limit": False}, "not a BPE model"),
+        ({"model_type": "bpe", "vocab_size": 60}, "no byte fallback"),
+        ({"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "nfkc"}, "normalises"),
+        ({"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}, "normalises"),
+    ],
+)
+def test_models_that_would_lose_text_are_refused(tmp_path, options, message):
+    prefix, options = tmp_path / "other", {"vocab_size": 310, **options}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([ENGLISH]), model_prefix=str(prefix), minloglevel=3, **options
+    )
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(Path(f"{prefix}.model"))
