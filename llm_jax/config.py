@@ -243,6 +243,7 @@ class TokenizerConfig:
 
     vocab_size: int = 125_696
     style: str = "baichuan2"
+    character_coverage: float = 0.0  # share of the text's characters with pieces of their own; 0 = the style's
     corpus: CorpusConfig = CorpusConfig()
     sample_bytes: int = 0  # train on about so many bytes, drawn over all sources; 0 = everything
     seed: int = 0
@@ -252,6 +253,10 @@ class TokenizerConfig:
         _positive(self, "vocab_size")
         _non_negative(self, "sample_bytes", "seed", "workers")
         _one_of("TokenizerConfig.style", self.style, TOKENIZER_STYLES)
+        require(
+            0 <= self.character_coverage <= 1,
+            f"TokenizerConfig.character_coverage={self.character_coverage} must be in [0, 1]",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,7 @@ def trainer_options(config: TokenizerConfig) -> dict[str, Any]:
         "remove_extra_whitespaces": False,
         "add_dummy_prefix": style.add_dummy_prefix,
         "allow_whitespace_only_pieces": style.whitespace_pieces,
-        "character_coverage": style.character_coverage,
+        "character_coverage": config.character_coverage or style.character_coverage,
         "max_sentencepiece_length": style.max_piece_length,
         "split_digits": True,
         "byte_fallback": True,
