@@ -1,0 +1,336 @@
+"""Both forms of attention against the float64 oracle, and what they owe to their callers."""
+
+import dataclasses
+import functools
+import itertools
+from unittest import mock
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.errors import UserError
+from llm_jax.kernels import attention as dispatch
+from llm_jax.kernels.attention import IMPLEMENTATIONS, attention
+from llm_jax.kernels.chunked import chunked_attention
+from llm_jax.kernels.mask import AttentionMask
+from tests.kernels import oracle
+
+FORMS = ("reference", "chunked")
+SAVED = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+
+
+def inputs(B, T, S, N, K, H, seed=0, dtype=jnp.float32):
+    """Queries, keys, values and a cotangent of the output."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))
+    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+
+
+def small_blocks(query_block, key_block):
+    """The table of implementations with another tile size, small enough for short sequences."""
+    run = functools.partial(chunked_attention, query_block=query_block, key_block=key_block)
+    return mock.patch.dict(IMPLEMENTATIONS, chunked=IMPLEMENTATIONS["chunked"]._replace(run=run))
+
+
+def output_and_gradients(q, k, v, mask, dout, form):
+    @jax.jit
+    def run(q, k, v, dout, mask):
+        out, pullback = jax.vjp(lambda *x: attention(*x, mask, implementation=form), q, k, v)
+        return out, *pullback(dout)
+
+    return run(q, k, v, dout, mask)
+
+
+def check(q, k, v, mask, dout, form, tolerance=2e-5):
+    """Compare output and gradients with the oracle's."""
+    actual = output_and_gradients(q, k, v, mask, dout, form)
+    expected = oracle.attention(q, k, v, mask, dout)
+    for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), e, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@st.composite
+def problems(draw):
+    """Shapes, a mask with any set of features, and tile sizes."""
+    T, S = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    K = draw(st.integers(1, 2))
+    B, N = draw(st.integers(1, 2)), K * draw(st.integers(1, 3))
+    random = np.random.default_rng(draw(st.integers(0, 2**16)))
+    fields = {"causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        fields["window"] = draw(st.integers(0, 8))
+    if draw(st.booleans()):
+        fields["query_segment_ids"] = jnp.asarray(np.sort(random.integers(0, 4, (B, T)), axis=1), jnp.int32)
+        fields["key_segment_ids"] = jnp.asarray(np.sort(random.integers(0, 4, (B, S)), axis=1), jnp.int32)
+    if draw(st.booleans()):
+        fields["query_offset"] = jnp.asarray(random.integers(0, 12, draw(st.sampled_from([(), (B,)]))), jnp.int32)
+    if draw(st.booleans()):
+        fields["key_lengths"] = jnp.asarray(random.integers(0, S + 1, B), jnp.int32)
+    if draw(st.booleans()):
+        fields["slopes"] = jnp.asarray(random.uniform(0, 1, N), jnp.float32)
+    if draw(st.booleans()):
+        fields["query_scale"] = jnp.asarray(random.uniform(0.5, 2, (B, T)), jnp.float32)
+    blocks = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    return (B, T, S, N, K, 4), AttentionMask(**fields), blocks
+
+
+def check_problem(problem, form):
+    shape, mask, blocks = problem
+    q, k, v, dout = inputs(*shape)
+    with small_blocks(*blocks):
+        check(q, k, v, mask, dout, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@hypothesis.settings(max_examples=5, deadline=None)
+@hypothesis.given(problem=problems())
+def test_any_mask_agrees_with_the_definition(form, problem):
+    check_problem(problem, form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(problem=problems())
+def test_many_more_masks_agree_with_the_definition(form, problem):
+    check_problem(problem, form)
+
+
+EVERYTHING = AttentionMask(
+    window=jnp.int32(9),
+    query_segment_ids=jnp.asarray([[1] * 5 + [2] * 6, [3] * 9 + [0] * 2], jnp.int32),
+    key_segment_ids=jnp.asarray([[1] * 9 + [2] * 8, [3] * 17], jnp.int32),
+    query_offset=jnp.asarray([4, 6], jnp.int32),
+    key_lengths=jnp.asarray([17, 12], jnp.int32),
+    slopes=jnp.asarray([0.5, 0.1, 0.3, 0.9], jnp.float32),
+    query_scale=jnp.linspace(0.5, 1.5, 22).reshape(2, 11),
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_features_at_once(form):
+    q, k, v, dout = inputs(2, 11, 17, 4, 2, 8)
+    with small_blocks(4, 5):
+        check(q, k, v, EVERYTHING, dout, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_broken_masks_are_caught(form):
+    """The comparison above can fail: a window off by one, a tail left visible, a slope with the wrong sign."""
+    q, k, v, dout = inputs(2, 11, 17, 4, 2, 8)
+    broken = (
+        {"window": EVERYTHING.window + 1},
+        {"key_lengths": EVERYTHING.key_lengths + 1},
+        {"slopes": -EVERYTHING.slopes},
+        {"query_offset": EVERYTHING.query_offset + 1},
+    )
+    for change in broken:
+        actual = output_and_gradients(q, k, v, dataclasses.replace(EVERYTHING, **change), dout, form)
+        expected = oracle.attention(q, k, v, EVERYTHING, dout)
+        for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+            assert np.max(np.abs(np.asarray(a) - e)) > 1e-3, (change, name)
+
+
+def test_a_tail_that_is_padded_but_not_masked_is_caught():
+    """Without the masking of padded keys, a bidirectional chunked attention is wrong, and the oracle says so."""
+    q, k, v, dout = inputs(1, 6, 7, 2, 2, 4)
+    unpadded = mock.patch.object(AttentionMask, "padded", lambda self, *sizes: self)
+    with small_blocks(4, 4), unpadded, pytest.raises(AssertionError):
+        check(q, k, v, AttentionMask(causal=False), dout, "chunked")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_agrees_within_its_precision(form):
+    q, k, v, dout = inputs(2, 40, 40, 4, 2, 16, dtype=jnp.bfloat16)
+    with small_blocks(16, 16):
+        assert output_and_gradients(q, k, v, AttentionMask(), dout, form)[0].dtype == jnp.bfloat16
+        check(q, k, v, AttentionMask(), dout, form, tolerance=4e-2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_see_nothing_are_zero_and_pass_no_gradient(form):
+    q, k, v, dout = inputs(1, 8, 8, 2, 1, 4)
+    segments = jnp.asarray([[0, 0, 1, 1, 1, 2, 0, 0]])
+    mask = AttentionMask(query_segment_ids=segments, key_segment_ids=segments)
+    with small_blocks(2, 3):
+        out, dq, dk, dv = output_and_gradients(q, k, v, mask, dout, form)
+    for x in (out, dq, dk, dv):
+        assert np.all(np.asarray(x)[:, np.asarray(segments[0] == 0)] == 0)
+        assert np.any(np.asarray(x)[:, np.asarray(segments[0] != 0)] != 0)
+
+
+HIDDEN_KEYS = {
+    "beyond the length": (AttentionMask(causal=False, key_lengths=jnp.asarray([5, 5])), slice(5, None)),
+    "padding": (
+        AttentionMask(
+            query_segment_ids=jnp.asarray([[1, 1, 1, 0]] * 2),
+            key_segment_ids=jnp.asarray([[1, 1, 1, 0, 0, 0, 0, 0]] * 2),
+        ),
+        slice(3, None),
+    ),
+    "not yet written": (AttentionMask(query_offset=jnp.int32(2)), slice(6, None)),
+    "more keys than queries": (AttentionMask(), slice(4, None)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", HIDDEN_KEYS)
+def test_nan_where_no_query_looks_does_not_leak(form, case):
+    mask, hidden = HIDDEN_KEYS[case]
+    q, k, v, dout = inputs(2, 4, 8, 2, 1, 4)
+    with small_blocks(2, 3):
+        clean = output_and_gradients(q, k, v, mask, dout, form)
+        k, v = k.at[:, hidden].set(jnp.nan), v.at[:, hidden].set(jnp.nan)
+        poisoned = output_and_gradients(q, k, v, mask, dout, form)
+    for a, b in zip(clean, poisoned, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def temporary_bytes(length, form):
+    q, k, v, dout = inputs(1, length, length, 2, 2, 16)
+
+    def run(q, k, v, dout):
+        return jax.vjp(lambda *x: attention(*x, AttentionMask(), implementation=form), q, k, v)[1](dout)
+
+    return jax.jit(run).lower(q, k, v, dout).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_the_chunked_form_is_linear_in_the_length():
+    bytes_ = [temporary_bytes(length, "chunked") for length in (2048, 4096, 8192)]
+    assert all(longer / shorter < 2.3 for shorter, longer in itertools.pairwise(bytes_)), bytes_
+    assert temporary_bytes(2048, "reference") / temporary_bytes(1024, "reference") > 3, "the measure sees a square"
+
+
+def count_loops(function, *args):
+    return str(jax.make_jaxpr(function)(*args)).count("while[")
+
+
+def test_scan_vmap_and_remat():
+    """A stack of layers with traced windows, vmapped over examples, under every kind of remat: the same gradients."""
+    q, k, v, _ = inputs(3, 9, 9, 2, 1, 4)
+    windows = jnp.asarray([3, 0, 5], jnp.int32)
+
+    def loss(q, form, wrap):
+        def layer(x, window):
+            return x + attention(x, k, v, AttentionMask(window=window), implementation=form), None
+
+        return jnp.sum(jax.lax.scan(wrap(layer), q, windows)[0] ** 2)
+
+    def loss_by_vmap(q, offsets, form):
+        def one(q, k, v, offset):
+            mask = AttentionMask(window=jnp.int32(4), query_offset=offset)
+            return attention(q[None], k[None], v[None], mask, implementation=form)
+
+        return jnp.sum(jax.vmap(one)(q, k, v, offsets) ** 2)
+
+    offsets = jnp.asarray([0, 2, -1], jnp.int32)
+    with small_blocks(4, 4):
+        expected = jax.grad(loss)(q, "reference", lambda f: f)
+        for wrap in (jax.checkpoint, functools.partial(jax.checkpoint, policy=SAVED)):
+            np.testing.assert_allclose(
+                jax.jit(jax.grad(loss), static_argnums=(1, 2))(q, "chunked", wrap), expected, rtol=1e-4, atol=1e-5
+            )
+        np.testing.assert_allclose(
+            jax.grad(loss_by_vmap)(q, offsets, "chunked"),
+            jax.grad(loss_by_vmap)(q, offsets, "reference"),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+        saved = count_loops(jax.grad(lambda q: loss(q, "chunked", functools.partial(jax.checkpoint, policy=SAVED))), q)
+        everything = count_loops(jax.grad(lambda q: loss(q, "chunked", jax.checkpoint)), q)
+    assert saved == everything - 1, "saving the output and the log-sum-exp spares the second forward pass"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_split_over_batch_and_heads_by_the_compiler(form):
+    """On a mesh each device attends to its own sequences and heads: the same numbers, and no array is gathered."""
+    mesh = jax.make_mesh((1, 4, 2), ("replica", "data", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    arrays = inputs(4, 24, 24, 4, 2, 8)
+    split = NamedSharding(mesh, P(("replica", "data"), None, "tensor"))
+
+    def run(q, k, v, dout):
+        out, pullback = jax.vjp(lambda *x: attention(*x, AttentionMask(), implementation=form), q, k, v)
+        return out, *pullback(dout)
+
+    with small_blocks(8, 8):
+        expected = jax.jit(run)(*arrays)
+        compiled = jax.jit(run, in_shardings=split, out_shardings=split).lower(*arrays).compile()
+    for a, b in zip(compiled(*jax.device_put(arrays, split)), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
+
+
+def test_slopes_and_query_scale_are_constants():
+    q, k, v, _ = inputs(2, 11, 17, 4, 2, 8)
+
+    def loss(slopes, query_scale, form):
+        mask = dataclasses.replace(EVERYTHING, slopes=slopes, query_scale=query_scale)
+        return jnp.sum(attention(q, k, v, mask, implementation=form))
+
+    for form in FORMS:
+        for gradient in jax.grad(loss, argnums=(0, 1))(EVERYTHING.slopes, EVERYTHING.query_scale, form):
+            assert not np.any(gradient)
+
+
+def test_the_materialised_mask_and_bias_agree_with_the_definition():
+    visible, bias = EVERYTHING.visible(11, 17), EVERYTHING.bias(11, 17)
+    assert visible.shape == (2, 1, 11, 17) and bias.shape == (2, 4, 11, 17) and bias.dtype == jnp.float32
+    for b, t, s in np.ndindex(2, 11, 17):
+        assert bool(visible[b, 0, t, s]) == oracle.sees(EVERYTHING, b, t, s)
+        np.testing.assert_allclose(
+            bias[b, :, t, s], EVERYTHING.slopes * (s - t - oracle.offset(EVERYTHING, b)), rtol=1e-6
+        )
+    assert AttentionMask(causal=False).visible(3, 3) is None and AttentionMask().bias(3, 3) is None
+
+
+def test_auto_chooses_by_length_and_says_so_once():
+    dispatch._announce.cache_clear()
+    with mock.patch.object(logging, "info") as info:
+        for length in (16, 16, 2048):
+            q, k, v, _ = inputs(1, length, length, 1, 1, 4)
+            jax.eval_shape(lambda *x: attention(*x, AttentionMask()), q, k, v)
+    said = [call.args[0] % call.args[1:] for call in info.call_args_list]
+    assert len(said) == 2 and "reference" in said[0] and "chunked" in said[1]
+    assert "16 queries" in said[0] and "memory linear" in said[1]
+
+
+def test_a_kernel_that_cannot_serve_is_refused_with_its_reason():
+    q, k, v, _ = inputs(1, 4, 4, 1, 1, 4)
+
+    def refuses(problem):
+        return "no ALiBi on this device" if "slopes" in problem.features else None
+
+    fake = dispatch.Implementation(run=lambda q, k, v, mask: q, refuses=refuses)
+    with mock.patch.dict(IMPLEMENTATIONS, fake=fake):
+        assert attention(q, k, v, AttentionMask(), implementation="fake") is q
+        with pytest.raises(UserError, match="'fake' cannot serve: no ALiBi on this device"):
+            attention(q, k, v, AttentionMask(slopes=jnp.ones(1)), implementation="fake")
+
+
+MISTAKES = {
+    "6 query heads are not a multiple of 4": ((1, 4, 4, 6, 4, 8), {}, "auto"),
+    "mask.query_segment_ids has shape": (
+        (1, 4, 5, 2, 2, 8),
+        {"query_segment_ids": jnp.ones((1, 5), int), "key_segment_ids": jnp.ones((1, 5), int)},
+        "auto",
+    ),
+    "must be given together": ((1, 4, 4, 2, 2, 8), {"key_segment_ids": jnp.ones((1, 4), int)}, "auto"),
+    "mask.window=-1 must be positive": ((1, 4, 4, 2, 2, 8), {"window": -1}, "auto"),
+    "mask.slopes has shape": ((1, 4, 4, 2, 2, 8), {"slopes": jnp.ones(3)}, "auto"),
+    "did you mean 'chunked'": ((1, 4, 4, 2, 2, 8), {}, "chunkd"),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_one_line(message):
+    shape, fields, form = MISTAKES[message]
+    with pytest.raises(UserError, match=message) as error:
+        attention(*inputs(*shape)[:3], AttentionMask(**fields), implementation=form)
+    assert "\n" not in str(error.value)
