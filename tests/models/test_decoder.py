@@ -1,6 +1,7 @@
 """The decoder against a float64 numpy oracle, and the invariances that its switches promise."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +36,20 @@ VARIANTS = {
 }
 
 
+forward = jax.jit(models.logits, static_argnums=1)
+
+
+@functools.cache
 def build(**changes):
     config = dataclasses.replace(BASE, **changes)
-    params = models.init(config, jax.random.key(0))
+    return config, random_parameters(config)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def random_parameters(config):
     # Norm scales and biases away from 1 and 0, so that dropping one shows.
     noise = jax.random.normal(jax.random.key(9), (512,)) * 0.3
-    params = jax.tree.map(lambda p: p + jnp.resize(noise, p.shape), params)
-    return config, params
+    return jax.tree.map(lambda p: p + jnp.resize(noise, p.shape), models.init(config, jax.random.key(0)))
 
 
 def float64(params):
@@ -54,7 +62,7 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (2, 13)).astype(np.int32)
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_logits_equal_the_oracle(changes):
     config, params = build(**changes)
-    got = models.logits(params, config, TOKENS)
+    got = forward(params, config, TOKENS)
     for row in range(2):
         np.testing.assert_allclose(got[row], oracle.logits(float64(params), config, TOKENS[row]), atol=2e-4)
 
@@ -66,9 +74,9 @@ def test_packed_documents_equal_each_alone(changes):
     packed = np.concatenate([first, second])[None]
     segments = np.array([[1] * 5 + [2] * 7], np.int32)
     positions = np.array([[*range(5), *range(7)]], np.int32)
-    got = models.logits(params, config, packed, positions=positions, segment_ids=segments)[0]
-    np.testing.assert_allclose(got[:5], models.logits(params, config, first[None])[0], atol=2e-5)
-    np.testing.assert_allclose(got[5:], models.logits(params, config, second[None])[0], atol=2e-5)
+    got = forward(params, config, packed, positions=positions, segment_ids=segments)[0]
+    np.testing.assert_allclose(got[:5], forward(params, config, first[None])[0], atol=2e-5)
+    np.testing.assert_allclose(got[5:], forward(params, config, second[None])[0], atol=2e-5)
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -80,18 +88,21 @@ def test_left_padded_and_cached_equal_alone_and_uncached(changes):
     tokens = np.pad(prompt, ((0, 0), (padding, 0)))
     segments = np.pad(np.ones_like(prompt), ((0, 0), (padding, 0)))
     positions = np.maximum(np.arange(tokens.shape[1]) - padding, 0)[None].repeat(2, 0)
-    parts, cache = models.logits(params, config, tokens, positions=positions, segment_ids=segments, cache=cache)
+    parts, cache = forward(params, config, tokens, positions=positions, segment_ids=segments, cache=cache)
     parts = [parts[:, padding:]]
     for index in range(rest.shape[1]):
         position = np.full((2, 1), prompt.shape[1] + index, np.int32)
-        part, cache = models.logits(params, config, rest[:, index : index + 1], positions=position, cache=cache)
+        part, cache = forward(params, config, rest[:, index : index + 1], positions=position, cache=cache)
         parts.append(part)
-    want = models.logits(params, config, TOKENS)
+    want = forward(params, config, TOKENS)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), want, atol=3e-5)
 
 
 def total_loss(config, params):
     return jnp.sum(jnp.sin(models.logits(params, config, TOKENS)))
+
+
+value_and_gradient = jax.jit(jax.value_and_grad(total_loss, argnums=1), static_argnums=0)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +119,8 @@ def total_loss(config, params):
 )
 def test_execution_switches_keep_values_and_gradients(changes):
     config, params = build(num_kv_heads=2, window_sizes=(3, 0, 5))
-    value, gradient = jax.value_and_grad(total_loss, argnums=1)(config, params)
-    other = dataclasses.replace(config, **changes)
-    other_value, other_gradient = jax.value_and_grad(total_loss, argnums=1)(other, params)
+    value, gradient = value_and_gradient(config, params)
+    other_value, other_gradient = value_and_gradient(dataclasses.replace(config, **changes), params)
     np.testing.assert_allclose(other_value, value, rtol=1e-5)
     for want, got in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient)):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
@@ -125,12 +135,14 @@ def test_gradient_of_norm_head_flows_through_the_norm():
     assert float(jnp.abs(gradient).max()) > 1e-2
 
 
-def test_dropout_needs_a_key_and_keeps_the_mean():
+def test_dropout_needs_a_key_and_a_rate_and_repeats_with_its_key():
     config, params = build(dropout_rate=0.5)
-    plain = models.hidden_states(params, config, TOKENS)
-    np.testing.assert_array_equal(plain, models.hidden_states(params, dataclasses.replace(config), TOKENS))
-    dropped = models.hidden_states(params, config, TOKENS, dropout_key=jax.random.key(1))
-    again = models.hidden_states(params, config, TOKENS, dropout_key=jax.random.key(1))
+    hidden = jax.jit(models.hidden_states, static_argnums=1)
+    plain = hidden(params, config, TOKENS)
+    without_dropout = dataclasses.replace(config, dropout_rate=0.0)
+    np.testing.assert_array_equal(plain, hidden(params, without_dropout, TOKENS, dropout_key=jax.random.key(1)))
+    dropped = hidden(params, config, TOKENS, dropout_key=jax.random.key(1))
+    again = hidden(params, config, TOKENS, dropout_key=jax.random.key(1))
     assert float(jnp.abs(dropped - plain).max()) > 1e-2
     np.testing.assert_array_equal(dropped, again)
 
@@ -146,8 +158,8 @@ def test_dropout_keeps_the_expected_share_and_scale():
 
 def test_bfloat16_compute_stays_close():
     config, params = build()
-    want = models.logits(params, config, TOKENS)
-    got = models.logits(params, dataclasses.replace(config, compute_dtype="bfloat16"), TOKENS)
+    want = forward(params, config, TOKENS)
+    got = forward(params, dataclasses.replace(config, compute_dtype="bfloat16"), TOKENS)
     assert got.dtype == jnp.float32
     assert float(jnp.abs(got - want).mean() / jnp.abs(want).mean()) < 0.05
     assert float(jnp.abs(got - want).max()) > 0
