@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 BLOCK_BYTES = 1 << 26  # of a .txt file held in memory at once
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = "\ufeff"
 
 
 def find_sources(path: Path) -> dict[str, list[Path]]:
@@ -79,7 +79,7 @@ def _read_txt(path: Path) -> Iterator[str]:
         while lines := file.readlines(BLOCK_BYTES):
             block = b"".join(lines)
             text = _decode(block, path, offset)
-            yield from split_long(text.removeprefix("\ufeff") if offset == 0 else text)
+            yield from split_long(text.removeprefix(BYTE_ORDER_MARK) if offset == 0 else text)
             offset += len(block)
 
 
@@ -97,17 +97,16 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
     offset = 0
     for number, line in enumerate(_jsonl_lines(path), start=1):
         if line.strip():
-            yield _text_of(_decode(line, path, offset), f"{path}:{number}", text_field)
+            yield _text_of(_decode(line, path, offset).removeprefix(BYTE_ORDER_MARK), f"{path}:{number}", text_field)
         offset += len(line)
 
 
 def _jsonl_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a plain or gzipped file, without a byte order mark."""
+    """Lines of a plain or gzipped file."""
     with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
         try:
             lines: Iterable[bytes] = file
-            for line in lines:
-                yield line.removeprefix(BYTE_ORDER_MARK)
+            yield from lines
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path} is truncated or not gzip: {error}") from None
 

@@ -4,7 +4,6 @@ Grain's mixing is used: after k sequences every source has been drawn within a f
 draw is computed from k alone.
 """
 
-import sys
 from collections.abc import Mapping
 
 import grain
@@ -16,6 +15,9 @@ from llm_jax.data.records import Summary
 from llm_jax.errors import UserError, require
 
 
+ENDLESS = 1 << 48  # sequences: more than any run reads, and within what Grain's index arithmetic holds
+
+
 class Endless:
     """A packed source as Grain sees it: random access without an end."""
 
@@ -23,7 +25,7 @@ class Endless:
         self._source = source
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return ENDLESS
 
     def __getitem__(self, index: int) -> Batch:
         return self._source[index]

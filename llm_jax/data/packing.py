@@ -87,7 +87,8 @@ class PackedSource:
         """The window of stream tokens [start, stop): the last is a target only."""
         first = int(np.searchsorted(order.starts_D, start, side="right")) - 1
         last = int(np.searchsorted(order.starts_D, stop, side="left"))  # one past the last document
-        edges = np.clip(order.starts_D[first : last + 1], start, stop) - start  # document borders inside the window
+        # Document borders inside the window; np.clip takes 10 times longer on arrays this short.
+        edges = np.minimum(np.maximum(order.starts_D[first : last + 1], start), stop) - start
         stream = np.zeros(self._length + 1, np.int32)
         pieces = self._documents.read(order.documents_D[first:last].tolist())
         pieces[-1] = pieces[-1][: stop - int(order.starts_D[last - 1])]

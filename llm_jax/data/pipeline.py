@@ -36,7 +36,7 @@ from llm_jax.errors import UserError, require
 
 logger = logging.getLogger(__name__)
 
-BATCH_BYTES = 1 << 22  # of text tokenised at once
+BATCH_BYTES = 1 << 20  # of text tokenised at once
 TOKENIZER_NAME = "tokenizer.model"
 PROGRESS = "progress"  # the folder, inside the unfinished dataset, that says what is finished
 
@@ -156,7 +156,7 @@ def _write_source(
                 (heldout if held_out else train).add(ids, size, f"{digest:016x}")
                 if held_out:
                     texts.write(heldout_line(document.text))
-                progress.advance(task, size)
+            progress.advance(task, sum(len(document.text.encode()) for _, document in batch))
     _log_counts(source.name, census)
     return SourceSummary(source.language, census.duplicates, train.finish(), heldout.finish())
 

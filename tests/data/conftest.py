@@ -31,7 +31,9 @@ def write_corpus(folder, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "letters.jsonl").open("w") as lines:
         for i in range(200):
-            words = " ".join(generator.choice("alpha beta 中文 字 gamma".split()) for _ in range(generator.randint(1, 30)))
+            words = " ".join(
+                generator.choice("alpha beta 中文 字 gamma".split()) for _ in range(generator.randint(1, 30))
+            )
             lines.write(json.dumps({"text": f"letter {i}: {words}"}) + "\n")
     (folder / "books").mkdir()
     for i in range(12):
@@ -62,8 +64,6 @@ def model_file(tmp_path_factory):
 def dataset(tmp_path_factory, corpus_folder, model_file):
     """The prepared dataset's folder, for reading only."""
     output = tmp_path_factory.mktemp("prepared") / "dataset"
-    config = CorpusConfig(
-        path=str(corpus_folder), tokenizer=str(model_file), output=str(output), holdout_fraction=0.1
-    )
+    config = CorpusConfig(path=str(corpus_folder), tokenizer=str(model_file), output=str(output), holdout_fraction=0.1)
     pipeline.prepare(config, ByteTokenizer())
     return output

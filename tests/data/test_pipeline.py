@@ -144,7 +144,7 @@ def write_truncated_gzip(folder):
 
 BAD = {
     "invalid UTF-8 at byte offset 6 (0xff)": lambda f: (f / "x.txt").write_bytes(b"good \n\xff bad"),
-    "invalid UTF-8 at byte offset 30 (0xe4)": lambda f: (f / "x.jsonl").write_bytes(
+    "invalid UTF-8 at byte offset 29 (0xe4)": lambda f: (f / "x.jsonl").write_bytes(
         b'{"text": "ok"}\n{"text": "fine\xe4"}\n'
     ),
     "x.jsonl:3: not valid JSON": lambda f: (f / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n'),
