@@ -82,14 +82,15 @@ def heldout_evaluation(config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh
     def evaluate(params: Any) -> dict[str, float]:
         values = {}
         nats = tokens = 0.0
-        for source in info.heldout:
+        for source in info.sources:
             batches = loader.heldout_batches(
                 config.data, source, max_batches=config.eval_batches, process_index=share[0], process_count=share[1]
             )
             result = score(params, batches)
             values[f"loss/{source}"] = result.loss
+            heldout = info.sources[source].heldout
             values[f"bits_per_byte/{source}"] = result.bits_per_byte(
-                result.tokens * info.heldout[source].bytes / info.heldout[source].tokens
+                result.tokens * heldout.text_bytes / heldout.tokens
             )
             nats, tokens = nats + result.nats, tokens + result.tokens
         return {"loss": perplexity.Heldout(nats, tokens).loss, **values}
@@ -100,10 +101,9 @@ def heldout_evaluation(config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh
 def describe(config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh) -> str:
     """What is about to run, in one line."""
     tokens = config.steps * config.data.batch_size * config.data.sequence_length
-    total = sum(source.tokens for source in info.train.values())
     return (
         f"{models.count_parameters(config.model):,} parameters, {config.steps:,} steps, {tokens:,} tokens "
-        f"({tokens / total:.2f} epochs of {total:,}), mesh {dict(mesh.shape)}"
+        f"({tokens / info.tokens:.2f} epochs of {info.tokens:,}), mesh {dict(mesh.shape)}"
     )
 
 
