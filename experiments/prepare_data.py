@@ -23,6 +23,7 @@ from llm_jax.data.records import SourceSummary, Summary
 from llm_jax.errors import require
 from llm_jax.tokenization.tokenizer import Tokenizer
 
+TABLE_WIDTH = 110
 HEADINGS = ("source", "language", "documents", "MB", "tokens", "bytes/token", "held out", "duplicates dropped")
 
 
@@ -32,7 +33,7 @@ def main(config: CorpusConfig, workdir: Path) -> Summary:
     started = time.monotonic()
     config = dataclasses.replace(config, output=config.output or str(workdir / "dataset"))
     summary = pipeline.prepare(config, Tokenizer.load(config.tokenizer))
-    console = Console()
+    console = Console(width=max(Console().width, TABLE_WIDTH))  # a table piped to a file is not squeezed
     console.print(table(summary))
     console.print(f"{config.output}: prepared in {time.monotonic() - started:.1f} s")
     return summary

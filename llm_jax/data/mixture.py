@@ -14,7 +14,6 @@ from llm_jax.data.packing import PackedSource
 from llm_jax.data.records import Summary
 from llm_jax.errors import UserError, require
 
-
 ENDLESS = 1 << 48  # sequences: more than any run reads, and within what Grain's index arithmetic holds
 
 

@@ -32,7 +32,7 @@ def write_corpus(folder, seed=0):
     with (folder / "letters.jsonl").open("w") as lines:
         for i in range(200):
             words = " ".join(
-                generator.choice("alpha beta 中文 字 gamma".split()) for _ in range(generator.randint(1, 30))
+                generator.choice(["alpha", "beta", "中文", "字", "gamma"]) for _ in range(generator.randint(1, 30))
             )
             lines.write(json.dumps({"text": f"letter {i}: {words}"}) + "\n")
     (folder / "books").mkdir()

