@@ -4,7 +4,8 @@
 
 Prints one JSON line per variant and one that compares them. Memory is XLA's temporary memory of the compiled
 gradient, and the peak resident memory above what the process holds for inputs and results (the gradients themselves
-are 257 MB at the default size); each variant runs in a process of its own. Times are medians of rounds in which the variants take turns, and the gradients are compared.
+are 266 MB at the default size); each variant runs in a process of its own. Times are medians of rounds in which the
+variants take turns, and the gradients are compared.
 """
 
 import argparse
