@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.status import Status
 
 from llm_jax.config import TokenizerConfig
-from llm_jax.data import sources
+from llm_jax.data.documents import Document
 from llm_jax.errors import UserError
 
 # SentencePiece skips what is longer than its limit, and its BPE trainer slows down on long unbroken text.
@@ -43,15 +43,12 @@ STYLES = {
 }
 
 
-def train(config: TokenizerConfig, output: Path) -> Path:
-    """Train a vocabulary on the configured corpus and write its model file.
-
-    The file appears only when it is complete. Held-out documents are never read.
+def train(documents: Iterable[Document], config: TokenizerConfig, output: Path) -> Path:
+    """Train a vocabulary on documents and write its model file, which appears only when it is complete.
 
     Raises:
-        UserError: the corpus has no text, or too little or too great a variety of it for `config.vocab_size`.
+        UserError: there is no text, or too little or too great a variety of it for `config.vocab_size`.
     """
-    documents = sources.sample_documents(config.corpus, config.sample_bytes, config.seed)
     with Console(stderr=True).status("reading text for the tokenizer") as status:
         model = train_on_texts(_reported((document.text for document in documents), config, status), config)
     output.parent.mkdir(parents=True, exist_ok=True)

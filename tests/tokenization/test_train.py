@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as protocol
 
-from llm_jax.config import CorpusConfig, TokenizerConfig
+from llm_jax.config import TokenizerConfig
 from llm_jax.data.documents import Document
 from llm_jax.errors import UserError
 from llm_jax.tokenization import report, train
@@ -80,6 +80,13 @@ def test_too_large_a_vocabulary_names_one_that_fits():
         trained([TEXT], largest + 1)
 
 
+def test_a_lower_coverage_leaves_rare_characters_to_bytes():
+    text = TEXT * 20 + "罕"
+    covered = train.train_on_texts([text], TokenizerConfig(vocab_size=310, character_coverage=1.0))
+    assert len(Tokenizer(covered).encode("罕")) == 1
+    assert len(trained([text], 310)[0].encode("罕")) == 3
+
+
 def test_too_small_a_vocabulary_names_one_that_fits():
     with pytest.raises(UserError, match="too small for the characters of this text") as caught:
         trained([TEXT], 260)
@@ -94,14 +101,13 @@ def test_no_text(texts):
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), UserError("broken.jsonl, line 7"), OSError(28, "full")])
-def test_a_failure_in_reading_is_passed_on_and_leaves_no_file(monkeypatch, tmp_path, failure):
-    def documents(*_):
+def test_a_failure_in_reading_is_passed_on_and_leaves_no_file(tmp_path, failure):
+    def documents():
         yield Document("mine", "en", TEXT)
         raise failure
 
-    monkeypatch.setattr(train.sources, "sample_documents", documents)
     with pytest.raises(type(failure)) as caught:
-        train.train(TokenizerConfig(vocab_size=300, corpus=CorpusConfig(path="mine")), tmp_path / "tokenizer.model")
+        train.train(documents(), TokenizerConfig(vocab_size=300), tmp_path / "tokenizer.model")
     assert caught.value is failure
     assert list(tmp_path.iterdir()) == []
 
