@@ -24,7 +24,7 @@ from llm_jax.errors import require
 from llm_jax.tokenization.tokenizer import Tokenizer
 
 TABLE_WIDTH = 110
-HEADINGS = ("source", "language", "documents", "MB", "tokens", "bytes/token", "held out", "duplicates dropped")
+HEADINGS = ("source", "language", "documents", "MB", "tokens", "bytes/token", "held out", "duplicates")
 
 
 def main(config: CorpusConfig, workdir: Path) -> Summary:

@@ -2,10 +2,10 @@
 
 import concurrent.futures
 import dataclasses
+import errno
 import fnmatch
 import hashlib
-import logging
-import re
+import os
 import shutil
 import subprocess
 import sys
@@ -17,8 +17,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-logger = logging.getLogger(__name__)
 
 PARALLEL_DOWNLOADS = 4
 # A platform wheel is always fetched for the same platform, so that one digest is right on every machine.
@@ -87,8 +85,9 @@ def _download_all(packages: Sequence[Package], cache: Path) -> dict[str, Path | 
         futures = {pool.submit(_fetch, package, cache): package for package in packages}
         for future in concurrent.futures.as_completed(futures):
             package = futures[future]
-            found[package.name] = future.result()
-            progress.update(task, advance=package.size, description=f"downloaded {package.requirement}")
+            found[package.name] = result = future.result()
+            verb = "cannot get" if isinstance(result, FetchError) else "downloaded"
+            progress.update(task, advance=package.size, description=f"{verb} {package.requirement}")
     return found
 
 
@@ -100,7 +99,7 @@ def _fetch(package: Package, cache: Path) -> Path | FetchError:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         files = [path for path in Path(folder).iterdir() if path.is_file()]
         if done.returncode != 0 or len(files) != 1:
-            return FetchError(f"pip cannot download it: {_last_error(done.stderr)}")
+            return FetchError(f"pip cannot download it: {_reason(done.stderr)}")
         problem = _problem(package, files[0])
         if problem is not None:
             return FetchError(problem)
@@ -120,11 +119,15 @@ def _problem(package: Package, path: Path) -> str | None:
     return None if digest == package.sha256 else f"its sha256 is {digest} instead of {package.sha256}"
 
 
-def _last_error(stderr: str) -> str:
-    """The line of pip's complaints that says most."""
+def _reason(stderr: str) -> str:
+    """One line out of pip's complaints."""
+    if "No space left on device" in stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if "Retrying" in stderr:
+        return "the package index cannot be reached"
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.lower().startswith("error")] or lines
-    return re.sub(r"^ERROR:\s*", "", errors[0])[:200] if errors else "pip gave no reason"
+    errors = [line for line in lines if line.startswith("ERROR: ") and not line.endswith("Exception:")]
+    return (errors or lines[-1:] or ["pip gave no reason"])[0].removeprefix("ERROR: ")[:200]
 
 
 def members(path: Path, *patterns: str) -> Iterator[tuple[str, bytes]]:

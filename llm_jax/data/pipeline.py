@@ -31,7 +31,7 @@ from llm_jax.data.records import (
     source_from_json,
     write_metadata,
 )
-from llm_jax.data.sources import Source, corpus
+from llm_jax.data.sources import Source, corpus, public_names
 from llm_jax.errors import UserError, require
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def prepare(config: CorpusConfig, tokenizer: TextEncoder) -> Summary:
     output = Path(config.output)
     fingerprint = _fingerprint(config, tokenizer.sha256)
     if (output / SUMMARY).is_file():
-        return _existing(output, fingerprint)
+        return _existing(output, fingerprint, config)
     require(
         not output.exists() or (output.is_dir() and not any(output.iterdir())),
         f"{output} exists and is not a dataset: choose another CorpusConfig.output",
@@ -84,13 +84,16 @@ def prepare(config: CorpusConfig, tokenizer: TextEncoder) -> Summary:
     return summary
 
 
-def _existing(output: Path, fingerprint: str) -> Summary:
+def _existing(output: Path, fingerprint: str, config: CorpusConfig) -> Summary:
     summary = read_summary(output)
     require(
         summary.fingerprint == fingerprint,
         f"{output} holds a dataset of another corpus, tokenizer or settings: remove it or choose another output",
     )
     logger.info("%s is already prepared", output)
+    missing = [] if config.path else [name for name in public_names(config.profile) if name not in summary.sources]
+    if missing:
+        logger.warning("%s lacks %s, left out when it was made: remove it to try again", output, ", ".join(missing))
     return summary
 
 

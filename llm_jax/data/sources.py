@@ -139,6 +139,11 @@ def _public_sources(config: CorpusConfig) -> list[Source]:
     return sources
 
 
+def public_names(profile: str) -> list[str]:
+    """The names of a profile's sources."""
+    return [source.name for source in PUBLIC_SOURCES if profile in source.profiles]
+
+
 def _origin(public: PublicSource) -> str:
     return public.package.requirement if public.package else "the interpreter's own files"
 
