@@ -1,0 +1,45 @@
+# Every target makes and reuses .venv, with the newest Python that suits; PYTHON=/path/to/python chooses another.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench clean
+SHELL := /bin/bash
+BIN := .venv/bin
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+help:
+	@echo 'make demo      the whole path on 2 cores in about 10 minutes: corpus, tokenizer, dataset, model, report'
+	@echo 'make test      the tests, without the slow ones'
+	@echo 'make test-all  all the tests'
+	@echo 'make lint      ruff and mypy'
+	@echo 'make bench     measurements against other libraries, as JSON lines'
+	@echo 'make clean     remove the environments and all caches; runs/ stays'
+	@echo 'PYTHON=/path/to/python chooses the interpreter (3.11 or newer).'
+
+demo: .venv/.data
+	$(BIN)/python -m experiments.demo
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: .venv/.dev
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch and Tunix pin versions of their own, so they get an environment of their own.
+bench: .venv-bench/.bench
+	@set -e; for file in benchmarks/[!_]*.py; do \
+		echo ".venv-bench/bin/python -m benchmarks.$$(basename $$file .py)" >&2; \
+		.venv-bench/bin/python -m benchmarks.$$(basename $$file .py); \
+	done
+
+clean:
+	rm -rf .venv .venv-bench .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What is installed in an environment follows setup.cfg: ENVIRONMENT/.EXTRA is touched when the extra is in place.
+.venv/.% .venv-bench/.%: setup.cfg pyproject.toml
+	@bash .ci/install "$(@D)" "$*"
+	@touch $@
