@@ -1,0 +1,112 @@
+"""The figures of a report, as PNG files: one function a figure, from plain records to a path."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
+
+Records = Sequence[Mapping[str, float]]
+
+# Wong's palette, which stays apart for colour-blind readers; the model is always the first.
+COLOURS = {
+    "model": "#0072B2",
+    "unigram": "#999999",
+    "gzip -9": "#E69F00",
+    "zstd -19": "#CC79A7",
+    "xz -9e": "#009E73",
+}
+HELDOUT_COLOUR = "#D55E00"
+DOTS_PER_INCH = 110
+SMOOTHING = 0.9  # of the thick training curve: an exponential mean over logged steps
+
+
+@contextmanager
+def _figure(path: Path, width: float, height: float, title: str) -> Iterator[Axes]:
+    """Axes of the house style, saved to `path` at the end of the block."""
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e5e5e5", linewidth=0.7)
+    axes.set_axisbelow(True)
+    try:
+        yield axes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DOTS_PER_INCH)
+    finally:
+        plt.close(figure)
+
+
+def _tokens_axis(axes: Axes) -> None:
+    axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _column(records: Records, name: str) -> list[float]:
+    return [record[name] for record in records]
+
+
+def smooth(values: Sequence[float], decay: float = SMOOTHING) -> list[float]:
+    """Exponential means, corrected for their start, so that the first one is the first value."""
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        means.append(total / weight)
+    return means
+
+
+def loss_curve(train: Records, heldout: Records, path: Path) -> None:
+    """Training and held-out cross-entropy in nats per token over the tokens seen."""
+    tokens, losses = _column(train, "tokens"), _column(train, "cross_entropy")
+    with _figure(path, 7.5, 4.2, "Loss by tokens seen") as axes:
+        axes.plot(tokens, losses, color=COLOURS["model"], alpha=0.3, linewidth=0.8)
+        axes.plot(tokens, smooth(losses), color=COLOURS["model"], label="training, smoothed")
+        axes.plot(_column(heldout, "tokens"), _column(heldout, "loss"), "o-", color=HELDOUT_COLOUR, label="held-out")
+        axes.set_ylabel("cross-entropy (nats per token)")
+        _tokens_axis(axes)
+        axes.legend(frameon=False)
+
+
+def learning_rate(train: Records, path: Path) -> None:
+    """The learning rate over the tokens seen."""
+    with _figure(path, 7.5, 3.0, "Learning rate") as axes:
+        axes.plot(_column(train, "tokens"), _column(train, "learning_rate"), color=COLOURS["model"])
+        axes.set_ylabel("learning rate")
+        axes.set_ylim(bottom=0)
+        _tokens_axis(axes)
+
+
+def throughput(train: Records, path: Path) -> None:
+    """Tokens per second over the tokens seen and, where the hardware's peak is known, the share of it on the right."""
+    with _figure(path, 7.5, 3.0, "Throughput") as axes:
+        axes.plot(_column(train, "tokens"), _column(train, "tokens_per_second"), color=COLOURS["model"])
+        axes.set_ylabel("tokens per second")
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        _tokens_axis(axes)
+        known = [record for record in train if record.get("mfu") and record["tokens_per_second"]]
+        if known:  # both are the same curve up to a constant
+            ratio = known[-1]["mfu"] / known[-1]["tokens_per_second"]
+            share = axes.secondary_yaxis("right", functions=(lambda y: 100 * ratio * y, lambda y: y / ratio / 100))
+            share.set_ylabel("model FLOPs utilisation (%)")
+
+
+def heldout_bars(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Held-out bits per byte as grouped bars: `rows` maps a source to the figure of every method."""
+    methods = [method for method in COLOURS if all(method in row for row in rows.values())]
+    thickness = 0.8 / len(methods)
+    with _figure(path, 8.5, 1.3 + 0.52 * len(rows), "Held-out bits per byte (shorter is better)") as axes:
+        for index, method in enumerate(methods):
+            centres = [place + (index - (len(methods) - 1) / 2) * thickness for place in range(len(rows))]
+            axes.barh(centres, [row[method] for row in rows.values()], thickness, color=COLOURS[method], label=method)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("bits per byte of UTF-8 text")
+        axes.legend(frameon=False, ncols=len(methods), loc="upper right", bbox_to_anchor=(1, 0), borderaxespad=3.2)
