@@ -48,14 +48,17 @@ def measure(dataset: Path, batch_size: int, sequence_length: int) -> dict[str, o
     first = time.perf_counter() - started
     for _ in range(2 * config.prefetch):  # what was prepared in advance counts for nothing
         next(batches)
-    count, started = 0, time.perf_counter()
+    count, started, cpu_started = 0, time.perf_counter(), time.process_time()
     while (seconds := time.perf_counter() - started) < SECONDS:
         next(batches)
         count += 1
+    tokens = count * batch_size * sequence_length
     return {
         "benchmark": "loader",
         "batch": [batch_size, sequence_length],
-        "tokens_per_second": round(count * batch_size * sequence_length / seconds),
+        "tokens_per_second": round(tokens / seconds),
+        # What the same core gives when nothing else runs on it.
+        "tokens_per_cpu_second": round(tokens / (time.process_time() - cpu_started)),
         "first_batch_seconds": round(first, 3),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 1),

