@@ -1,0 +1,38 @@
+"""What a measured process does: say that it is ready, then run steps whenever the parent asks, and report."""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+
+def serve(step: Callable[[], float], **about: object) -> None:
+    """Answer each line `N` on standard input with the median seconds of N calls of `step`, which returns its loss.
+
+    The first line written, once two steps have warmed up, is `about` with the loss of the first step. Processor time
+    is reported too: it tells a slow step from a step that had to share the machine.
+    """
+    first_loss = step()
+    step()
+    _answer({"first_loss": first_loss, **about})
+    for line in sys.stdin:
+        count = int(line)
+        seconds = []
+        before = _processor_seconds()
+        for _ in range(count):
+            start = time.perf_counter()
+            loss = step()
+            seconds.append(time.perf_counter() - start)
+        processor = (_processor_seconds() - before) / count
+        _answer({"seconds": statistics.median(seconds), "processor_seconds": processor, "loss": loss})
+
+
+def _processor_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _answer(values: dict[str, object]) -> None:
+    print(json.dumps(values), flush=True)

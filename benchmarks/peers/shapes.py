@@ -1,0 +1,35 @@
+"""The two models of the train-step benchmark, and the count of their floating-point operations. Depends on nothing."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A LLaMA-style decoder (SwiGLU, RMSNorm, RoPE, multi-head attention, untied head) and its batch."""
+
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    vocabulary: int
+    batch: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a step."""
+        return self.batch * self.length
+
+    @property
+    def flops(self) -> int:
+        """Operations of a step's matmuls, forward and backward, with attention counted as if it were not causal."""
+        matrices = self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.ffn) + self.hidden * self.vocabulary
+        scores = 2 * self.layers * self.length * self.hidden
+        return 6 * self.tokens * (matrices + scores)
+
+
+SHAPES = {
+    "S": Shape(hidden=256, layers=6, heads=4, ffn=768, vocabulary=8192, batch=8, length=256),
+    "M": Shape(hidden=512, layers=8, heads=8, ffn=1408, vocabulary=32000, batch=4, length=512),
+}
+LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP_NORM = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
