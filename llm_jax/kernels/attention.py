@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from absl import logging
 
 from llm_jax.errors import UserError, require
-from llm_jax.kernels.chunked import chunked_attention
+from llm_jax.kernels.chunked import KEY_BLOCK, QUERY_BLOCK, chunked_attention
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.reference import reference_attention
 
-# Up to so many score entries per head, the plain form wins: measured on 2 CPU cores; it is also small in memory.
-REFERENCE_SCORES = 1024 * 1024
+# Up to so many scores per head "auto" takes the plain form. On a CPU the tiles of the chunked form stay in the cache
+# and skip the upper triangle, so they win as soon as there is more than one. Elsewhere memory decides.
+REFERENCE_SCORES = {"cpu": QUERY_BLOCK * KEY_BLOCK}
+REFERENCE_SCORES_ELSEWHERE = 1024 * 1024
 
 
 class Problem(NamedTuple):
@@ -120,7 +122,8 @@ def _choose(problem: Problem, implementation: str) -> tuple[str, str]:
         require(reason is None, f"attention implementation {implementation!r} cannot serve: {reason}")
         return implementation, "asked for by name"
     size = f"{problem.num_queries} queries x {problem.num_keys} keys on {problem.platform}"
-    if problem.num_queries * problem.num_keys <= REFERENCE_SCORES:
+    limit = REFERENCE_SCORES.get(problem.platform, REFERENCE_SCORES_ELSEWHERE)
+    if problem.num_queries == 1 or problem.num_queries * problem.num_keys <= limit:
         return "reference", f"{size}: the score matrix is small"
     return "chunked", f"{size}: memory linear in the length"
 

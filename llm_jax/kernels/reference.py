@@ -1,10 +1,10 @@
 """Attention with the whole score matrix in memory: the meaning of the other kernels, and the fast path when short.
 
 Legend: B batch, T query length, S key length, N query heads, K key/value heads, G query heads per key/value head,
-H head dim.
+R = G * T rows of queries that share a key/value head, H head dim.
 """
 
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,79 +18,92 @@ HIDDEN = -1e30
 LOWEST = -1e20
 
 
+# The gradient is written by hand because it then reads the [T,S] matrix once: the division by the row sums is moved
+# to the [T,H] side, so neither the normalised probabilities nor their product with the gradient is ever stored.
+@jax.custom_vjp
 def reference_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: AttentionMask) -> jax.Array:
     """softmax(q k^T / sqrt(H) + bias) v over the visible keys, [B,T,N,H] in q's dtype.
 
     Scores, softmax and its sums are float32. `mask.query_scale` is the caller's to apply. A query that sees no key
     gives zeros and passes no gradient.
     """
-    q_BKGTH, k_BKSH, v_BKSH = split_heads(q_BTNH, k_BSKH, v_BSKH)
-    return merge_heads(_attention(q_BKGTH, k_BKSH, v_BKSH, mask))
+    return _forward(q_BTNH, k_BSKH, v_BSKH, mask)[0]
 
 
-def split_heads(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Heads before lengths ([B,K,G,T,H], [B,K,S,H] twice): each head's matrices are contiguous for the matmuls."""
+class _Residuals(NamedTuple):
+    q_BKRH: jax.Array
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    weights_BKRS: jax.Array  # not yet divided by their sums
+    inverse_BKR1: jax.Array  # one over the sums
+    out_BTNH: jax.Array
+
+
+def _forward(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: AttentionMask
+) -> tuple[jax.Array, _Residuals]:
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    q, k, v = fold_queries(q_BTNH, k_BSKH.shape[2]), k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    scores = masked_scores(q, k, mask.visible(T, S), mask.bias(T, S))
+    highest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), LOWEST)
+    weights = jnp.exp(scores - highest)
+    sums = jnp.sum(weights, axis=-1, keepdims=True)
+    inverse = 1.0 / jnp.where(sums > 0, sums, 1.0)
+    weights = weights.astype(q.dtype)
+    out = (matmul("bkrs,bksh->bkrh", weights, v) * inverse).astype(q.dtype)
+    out_BTNH = checkpoint_name(unfold_queries(out, T), "attention_out")
+    return out_BTNH, _Residuals(q, k, v, weights, inverse, out_BTNH)
+
+
+def _backward(residuals: _Residuals, dout_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, weights, inverse, out_BTNH = residuals
+    T, scale = dout_BTNH.shape[1], q.shape[-1] ** -0.5
+    delta_BTN1 = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1, keepdims=True)
+    delta = fold_queries(delta_BTN1, k.shape[1]) * inverse
+    dout = (fold_queries(dout_BTNH, k.shape[1]) * inverse).astype(q.dtype)
+    dv = matmul("bkrs,bkrh->bksh", weights, dout)
+    dweights = matmul("bkrh,bksh->bkrs", dout, v)
+    dscores = (weights * (dweights - delta)).astype(q.dtype)
+    dq = matmul("bkrs,bksh->bkrh", dscores, k) * scale
+    dk = matmul("bkrs,bkrh->bksh", dscores, q) * scale
+    dk_BSKH, dv_BSKH = dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
+    return unfold_queries(dq, T).astype(q.dtype), dk_BSKH.astype(k.dtype), dv_BSKH.astype(v.dtype), None
+
+
+reference_attention.defvjp(_forward, _backward)
+
+
+def fold_queries(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
+    """[B,T,N,H] to [B,K,R,H]: contiguous matrices, one per key/value head, so that no key or value is repeated."""
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    return q_BKGTH, k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    q_BTKGH = q_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
+    return q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, num_kv_heads, -1, H)
 
 
-def merge_heads(out_BKGTH: jax.Array) -> jax.Array:
-    """[B,K,G,T,H] to [B,T,N,H]."""
-    B, K, G, T, H = out_BKGTH.shape
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+def unfold_queries(x_BKRH: jax.Array, num_queries: int) -> jax.Array:
+    """The inverse of `fold_queries`."""
+    B, K, R, H = x_BKRH.shape
+    x_BKGTH = x_BKRH.reshape(B, K, R // num_queries, num_queries, H)
+    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, num_queries, -1, H)
 
 
 def masked_scores(
-    q_BKGTH: jax.Array,
+    q_BKRH: jax.Array,
     k_BKSH: jax.Array,
     visible_B1TS: jax.Array | None,
     bias_BNTS: jax.Array | None,
 ) -> jax.Array:
-    """Float32 [B,K,G,T,S]: scaled products plus the bias where visible, HIDDEN elsewhere."""
-    _, K, G, T, H = q_BKGTH.shape
-    scores = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
+    """Float32 [B,K,R,S]: scaled products plus the bias where visible, HIDDEN elsewhere."""
+    (B, K, R, H), S = q_BKRH.shape, k_BKSH.shape[2]
+    scores_BKRS = matmul("bkrh,bksh->bkrs", q_BKRH, k_BKSH) * H**-0.5
     if bias_BNTS is not None:
-        scores += bias_BNTS.reshape(bias_BNTS.shape[0], K, G, T, -1)
-    return scores if visible_B1TS is None else jnp.where(visible_B1TS[:, :, None], scores, HIDDEN)
+        scores_BKRS += bias_BNTS.reshape(-1, K, R, S)
+    if visible_B1TS is None:
+        return scores_BKRS
+    scores_BNTS = scores_BKRS.reshape(B, -1, visible_B1TS.shape[2], S)
+    return jnp.where(visible_B1TS, scores_BNTS, HIDDEN).reshape(B, K, R, S)
 
 
-# The gradient is written by hand because it then reads the [T,S] matrix once: the division by the row sums is moved
-# to the [T,H] side, so neither the normalised probabilities nor their product with the gradient is ever stored.
-@jax.custom_vjp
-def _attention(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: AttentionMask) -> jax.Array:
-    return _forward(q_BKGTH, k_BKSH, v_BKSH, mask)[0]
-
-
-def _forward(
-    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: AttentionMask
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
-    scores = masked_scores(q_BKGTH, k_BKSH, mask.visible(T, S), mask.bias(T, S))
-    highest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), LOWEST)
-    weights_f32 = jnp.exp(scores - highest)
-    sums = jnp.sum(weights_f32, axis=-1, keepdims=True)
-    inverse = 1.0 / jnp.where(sums > 0, sums, 1.0)
-    weights = weights_f32.astype(q_BKGTH.dtype)
-    out = jnp.einsum("bkgts,bksh->bkgth", weights, v_BKSH, preferred_element_type=jnp.float32) * inverse
-    out = checkpoint_name(out.astype(q_BKGTH.dtype), "attention_out")
-    return out, (q_BKGTH, k_BKSH, v_BKSH, weights, inverse, out)
-
-
-def _backward(residuals: tuple[jax.Array, ...], dout: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, weights, inverse, out = residuals
-    scale = q.shape[-1] ** -0.5
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dout_f32 = dout.astype(jnp.float32) * inverse
-    delta = jnp.sum(dout_f32 * out.astype(jnp.float32), axis=-1, keepdims=True)
-    dout = dout_f32.astype(q.dtype)
-    dv = einsum("bkgts,bkgth->bksh", weights, dout)
-    dweights = einsum("bkgth,bksh->bkgts", dout, v)
-    dscores = (weights * (dweights - delta)).astype(q.dtype)
-    dq = einsum("bkgts,bksh->bkgth", dscores, k) * scale
-    dk = einsum("bkgts,bkgth->bksh", dscores, q) * scale
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-_attention.defvjp(_forward, _backward)
+def matmul(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """`jnp.einsum` with a float32 result."""
+    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
