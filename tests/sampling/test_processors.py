@@ -1,0 +1,95 @@
+"""Logits processors against Hugging Face's on stored inputs, and against plain loops."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from llm_jax.config import SamplingConfig
+from llm_jax.sampling import processors
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "processors.npz")
+CASES = GOLDEN["cases"]
+
+# Logits of one shape and few distinct values, so that ties and signs of zero are common.
+coarse_logits = arrays(np.float32, (2, 9), elements=st.sampled_from([-7.5, -1.0, -0.0, 0.0, 0.5, 2.0, 9.0]))
+logits = coarse_logits | arrays(np.float32, (2, 9), elements=st.floats(-30, 30, width=32))
+top_k = jax.jit(processors.top_k, static_argnums=1)
+top_p = jax.jit(processors.top_p, static_argnums=1)
+
+
+@pytest.mark.parametrize("i", range(len(CASES)))
+def test_as_hugging_face(i):
+    logits_BV, ids_BT = GOLDEN["logits_BV"], GOLDEN["ids_BT"]
+    penalty, temperature, k, p = CASES[i]
+    sampling = SamplingConfig(repetition_penalty=penalty, temperature=temperature, top_k=int(k), top_p=p)
+    seen_BV = np.zeros(logits_BV.shape, bool)
+    np.put_along_axis(seen_BV, ids_BT, True, axis=1)
+    rows = slice(1, None) if p < 1 else slice(None)  # the first row has ties, of which Hugging Face's top-p keeps some
+    ours_BV = processors.process(jnp.asarray(logits_BV), jnp.asarray(seen_BV), sampling)
+    np.testing.assert_allclose(ours_BV[rows], GOLDEN[f"case_{i}"][rows], rtol=1e-6)
+
+
+def test_the_golden_cases_remove_something():
+    removed = [np.isneginf(GOLDEN[f"case_{i}"]).any() for i in range(len(CASES))]
+    assert removed == [bool(k) or p < 1 for _, _, k, p in CASES]
+
+
+@settings(max_examples=200, deadline=None)
+@given(logits, st.sampled_from([1, 2, 4, 8, 9, 20]))
+def test_top_k_keeps_the_kth_largest_and_its_ties(logits_BV, k):
+    kth_B1 = np.sort(logits_BV, axis=-1)[:, ::-1][:, [min(k, 9) - 1]]
+    np.testing.assert_array_equal(top_k(logits_BV, k), np.where(logits_BV >= kth_B1, logits_BV, -np.inf))
+
+
+def smallest_nucleus(logits_V: np.ndarray, p: float) -> set[int]:
+    """Add groups of equal logits, most likely first, until the probability reaches p."""
+    probabilities_V = np.exp(logits_V.astype(np.float64) - logits_V.max())
+    probabilities_V /= probabilities_V.sum()
+    kept: set[int] = set()
+    for value in sorted(set(logits_V.tolist()), reverse=True):
+        kept |= set(np.flatnonzero(logits_V == value).tolist())
+        if probabilities_V[list(kept)].sum() >= p - 1e-6:  # float32 may fall short of p itself by rounding
+            break
+    return kept
+
+
+@settings(max_examples=200, deadline=None)
+@given(logits, st.sampled_from([1e-9, 0.1, 0.33333, 0.7, 0.95]))
+def test_top_p_keeps_the_smallest_nucleus(logits_BV, p):
+    ours_BV = np.asarray(top_p(logits_BV, p))
+    for logits_V, ours_V in zip(logits_BV, ours_BV):
+        kept = smallest_nucleus(logits_V, p)
+        larger = smallest_nucleus(logits_V, p + 2e-6)  # what rounding to the other side would keep
+        assert set(np.flatnonzero(ours_V > -np.inf).tolist()) in (kept, larger)
+        np.testing.assert_array_equal(ours_V[list(kept)], logits_V[list(kept)])
+
+
+def test_equal_logits_are_treated_alike_by_top_p():
+    assert not np.isneginf(top_p(np.zeros((1, 9), np.float32), 0.1)).any()
+
+
+def test_top_p_after_top_k_counts_only_what_is_left():
+    logits_BV = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32))
+    both_BV = top_p(top_k(logits_BV, 2), 0.5)  # 0.4 is 4/7 of what top-k leaves
+    assert np.isneginf(both_BV).tolist() == [[False, True, True, True]]
+    assert np.isneginf(top_p(logits_BV, 0.5)).tolist() == [[False, False, True, True]]
+
+
+def test_the_penalty_only_touches_what_was_seen():
+    logits_BV = np.array([[2.0, -2.0, 0.0, 2.0, -2.0]], np.float32)
+    seen_BV = np.array([[True, True, True, False, False]])
+    ours_BV = processors.repetition_penalty(logits_BV, seen_BV, 2.0)
+    np.testing.assert_array_equal(ours_BV, [[1.0, -4.0, 0.0, 2.0, -2.0]])
+
+
+def test_greedy_keeps_the_penalty_and_nothing_else():
+    logits_BV = np.array([[3.0, 2.0, -1.0]], np.float32)
+    seen_BV = np.array([[True, False, False]])
+    sampling = SamplingConfig(temperature=0.0, repetition_penalty=2.0, top_k=1, top_p=0.1)
+    np.testing.assert_array_equal(processors.process(logits_BV, seen_BV, sampling), [[1.5, 2.0, -1.0]])
