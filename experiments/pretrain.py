@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
 from jax.sharding import Mesh
 
 from experiments import runner
@@ -120,7 +119,7 @@ def run(config: TrainConfig, workdir: Path) -> None:
     abstract = state.abstract_state(config.model, optimizer, mesh)
     config_lib.save(config, workdir / "config.json")
     shutil.copyfile(info.tokenizer, workdir / "tokenizer.model")
-    logging.info("%s", describe(config, info, mesh))
+    print(describe(config, info, mesh))
     train(config, workdir, mesh, info, optimizer, schedule, abstract)
 
 

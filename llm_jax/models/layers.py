@@ -18,6 +18,7 @@ from llm_jax.kernels.attention import attention
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.models import positions
 from llm_jax.models.cache import LayerCache
+from llm_jax.models.linear import linear, swiglu
 from llm_jax.parallel.rules import LogicalAxes, constrain, gather
 
 
@@ -37,7 +38,7 @@ class Projection(nn.Module):
         shape = (*self.inputs, *self.outputs)
         initializer = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
         kernel = gather(self.param("kernel", initializer, shape, self.config.param_dtype), self.axes, dtype)
-        y = jax.lax.dot_general(x, kernel, ((_trailing(x, len(self.inputs)), tuple(range(len(self.inputs)))), ((), ())))
+        y = linear(x, kernel)
         if self.use_bias:
             axes = self.axes[len(self.inputs) :]
             bias = self.param(
@@ -48,10 +49,6 @@ class Projection(nn.Module):
             )
             y = y + gather(bias, axes, dtype)
         return y
-
-
-def _trailing(x: jax.Array, count: int) -> tuple[int, ...]:
-    return tuple(range(x.ndim - count, x.ndim))
 
 
 class RMSNorm(nn.Module):
@@ -127,7 +124,7 @@ class FeedForward(nn.Module):
         narrow = (config.ffn_size,), (config.hidden_size,), ("ffn", "embed"), residual_std(config), config
         gate_BTF = Projection(*wide, name="gate")(x_BTD)
         up_BTF = Projection(*wide, name="up")(x_BTD)
-        hidden_BTF = constrain(nn.silu(gate_BTF) * up_BTF, "batch", None, "ffn")
+        hidden_BTF = constrain(swiglu(gate_BTF, up_BTF), "batch", None, "ffn")
         return Projection(*narrow, name="down")(hidden_BTF)
 
 
