@@ -175,11 +175,13 @@ def _chunk(
 ) -> tuple[Sums, Gradients | None]:
     """One chunk's sums, and its float32 gradients for hidden and unembedding."""
     logits_RV = _matmul("rd,vd->rv", hidden_RD, unembedding_VD)
-    is_target_RV = _vocabulary_index(logits_RV, parts) == targets_R[:, None]
+    targets_R = targets_R - _first_entry(logits_RV.shape[1], parts)
     highest_R = jax.lax.pmax(jnp.max(logits_RV, axis=1), parts.vocabulary)
-    exps_R = jax.lax.psum(jnp.sum(jnp.exp(logits_RV - highest_R[:, None]), axis=1), parts.vocabulary)
-    lse_R = highest_R + jnp.log(exps_R)
-    target_R = jax.lax.psum(jnp.sum(jnp.where(is_target_RV, logits_RV, 0.0), axis=1), parts.vocabulary)
+    # The barriers keep XLA from computing the exponentials, and then the gradient, again for each of their uses.
+    exps_RV = jax.lax.optimization_barrier(jnp.exp(logits_RV - highest_R[:, None]))
+    sums_R = jax.lax.psum(jnp.sum(exps_RV, axis=1), parts.vocabulary)
+    lse_R = highest_R + jnp.log(sums_R)
+    target_R = jax.lax.psum(_pick(logits_RV, targets_R), parts.vocabulary)
     sums = Sums(
         weight=jnp.sum(weights_R),
         cross_entropy=jnp.sum(weights_R * (lse_R - target_R)),
@@ -189,23 +191,30 @@ def _chunk(
     )
     if not differentiate:
         return sums, None
-    softmax_factor_R = weights_R * (1.0 + 2.0 * config.z_loss * lse_R)
-    dlogits_RV = softmax_factor_R[:, None] * jnp.exp(logits_RV - lse_R[:, None])
+    softmax_factor_R = weights_R * (1.0 + 2.0 * config.z_loss * lse_R) / sums_R
+    dlogits_RV = softmax_factor_R[:, None] * exps_RV
+    is_target_RV = jax.lax.broadcasted_iota(jnp.int32, logits_RV.shape, 1) == targets_R[:, None]
     dlogits_RV -= jnp.where(is_target_RV, weights_R[:, None], 0.0)
     if config.max_z_loss:
         is_highest_RV = logits_RV == highest_R[:, None]
         ties_R = jax.lax.psum(jnp.sum(is_highest_RV, axis=1), parts.vocabulary)
         share_R = weights_R * (2.0 * config.max_z_loss) * highest_R / ties_R
         dlogits_RV += jnp.where(is_highest_RV, share_R[:, None], 0.0)
-    dlogits_RV = dlogits_RV.astype(hidden_RD.dtype)
+    dlogits_RV = jax.lax.optimization_barrier(dlogits_RV.astype(hidden_RD.dtype))
     dhidden_RD = jax.lax.psum(_matmul("rv,vd->rd", dlogits_RV, unembedding_VD), parts.vocabulary)
     return sums, (dhidden_RD, _matmul("rv,rd->vd", dlogits_RV, hidden_RD))
 
 
-def _vocabulary_index(logits_RV: jax.Array, parts: Parts) -> jax.Array:
-    """Int32 [R,V]: which entry of the whole vocabulary each logit belongs to."""
-    first = jax.lax.axis_index(parts.vocabulary) * logits_RV.shape[1] if parts.vocabulary else 0
-    return first + jax.lax.broadcasted_iota(jnp.int32, logits_RV.shape, 1)
+def _first_entry(vocab_size: int, parts: Parts) -> jax.Array | int:
+    """The index, in the whole vocabulary, of the first of this device's entries."""
+    return jax.lax.axis_index(parts.vocabulary) * vocab_size if parts.vocabulary else 0
+
+
+def _pick(logits_RV: jax.Array, targets_R: jax.Array) -> jax.Array:
+    """Each row's logit at its target, 0 where the target is not among this device's entries."""
+    V = logits_RV.shape[1]
+    picked_R = jnp.take_along_axis(logits_RV, jnp.clip(targets_R, 0, V - 1)[:, None], axis=1)[:, 0]
+    return jnp.where((targets_R >= 0) & (targets_R < V), picked_R, 0.0)
 
 
 def _matmul(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
