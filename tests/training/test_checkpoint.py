@@ -1,0 +1,122 @@
+"""Checkpoints: whole or absent, of this model or refused, restored onto any mesh."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax import models
+from llm_jax.config import CheckpointConfig, MeshConfig, ModelConfig, OptimizerConfig
+from llm_jax.errors import UserError
+from llm_jax.optim import adamw
+from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.training import checkpoint, state
+
+MODEL = ModelConfig(
+    vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=4, ffn_size=48, max_length=16
+)
+OPTIMIZER = adamw.build(OptimizerConfig(), 5000, adamw.decay_mask)
+
+
+def mesh_of(*sizes):
+    return mesh_lib.build(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+
+
+def open_checkpointer(folder, model=MODEL, **changes):
+    return checkpoint.Checkpointer(folder, CheckpointConfig(**changes), model, tokens_per_step=100)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    fresh = state.init_state(MODEL, OPTIMIZER, mesh_of(1, 2, 4), jax.random.key(0))
+    with open_checkpointer(folder) as checkpointer:
+        checkpointer.save(fresh, 7)
+    return folder, jax.device_get(fresh)
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 4), (1, 1, 1), (1, 8, 1)], ids=str)
+def test_restores_bit_for_bit_onto_any_mesh(saved, sizes):
+    folder, want = saved
+    abstract = state.abstract_state(MODEL, OPTIMIZER, mesh_of(*sizes))
+    with open_checkpointer(folder) as checkpointer:
+        assert checkpointer.latest_step() == 7
+        got = checkpointer.restore(abstract, 7)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(got):
+        expected = dict(jax.tree_util.tree_leaves_with_path(want))[path]
+        np.testing.assert_array_equal(jax.device_get(leaf), expected)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    assert all(
+        leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        for leaf, sharding in zip(jax.tree.leaves(got), jax.tree.leaves(shardings))
+    )
+
+
+def test_load_model_needs_no_run_config_and_shards(saved):
+    folder, want = saved
+    config, params, step = checkpoint.load_model(folder, mesh=mesh_of(1, 2, 4), compute_dtype="bfloat16")
+    assert (config, step) == (dataclasses.replace(MODEL, compute_dtype="bfloat16"), 7)
+    np.testing.assert_array_equal(params["head"]["kernel"], want.params["head"]["kernel"])
+    assert len(params["head"]["kernel"].sharding.device_set) == 8
+
+
+def test_another_model_is_refused_by_its_differences(saved):
+    other = dataclasses.replace(MODEL, hidden_size=64, norm_head=True)
+    abstract = state.abstract_state(other, OPTIMIZER, mesh_of(1, 1, 1))
+    with (
+        open_checkpointer(saved[0], other) as checkpointer,
+        pytest.raises(UserError, match="of another model: hidden_size 32 instead of 64, norm_head False instead of"),
+    ):
+        checkpointer.restore(abstract, 7)
+
+
+def test_missing_folder_and_missing_step(saved, tmp_path):
+    with pytest.raises(UserError, match="no checkpoints in"):
+        checkpoint.load_model(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no checkpoint of step 8; it has 7"):
+        checkpoint.load_model(saved[0], step=8)
+
+
+def test_a_damaged_checkpoint_is_one_line(copy):
+    data = [path for path in (copy / "checkpoints/7/params").rglob("*") if path.is_file() and "/d/" in str(path)]
+    assert data
+    for path in data:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoint .*/7 cannot be read .* delete that folder") as caught:
+        checkpoint.load_model(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unfinished_checkpoint_is_not_seen(copy):
+    unfinished = copy / "checkpoints/9.orbax-checkpoint-tmp-1"
+    shutil.copytree(copy / "checkpoints/7", unfinished)
+    assert checkpoint.load_model(copy)[2] == 7
+
+
+def test_keeps_the_last_ones_and_one_for_every_so_many_tokens(tmp_path):
+    fresh = state.init_state(MODEL, OPTIMIZER, mesh_of(1, 1, 1), jax.random.key(0))
+    with open_checkpointer(tmp_path, every_steps=1, keep_last=2, keep_every_tokens=300) as checkpointer:
+        for step in range(1, 9):
+            checkpointer.save(fresh, step)
+            checkpointer.wait()
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [3, 6, 7, 8]
+
+
+def test_saving_copies_before_donation(tmp_path):
+    """The step donates the state while the write is still under way."""
+    fresh = state.init_state(MODEL, OPTIMIZER, mesh_of(1, 1, 1), jax.random.key(0))
+    want = jax.device_get(fresh.params)
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(fresh, 1)
+        jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(fresh)
+    _, params, _ = checkpoint.load_model(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), want)
+    assert models.count_parameters(MODEL) == sum(x.size for x in jax.tree.leaves(params))
