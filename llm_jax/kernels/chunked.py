@@ -140,9 +140,10 @@ def _backward_query_block(
 
     def one(y: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         dq, dk, dv = carry
-        weights = jnp.exp(_tile_scores(tile, x, y, q, k_YBKSH[y], mask) - lse)
+        # The barriers keep XLA from computing a tile again for each of its uses.
+        weights = jax.lax.optimization_barrier(jnp.exp(_tile_scores(tile, x, y, q, k_YBKSH[y], mask) - lse))
         dweights = matmul("bkrh,bksh->bkrs", dout, v_YBKSH[y])
-        dscores = (weights * (dweights - delta) * scale).astype(q.dtype)
+        dscores = jax.lax.optimization_barrier((weights * (dweights - delta) * scale).astype(q.dtype))
         dq += matmul("bkrs,bksh->bkrh", dscores, k_YBKSH[y])
         dk = dk.at[y].add(matmul("bkrs,bkrh->bksh", dscores, q))
         dv = dv.at[y].add(matmul("bkrs,bkrh->bksh", weights.astype(q.dtype), dout))
