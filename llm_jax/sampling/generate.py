@@ -1,8 +1,8 @@
 """Drawing continuations with a KV cache: one prefill and one loop, compiled once for a batch of any prompts.
 
 Prompts are padded on the left, so that every row's next token is written at the same index; padding has segment 0 and
-is never looked at, and a row's positions count from its first real token. Batch size, prompt length and the number of
-new tokens are rounded up to powers of two, so that other prompts seldom mean another compilation.
+is never looked at, and a row's positions count from its first real token. Batch size, prompt length and the numbers of
+new tokens and stop ids are rounded up to powers of two, so that other prompts seldom mean another compilation.
 
 B batch, P prompt length, N new tokens, V vocabulary, D model.
 """
@@ -84,14 +84,15 @@ def generate(
     tokens_BP, segment_ids_BP = _pad_left(filled, pad_id)
     streams_B = np.zeros(len(tokens_BP), np.int32)
     streams_B[: len(streams)] = streams
+    no_ids = [-1] * (_round_up(max(4, len(stop_ids))) - len(stop_ids))
     state = _continue(
         params,
         config,
-        dataclasses.replace(sampling, max_new_tokens=_round_up(sampling.max_new_tokens), seed=0),
+        dataclasses.replace(sampling, max_new_tokens=_bucket(sampling.max_new_tokens), seed=0),
         jnp.asarray(tokens_BP),
         jnp.asarray(segment_ids_BP),
         jnp.asarray(streams_B),
-        jnp.asarray(np.array(list(stop_ids) or [-1], np.int32)),
+        jnp.asarray(np.array([*stop_ids, *no_ids], np.int32)),
         jax.random.key(sampling.seed),
         jnp.int32(sampling.max_new_tokens),
     )
@@ -219,13 +220,18 @@ def _check_prompts(prompts: list[list[int]], config: ModelConfig, sampling: Samp
 
 def _pad_left(prompts: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and segment ids, int32 [B, P]; B and P are powers of two, rows added to the batch are all padding."""
-    width = _round_up(max(SMALLEST_LENGTH, *map(len, prompts)))
+    width = _bucket(max(map(len, prompts)))
     tokens = np.full((_round_up(len(prompts)), width), pad_id, np.int32)
     segment_ids = np.zeros_like(tokens)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt
         segment_ids[row, width - len(prompt) :] = 1
     return tokens, segment_ids
+
+
+def _bucket(length: int) -> int:
+    """The length to compile for."""
+    return _round_up(max(SMALLEST_LENGTH, length))
 
 
 def _round_up(number: int) -> int:

@@ -55,10 +55,12 @@ def measure_text(tokenizer: Tokenizer, text: str, language: str) -> Compression:
 
 
 def save(rows: list[Compression], path: Path) -> None:
-    """Write the rows as JSON, ratios included."""
+    """Write the rows as JSON, ratios included, atomically."""
     ratios = [{"bytes_per_token": r.bytes_per_token, "tokens_per_character": r.tokens_per_character} for r in rows]
     records = [dataclasses.asdict(row) | ratio for row, ratio in zip(rows, ratios)]
-    path.write_text(json.dumps(records, indent=2) + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(records, indent=2) + "\n")
+    partial.replace(path)
 
 
 def _add(a: Compression, b: Compression) -> Compression:

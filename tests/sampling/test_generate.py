@@ -1,0 +1,192 @@
+"""Generation against the plain model without cache or padding, and what must not change a continuation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax import models
+from llm_jax.config import ModelConfig, SamplingConfig
+from llm_jax.errors import UserError
+from llm_jax.sampling import generate as module
+from llm_jax.sampling.generate import generate
+from llm_jax.sampling.processors import process
+
+BASE = ModelConfig(
+    vocab_size=61,
+    hidden_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    ffn_size=40,
+    max_length=32,
+    init_std=0.4,
+)
+VARIANTS = {
+    "rope": {},
+    "alibi": {"position": "alibi", "window_sizes": (3, 0)},
+    "grouped": {"num_kv_heads": 2, "norm_head": True},
+}
+RANDOM = np.random.default_rng(0)
+PROMPTS = [RANDOM.integers(3, 61, length).tolist() for length in (5, 1, 17, 9, 2)]
+GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
+WARM = SamplingConfig(max_new_tokens=12, temperature=1.3, top_k=20, top_p=0.9, repetition_penalty=1.1, seed=3)
+
+forward = jax.jit(models.logits, static_argnums=1)
+
+
+@functools.cache
+def build(name: str = "rope"):
+    config = dataclasses.replace(BASE, **VARIANTS[name])
+    return models.init(config, jax.random.key(1)), config
+
+
+def without_cache(params, config, prompt: list[int], steps: int) -> tuple[list[int], list[float]]:
+    """The greedy continuation, from the whole text so far at every step."""
+    tokens, logprobs = list(prompt), []
+    for _ in range(steps):
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(tokens)] = tokens
+        logits_V = np.asarray(forward(params, config, padded), np.float64)[0, len(tokens) - 1]
+        token = int(logits_V.argmax())
+        logprobs.append(float(logits_V[token] - np.log(np.exp(logits_V).sum())))
+        tokens.append(token)
+    return tokens[len(prompt) :], logprobs
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_greedy_is_the_argmax_of_the_model_without_cache(name):
+    params, config = build(name)
+    for prompt, ours in zip(PROMPTS, generate(params, config, PROMPTS, GREEDY)):
+        tokens, logprobs = without_cache(params, config, prompt, 12)
+        assert ours.tokens == tokens
+        np.testing.assert_allclose(ours.logprobs, logprobs, rtol=1e-4, atol=1e-4)
+        assert ours.finished == "length"
+
+
+@pytest.mark.parametrize(("name", "sampling"), [("rope", WARM), ("alibi", GREEDY)])
+def test_a_prompt_alone_continues_as_in_a_batch(name, sampling):
+    params, config = build(name)
+    together = generate(params, config, PROMPTS, sampling)
+    for i in (0, 2) if name == "rope" else (0,):
+        (alone,) = generate(params, config, [PROMPTS[i]], sampling, streams=[i])
+        assert alone.tokens == together[i].tokens
+        np.testing.assert_allclose(alone.logprobs, together[i].logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_what_fills_the_padding_does_not_matter():
+    params, config = build()
+    sampling = dataclasses.replace(GREEDY, repetition_penalty=1e6)
+    expected = generate(params, config, PROMPTS, sampling, pad_id=0)
+    for pad_id in {token for row in expected for token in row.tokens}:
+        assert generate(params, config, PROMPTS, sampling, pad_id=pad_id) == expected
+
+
+def test_fewer_new_tokens_are_a_prefix_of_more():
+    params, config = build()
+    more = generate(params, config, PROMPTS, WARM)
+    for count in (1, 2, 7):
+        fewer = generate(params, config, PROMPTS, dataclasses.replace(WARM, max_new_tokens=count))
+        assert [row.tokens for row in fewer] == [row.tokens[:count] for row in more]
+
+
+def test_a_row_ends_with_its_first_stop_id():
+    params, config = build()
+    free = generate(params, config, PROMPTS, GREEDY)
+    stop_ids = (free[0].tokens[3], free[2].tokens[5])
+    for stopped, row in zip(generate(params, config, PROMPTS, GREEDY, stop_ids=stop_ids), free):
+        ends = [i for i, token in enumerate(row.tokens) if token in stop_ids]
+        end = ends[0] + 1 if ends else 12
+        assert (stopped.tokens, stopped.logprobs) == (row.tokens[:end], row.logprobs[:end])
+        assert stopped.finished == ("stop" if ends else "length")
+
+
+def test_the_loop_ends_when_every_row_is_done(monkeypatch):
+    steps = []
+    compiled = module._continue
+    monkeypatch.setattr(module, "_continue", lambda *args: steps.append(compiled(*args)) or steps[-1])
+    params, config = build()
+    free = generate(params, config, PROMPTS, GREEDY)
+    stop_ids = [row.tokens[2] for row in free]
+    generate(params, config, PROMPTS, GREEDY, stop_ids=stop_ids)
+    assert int(steps[0].step) == 12
+    assert int(steps[1].step) <= 3
+
+
+def test_draws_follow_the_processed_distribution():
+    params, config = build()
+    prompt, count = PROMPTS[0], 2048
+    drawn = generate(params, config, [prompt] * count, WARM)
+    counts_V = np.bincount([row.tokens[0] for row in drawn], minlength=61)
+    seen_BV = jnp.zeros((1, 61), bool).at[0, jnp.array(prompt)].set(True)
+    logits_BV = forward(params, config, np.array([prompt], np.int32))[:, -1]
+    expected_V = count * np.asarray(jax.nn.softmax(process(logits_BV, seen_BV, WARM)))[0]
+    assert not counts_V[expected_V == 0].any()
+    possible = expected_V > 0
+    statistic = np.sum((counts_V - expected_V)[possible] ** 2 / expected_V[possible])
+    assert statistic < possible.sum() + 5 * np.sqrt(2 * possible.sum())  # chi-squared, five standard deviations
+
+
+def test_steps_draw_independently():
+    params, config = build()
+    flat = jax.tree.map(jnp.zeros_like, params)  # every token is equally likely
+    rows = generate(flat, config, [[5]] * 2000, WARM)  # equal logits pass every processor unchanged
+    tokens_BN = np.array([row.tokens for row in rows])
+    assert abs(np.corrcoef(tokens_BN.T) - np.eye(12)).max() < 0.12
+    np.testing.assert_allclose([row.logprobs for row in rows], -np.log(61), rtol=1e-5)
+
+
+def test_the_seed_and_the_stream_choose_the_draws():
+    params, config = build()
+    prompts = [PROMPTS[2]] * 5
+    rows = generate(params, config, prompts, WARM)
+    assert len({tuple(row.tokens) for row in rows}) == 5
+    assert generate(params, config, prompts, WARM, streams=[1, 0, 3, 2, 4]) == [rows[i] for i in (1, 0, 3, 2, 4)]
+    assert generate(params, config, prompts, dataclasses.replace(WARM, seed=4))[0] != rows[0]
+
+
+def test_the_penalty_looks_at_the_prompt_and_at_every_draw():
+    params, config = build()
+    rows = generate(params, config, PROMPTS, dataclasses.replace(GREEDY, repetition_penalty=1e6))
+    for prompt, row in zip(PROMPTS, rows):
+        assert len(set(row.tokens)) == len(row.tokens)
+        assert not set(row.tokens) & set(prompt)
+
+
+def test_an_empty_prompt_starts_from_bos():
+    params, config = build()
+    rest = PROMPTS[:4]
+    assert generate(params, config, [[], *rest], GREEDY, bos_id=7) == generate(params, config, [[7], *rest], GREEDY)
+    assert generate(params, config, [], GREEDY) == []
+
+
+def test_other_prompts_compile_nothing_new():
+    params, config = build()
+    generate(params, config, PROMPTS, GREEDY)
+    before = module._continue._cache_size()
+    other = dataclasses.replace(GREEDY, max_new_tokens=9, seed=5)
+    generate(params, config, [[4] * 20, *([[5, 6]] * 7)], other, stop_ids=[1, 2, 3])
+    assert module._continue._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[5], [5] * 21], {}, r"prompt 1 has 21 tokens: with 12 new ones it passes the model's max_length of 32"),
+        ([[5, 61]], {}, r"prompt 0 holds token 61, the model's vocabulary is 61"),
+        ([[5], [6]], {"streams": [1]}, r"1 streams for 2 prompts"),
+    ],
+)
+def test_mistakes(prompts, options, message):
+    params, config = build()
+    with pytest.raises(UserError, match=message):
+        generate(params, config, prompts, GREEDY, **options)
+
+
+def test_the_longest_prompt_that_fits():
+    params, config = build()
+    assert len(generate(params, config, [[5] * 20, *PROMPTS[:4]], GREEDY)[0].tokens) == 12
