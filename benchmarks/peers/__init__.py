@@ -1,0 +1,1 @@
+"""The implementations that are measured, each run as a process of its own."""
