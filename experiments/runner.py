@@ -72,6 +72,7 @@ def main(
         config, folder = parse(arguments, config_class, default_config, workdir)
         if save_config:
             _save_config(config, folder / "config.json")
+        _keep_compilations()
         run(config, folder)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
@@ -80,6 +81,13 @@ def main(
         if message is None:
             raise
         _fail(message, 1)
+
+
+def _keep_compilations() -> None:
+    """Let an experiment that uses JAX start in a fraction of the time when it is run again."""
+    jax = sys.modules.get("jax")
+    if jax is not None and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "llm_jax" / "jax"))
 
 
 def parse(
