@@ -34,6 +34,7 @@ from llm_jax.training import checkpoint, metrics
 STAGES = "stages.json"  # in the workdir, where a chain of experiments notes its commands and their times
 BITS = 1.0 / 0.6931471805599453  # in a nat
 EVERY_BATCH = 1 << 62
+TABLE_WIDTH = 110
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def run(config: ReportConfig, workdir: Path) -> None:
     drawn = draw(train, metrics.read(Path(config.run), "heldout"), heldout, workdir / "figures")
     _write(workdir / "report.json", json.dumps(report_lib.as_json(report), indent=2, ensure_ascii=False) + "\n")
     _write(workdir / "report.html", report_lib.render(report, drawn))
-    console = Console()
+    console = Console(width=max(Console().width, TABLE_WIDTH))  # a table piped to a file is not squeezed
     console.print(table(heldout))
     console.print(f"report: {workdir / 'report.html'}", soft_wrap=True)
 
@@ -74,7 +75,7 @@ def measure(config: TrainConfig, run_folder: Path) -> dict[str, Heldout]:
     model_config, params, step = checkpoint.load_model(run_folder, mesh=mesh)
     score = perplexity.scorer(model_config, config.loss, mesh)
     console = Console(stderr=True)
-    console.print(f"counting tokens for the unigram model, then scoring the model of step {step:,} on held-out text")
+    console.print(f"scoring the model of step {step:,} and the baselines on held-out text", soft_wrap=True)
     unigram = baselines.unigram_heldout(folder)
     rows = {}
     for name, source in sorted(summary.sources.items(), key=lambda item: (item[1].language, item[0])):

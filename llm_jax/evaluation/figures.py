@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from operator import mul
 from pathlib import Path
 
 import matplotlib
@@ -92,8 +94,8 @@ def throughput(train: Records, path: Path) -> None:
         _tokens_axis(axes)
         known = [record for record in train if record.get("mfu") and record["tokens_per_second"]]
         if known:  # both are the same curve up to a constant
-            ratio = known[-1]["mfu"] / known[-1]["tokens_per_second"]
-            share = axes.secondary_yaxis("right", functions=(lambda y: 100 * ratio * y, lambda y: y / ratio / 100))
+            percent = 100 * known[-1]["mfu"] / known[-1]["tokens_per_second"]
+            share = axes.secondary_yaxis("right", functions=(partial(mul, percent), partial(mul, 1 / percent)))
             share.set_ylabel("model FLOPs utilisation (%)")
 
 

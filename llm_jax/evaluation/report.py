@@ -142,8 +142,8 @@ def expectation(run: Run) -> str:
         f"{LLAMA2_TOKENS / run.tokens:,.0f} times the tokens. What a run of minutes learns is the surface of its "
         "corpus: which script and which kind of text it is in, the spelling of common words, set phrases, the layout "
         "of code, and some grammar over a few words. It does not know facts, does not follow a thought past a "
-        "sentence, and its code does not run. The samples below are as drawn, not selected. The figures say more "
-        "than the samples: they fall steadily as the model or the number of tokens grows."
+        "sentence, and its code does not run. The samples below are as drawn, not selected. The bits per byte above "
+        "measure it better than samples can, and are what to compare when the model, the data or the time changes."
     )
 
 
