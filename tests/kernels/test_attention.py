@@ -97,7 +97,7 @@ def test_any_mask_agrees_with_the_definition(form, problem):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(problem=problems())
 def test_many_more_masks_agree_with_the_definition(form, problem):
     check_problem(problem, form)
