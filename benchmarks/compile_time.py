@@ -26,15 +26,15 @@ def first_step(layers: int, started: float) -> Times:
     """Compile and run one train step of a scanned model in this process."""
     import jax
 
-    from llm_jax.config import LossConfig, MeshConfig, ModelConfig, OptimizerConfig
+    from llm_jax.config import LossConfig, MeshConfig, ModelConfig, OptimizerConfig, from_config_dict
     from llm_jax.optim import adamw, schedules
     from llm_jax.parallel import mesh as mesh_lib
     from llm_jax.training import language_model, state, step
     from llm_jax.training.loop import place
 
-    heads = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 64}
-    model = ModelConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=HIDDEN, num_layers=layers, ffn_size=3 * HIDDEN, max_length=LENGTH, **heads
+    sizes = {"hidden_size": HIDDEN, "ffn_size": 3 * HIDDEN, "num_heads": 2, "num_kv_heads": 2, "head_dim": 64}
+    model = from_config_dict(
+        ModelConfig, {"vocab_size": VOCAB_SIZE, "num_layers": layers, "max_length": LENGTH, **sizes}
     )
     mesh = mesh_lib.build(MeshConfig(), jax.devices()[:1])
     optimizer = adamw.build(OptimizerConfig(), 10_000, adamw.decay_mask)

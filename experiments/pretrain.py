@@ -8,7 +8,6 @@ same command again to continue after a stop.
 """
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from jax.sharding import Mesh
 from experiments import runner
 from llm_jax import config as config_lib
 from llm_jax import models
-from llm_jax.config import ModelConfig, TrainConfig
+from llm_jax.config import TrainConfig
 from llm_jax.data import loader
 from llm_jax.errors import require
 from llm_jax.evaluation import perplexity
@@ -44,7 +43,7 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("prefetch", "dataset")}
     if not config.optimizer.decay_steps and config.optimizer.schedule != "constant":
         values["steps"] = config.steps  # the schedule ends with the run
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
     return flat

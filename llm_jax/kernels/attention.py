@@ -6,17 +6,19 @@ Legend: B batch, T query length, S key length, N query heads, K key/value heads,
 import dataclasses
 import difflib
 import functools
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from llm_jax.errors import UserError, require
 from llm_jax.kernels.chunked import KEY_BLOCK, QUERY_BLOCK, chunked_attention
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.reference import reference_attention
+
+logger = logging.getLogger(__name__)
 
 # Up to so many scores per head "auto" takes the plain form. On a CPU the tiles of the chunked form stay in the cache
 # and skip the upper triangle, so they win as soon as there is more than one. Elsewhere memory decides.
@@ -139,7 +141,7 @@ def _check_name(implementation: str) -> None:
 @functools.cache
 def _announce(name: str, reason: str) -> None:
     """Log a choice; the cache makes it once per distinct choice."""
-    logging.info("attention: %s (%s)", name, reason)
+    logger.info("attention: %s (%s)", name, reason)
 
 
 def _check_shapes(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> None:

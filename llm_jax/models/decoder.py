@@ -114,7 +114,8 @@ def _apply_layers(
     def body(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, LayerCache | None]:
         layer_params, window, key, cache = layer
         layer_mask = dataclasses.replace(mask, window=window)
-        return Block(config).apply({"params": layer_params}, x_BTD, layer_mask, rotary, cache, key)
+        result: Any = Block(config).apply({"params": layer_params}, x_BTD, layer_mask, rotary, cache, key)
+        return result
 
     if config.remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
@@ -155,14 +156,14 @@ def hidden_states(
         positions = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     with jax.named_scope("embedding"):
-        x_BTD = Embedding(config).apply({"params": params["embedding"]}, tokens_BT)
+        x_BTD: Any = Embedding(config).apply({"params": params["embedding"]}, tokens_BT)
         x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)
     mask, rotary = _mask(config, positions, segment_ids, cache), _rotary(config, positions)
     layers_cache = None if cache is None else cache.layers
     with jax.named_scope("layers"):
         x_BTD, layers_cache = _apply_layers(params, config, x_BTD, mask, rotary, layers_cache, layers_key)
     x_BTD = RMSNorm(config).apply({"params": params["final_norm"]}, x_BTD)
-    if cache is None:
+    if cache is None or layers_cache is None:
         return x_BTD
     return x_BTD, Cache(layers_cache, cache.segment_ids, cache.length + tokens_BT.shape[1])
 

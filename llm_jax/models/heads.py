@@ -40,7 +40,8 @@ def unembedding(params: Any, config: ModelConfig) -> jax.Array:
     """The matrix [V, D] in the compute dtype with which the logits are `hidden @ unembedding.T`."""
     if config.tie_embeddings:
         return gather(params["embedding"]["embedding"], ("vocab", "embed"), jnp.dtype(config.compute_dtype))
-    return Head(config).apply({"params": params["head"]})
+    weight_VD: Any = Head(config).apply({"params": params["head"]})
+    return weight_VD
 
 
 def unembed(params: Any, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Array:

@@ -92,7 +92,7 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = positions.rotate(q_BTNH, rotary), positions.rotate(k_BTKH, rotary)
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if cache is not None:
-            cache = cache.write(k_BTKH, v_BTKH, mask.query_offset)
+            cache = cache.write(k_BTKH, v_BTKH, jnp.asarray(mask.query_offset))
             k_BSKH, v_BSKH = (array.astype(q_BTNH.dtype) for array in cache)
         q_BTNH = constrain(q_BTNH, "batch", None, "heads", None)
         k_BSKH = constrain(k_BSKH, "batch", None, "kv_heads", None)

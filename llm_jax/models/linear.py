@@ -9,7 +9,6 @@ B batch, T length, I input features, O output features (each may be several dime
 """
 
 import jax
-import jax.numpy as jnp
 
 
 def _contract(a: jax.Array, a_dims: range, b: jax.Array, b_dims: range) -> jax.Array:

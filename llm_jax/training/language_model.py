@@ -6,16 +6,15 @@ import jax
 
 from llm_jax import models
 from llm_jax.config import LossConfig, ModelConfig
-from llm_jax.data.batch import Batch
 from llm_jax.losses.cross_entropy import chunked_cross_entropy
 from llm_jax.losses.weighted import LossOutput
 from llm_jax.training.step import LossFunction
 
 
 def loss_function(model: ModelConfig, loss: LossConfig) -> LossFunction:
-    """`loss_fn(params, batch, rng)`: next-token cross-entropy over the batch's weights, with dropout if configured."""
+    """`loss_fn(params, batch, key)`: next-token cross-entropy of a `data.batch.Batch`, with dropout if configured."""
 
-    def loss_fn(params: Any, batch: Batch, key: jax.Array) -> LossOutput:
+    def loss_fn(params: Any, batch: Any, key: jax.Array) -> LossOutput:
         hidden_BTD = models.hidden_states(
             params,
             model,

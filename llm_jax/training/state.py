@@ -33,13 +33,11 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
     moments = optax.tree_map_params(
         optimizer, lambda _, sharding: sharding, state.opt_state, shardings, transform_non_params=lambda _: replicated
     )
-    layout = TrainState(replicated, shardings, moments)
+    layout: Any = TrainState(replicated, shardings, moments)  # type: ignore[arg-type]  # a tree of shardings
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
 
 
-def init_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, key: jax.Array
-) -> TrainState:
+def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, key: jax.Array) -> TrainState:
     """A fresh state, each device computing only its own shard; the values do not depend on the mesh."""
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
     with jax.set_mesh(mesh):

@@ -162,7 +162,7 @@ def test_a_non_finite_loss_stops_before_its_step_is_saved(dataset, tmp_path):
     config = make_config(dataset)
     diverging = OptimizerConfig(learning_rate=1e30, warmup_steps=0)
     every_step = CheckpointConfig(every_steps=1, keep_last=9)
-    with pytest.raises(UserError, match="non-finite loss .* at step .*, global batch") as caught:
+    with pytest.raises(UserError, match=r"non-finite loss .* at step .*, global batch") as caught:
         pretrain.run(dataclasses.replace(config, optimizer=diverging, checkpoint=every_step), tmp_path)
     failed = int(re.search(r"at step (\d+)", str(caught.value)).group(1))
     saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]

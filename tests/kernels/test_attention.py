@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -292,7 +291,7 @@ def test_the_materialised_mask_and_bias_agree_with_the_definition():
 
 def test_auto_chooses_by_length_and_says_so_once():
     dispatch._announce.cache_clear()
-    with mock.patch.object(logging, "info") as info:
+    with mock.patch.object(dispatch.logger, "info") as info:
         for length in (16, 16, 2048):
             q, k, v, _ = inputs(1, length, length, 1, 1, 4)
             jax.eval_shape(lambda *x: attention(*x, AttentionMask()), q, k, v)

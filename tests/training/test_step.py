@@ -153,7 +153,7 @@ def test_gradient_is_that_of_the_mean_over_all_weights():
 def test_batch_must_divide():
     mesh = mesh_lib.build(MeshConfig())
     step.check_batch(16, 2, mesh)
-    with pytest.raises(UserError, match="batch_size=12 .* choose a multiple of 16"):
+    with pytest.raises(UserError, match=r"batch_size=12 .* choose a multiple of 16"):
         step.check_batch(12, 2, mesh)
 
 
