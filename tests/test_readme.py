@@ -26,25 +26,34 @@ def lines_of_commands(document: Path) -> list[str]:
     return [*text.splitlines(), *inline]
 
 
-def experiment_commands(document: Path) -> list[list[str]]:
-    """The argument lists of all `python -m experiments.X`, the module's name first."""
-    lines = (line.strip().removeprefix("$ ").removeprefix(".venv/bin/") for line in lines_of_commands(document))
-    found = [shlex.split(line)[2:] for line in lines if line.startswith("python -m experiments.")]
-    return [argv for argv in found if "NAME" not in argv[0]]
+def experiment_commands(document: Path) -> list[tuple[list[str], str]]:
+    """All `python -m experiments.X`: the arguments, the module's name first, and the error that is shown below them."""
+    lines = [line.strip() for line in lines_of_commands(document)]
+    found = []
+    for line, below in zip(lines, [*lines[1:], ""]):
+        command = line.removeprefix("$ ").removeprefix(".venv/bin/")
+        if command.startswith("python -m experiments.") and "experiments.NAME" not in command:
+            error = below.removeprefix("error: ") if below.startswith("error: ") else ""
+            found.append((shlex.split(command)[2:], error))
+    return found
 
 
-COMMANDS = [(path, argv) for path in DOCUMENTS for argv in experiment_commands(path)]
+COMMANDS = [(path, *command) for path in DOCUMENTS for command in experiment_commands(path)]
 
 
 def test_the_readme_has_commands_to_check():
-    names = {argv[0] for path, argv in COMMANDS if path == ROOT / "README.md"}
+    names = {argv[0] for path, argv, _ in COMMANDS if path == ROOT / "README.md"}
     assert names >= {f"experiments.{name}" for name in ("train_tokenizer", "prepare_data", "pretrain", "generate")}
 
 
-@pytest.mark.parametrize(("path", "argv"), COMMANDS, ids=[f"{p.name}: {' '.join(a)}" for p, a in COMMANDS])
-def test_experiments_and_their_flags_exist(path, argv):
-    if "--help" not in argv:
+@pytest.mark.parametrize(("path", "argv", "error"), COMMANDS, ids=[f"{p.name}: {' '.join(a)}" for p, a, _ in COMMANDS])
+def test_experiments_and_their_flags_exist(path, argv, error):
+    if "--help" in argv:
+        return
+    try:
         commands.parse(argv)
+    except UserError as mistake:
+        assert runner.describe(mistake) == error  # the mistake that the document shows, to the letter
 
 
 def test_a_wrong_flag_or_key_would_be_noticed():
