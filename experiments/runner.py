@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import absl.logging
 from absl import flags
 from ml_collections import config_flags
 
@@ -60,8 +61,7 @@ def main(
     Exit status: 1 after a user's mistake or a full disk, 130 after Ctrl-C.
     """
     arguments = list(sys.argv if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("llm_jax").setLevel(logging.INFO)
+    _set_up_logging()
     try:
         name = _experiment_name(run)
         workdir = workdir or f"runs/{name}"
@@ -266,6 +266,23 @@ def _fail(message: str, status: int) -> typing.NoReturn:
     sys.stdout.flush()
     print(f"error: {message}" if status == 1 else message, file=sys.stderr)
     sys.exit(status)
+
+
+class _PlainFormatter(logging.Formatter):
+    """The message alone; a warning or worse says so."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return prefix + super().format(record)
+
+
+def _set_up_logging() -> None:
+    """Our own messages as plain lines; of the libraries' only warnings, and of Orbax's and Grain's only errors."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PlainFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("llm_jax").setLevel(logging.INFO)
+    absl.logging.set_verbosity(absl.logging.ERROR)
 
 
 def _experiment_name(run: Callable[..., object]) -> str:

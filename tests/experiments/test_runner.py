@@ -25,6 +25,7 @@ EXPERIMENT = '''"""Count to a number.
 Explained at more length.
 """
 import errno
+import logging
 from absl import flags
 from experiments import runner
 from llm_jax.config import TrainConfig
@@ -173,10 +174,10 @@ def test_config_keys_lists_groups_and_leaves():
     assert keys["mesh.tensor"] is int
 
 
-def command(config_file: Path, *arguments: str) -> subprocess.CompletedProcess:
+def command(config_file: Path, *arguments: str, body: str = "") -> subprocess.CompletedProcess:
     """The experiment in a process of its own, in a folder that is not the repository."""
     script = config_file.parent / "count.py"
-    script.write_text(EXPERIMENT.replace("CONFIG", str(config_file)))
+    script.write_text(EXPERIMENT.replace("CONFIG", str(config_file)).replace("    print(", f"{body}    print("))
     environment = {**os.environ, "PYTHONPATH": str(runner.REPOSITORY)}
     return subprocess.run(
         [sys.executable, script, *arguments], cwd=config_file.parent, env=environment, capture_output=True, text=True
@@ -203,6 +204,12 @@ def test_defects_keep_their_traceback(config_file):
     done = command(config_file, "--config.seed=3")
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "a defect" in done.stderr
+
+
+def test_messages_are_plain_lines_and_warnings_say_so(config_file):
+    body = "    logging.getLogger('llm_jax.data').info('read 3')\n    logging.getLogger('other').warning('skipped 1')\n"
+    done = command(config_file, body=body)
+    assert done.stderr == "read 3\nwarning: skipped 1\n"
 
 
 def test_help_shows_docstring_flags_keys_and_example(config_file):
