@@ -1,4 +1,4 @@
-# Every target makes and reuses .venv, with the newest Python that suits; PYTHON=/path/to/python chooses another.
+# Every target makes and reuses .venv, with a Python that suits; PYTHON=/path/to/python chooses another.
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint bench clean
 SHELL := /bin/bash

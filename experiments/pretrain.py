@@ -73,7 +73,10 @@ def check_dataset(config: TrainConfig, info: loader.DatasetInfo) -> None:
 
 
 def heldout_evaluation(config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh) -> Callable[[Any], Mapping]:
-    """A function from parameters to held-out loss and bits per byte of every source, over `eval_batches` batches."""
+    """A function from parameters to held-out loss and bits per byte of every source, over `eval_batches` batches.
+
+    Sources without held-out documents are left out.
+    """
     score = perplexity.scorer(config.model, config.loss, mesh)
     share = jax.process_index(), jax.process_count()
 
@@ -91,7 +94,7 @@ def heldout_evaluation(config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh
                 result.tokens * heldout.text_bytes / heldout.tokens
             )
             nats, tokens = nats + result.nats, tokens + result.tokens
-        return {"loss": perplexity.Heldout(nats, tokens).loss, **values}
+        return {"loss": perplexity.Heldout(nats, tokens).loss, **values} if tokens else {}
 
     return evaluate
 

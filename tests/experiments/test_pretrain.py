@@ -183,3 +183,17 @@ def test_sigterm_leaves_a_checkpoint(dataset, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors.decode()
     assert load_model(tmp_path / "run")[2] >= 5
+
+
+def test_a_corpus_too_small_to_hold_anything_out_still_trains(tmp_path):
+    (tmp_path / "text.txt").write_text("one short document\n" * 50)
+    (tmp_path / "tokenizer.model").write_bytes(b"a model file")
+    corpus = CorpusConfig(
+        path=str(tmp_path / "text.txt"),
+        tokenizer=str(tmp_path / "tokenizer.model"),
+        output=str(tmp_path / "dataset"),
+    )
+    pipeline.prepare(corpus, ByteTokenizer())
+    pretrain.run(make_config(str(tmp_path / "dataset"), steps=3, optimizer=OptimizerConfig(warmup_steps=1)), tmp_path)
+    assert "loss" not in metrics.read(tmp_path, "heldout")[-1]
+    assert metrics.read(tmp_path, "train")[-1]["step"] == 3
