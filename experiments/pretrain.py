@@ -83,16 +83,18 @@ def heldout_evaluation(config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh
     def evaluate(params: Any) -> dict[str, float]:
         values = {}
         nats = tokens = 0.0
-        for source in info.sources:
+        for source, sizes in info.sources.items():
             batches = loader.heldout_batches(
                 config.data, source, max_batches=config.eval_batches, process_index=share[0], process_count=share[1]
             )
             result = score(params, batches)
-            values[f"loss/{source}"] = result.loss
-            heldout = info.sources[source].heldout
-            values[f"bits_per_byte/{source}"] = result.bits_per_byte(
-                result.tokens * heldout.text_bytes / heldout.tokens
-            )
+            if result.tokens:
+                # All but the first token of a document are predicted; a part of them stands for as much of the text.
+                predicted = sizes.heldout.tokens - sizes.heldout.documents
+                values[f"loss/{source}"] = result.loss
+                values[f"bits_per_byte/{source}"] = result.bits_per_byte(
+                    sizes.heldout.text_bytes * result.tokens / predicted
+                )
             nats, tokens = nats + result.nats, tokens + result.tokens
         return {"loss": perplexity.Heldout(nats, tokens).loss, **values} if tokens else {}
 
