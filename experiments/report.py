@@ -144,7 +144,8 @@ def draw(
     train: figures.Records, heldout_curve: figures.Records, heldout: Mapping[str, Heldout], folder: Path
 ) -> dict[str, Path]:
     """Draw all figures; returns caption -> file."""
-    rows = {name: row.bits_per_byte() for name, row in {**heldout, "all": report_lib.total(heldout)}.items()}
+    rows = {f"{name} ({row.language})": row.bits_per_byte() for name, row in heldout.items()}
+    rows["all sources"] = report_lib.total(heldout).bits_per_byte()
     paths = {
         "Held-out bits per byte by source": folder / "bits_per_byte.png",
         "Loss by tokens seen": folder / "loss.png",

@@ -15,9 +15,9 @@ from llm_jax import config
 from llm_jax.errors import require
 
 DEMO = config.TrainConfig(
-    steps=2200,
+    steps=2600,
     log_every=20,
-    eval_every=550,
+    eval_every=650,
     eval_batches=4,
     model=config.ModelConfig(
         vocab_size=8192,
@@ -34,7 +34,7 @@ DEMO = config.TrainConfig(
     loss=config.LossConfig(max_z_loss=2e-4),
     optimizer=config.OptimizerConfig(learning_rate=4e-3, warmup_steps=100, clip_norm=0.5),
     data=config.DataConfig(sequence_length=256, batch_size=4),
-    checkpoint=config.CheckpointConfig(every_steps=550),
+    checkpoint=config.CheckpointConfig(every_steps=650),
 )
 TINY = dataclasses.replace(
     DEMO,

@@ -25,7 +25,7 @@ COLOURS = {
 }
 HELDOUT_COLOUR = "#D55E00"
 DOTS_PER_INCH = 110
-SMOOTHING = 0.9  # of the thick training curve: an exponential mean over logged steps
+SMOOTHING = 0.8  # of the thick training curve: an exponential mean over logged steps
 
 
 @contextmanager

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 METHODS = ("model", "unigram", "gzip -9", "zstd -19", "xz -9e")
-LLAMA2_TOKENS = 2e12  # what the LLaMA-2 models were pre-trained on; a scale to hold a small run against
+# LLaMA-2 7B and what it was pre-trained on: a scale to hold a small run against.
+LLAMA2_PARAMETERS = 6_738_415_616
+LLAMA2_TOKENS = 2e12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +140,17 @@ def expectation(run: Run) -> str:
     """What quality to expect of a model of this size after so few tokens."""
     return (
         f"This model has {run.parameters / 1e6:.1f} million parameters and saw {run.tokens / 1e6:.1f} million tokens; "
-        f"LLaMA-2 7B has about {6.738e9 / run.parameters:,.0f} times the parameters and saw about "
-        f"{LLAMA2_TOKENS / run.tokens:,.0f} times the tokens. What a run of minutes learns is the surface of its "
-        "corpus: which script and which kind of text it is in, the spelling of common words, set phrases, the layout "
+        f"LLaMA-2 7B has about {_two_digits(LLAMA2_PARAMETERS / run.parameters)} times the parameters and saw about "
+        f"{_two_digits(LLAMA2_TOKENS / run.tokens)} times the tokens. What a run of minutes learns is the surface of "
+        "its corpus: which script and which kind of text it is in, the spelling of common words, set phrases, the layout "
         "of code, and some grammar over a few words. It does not know facts, does not follow a thought past a "
         "sentence, and its code does not run. The samples below are as drawn, not selected. The bits per byte above "
         "measure it better than samples can, and are what to compare when the model, the data or the time changes."
     )
+
+
+def _two_digits(ratio: float) -> str:
+    return f"{float(f'{ratio:.2g}'):,.0f}"
 
 
 METHOD_NOTES = (
@@ -189,7 +195,7 @@ def render(report: Report, figures: Mapping[str, Path]) -> str:
         "<h2>What to expect</h2>",
         f"<p>{_escape(expectation(report.run))}</p>",
         "<h2>Samples</h2>",
-        "".join(_sample(sample) for sample in report.samples) or "<p>None were drawn.</p>",
+        _samples(report.samples) or "<p>None were drawn.</p>",
         "<h2>The run</h2>",
         _facts_table(report.run),
         "<h2>Commands</h2>",
@@ -245,9 +251,15 @@ def _image(caption: str, path: Path) -> str:
     return f'<img alt="{_escape(caption)}" src="data:image/png;base64,{data}">'
 
 
-def _sample(sample: Sample) -> str:
-    text = f"<b>{_escape(sample.prompt)}</b>{_escape(sample.completion)}"
-    return f'<p class="note">{_escape(sample.settings)}</p><pre>{text}</pre>'
+def _samples(samples: Sequence[Sample]) -> str:
+    """The samples in order, each run of equal settings under one line that gives them."""
+    parts, settings = [], ""
+    for sample in samples:
+        if sample.settings != settings:
+            parts.append(f'<p class="note">{_escape(sample.settings)}</p>')
+        settings = sample.settings
+        parts.append(f"<pre><b>{_escape(sample.prompt)}</b>{_escape(sample.completion)}</pre>")
+    return "".join(parts)
 
 
 def _stage(stage: Stage) -> str:

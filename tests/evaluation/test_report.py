@@ -140,3 +140,18 @@ def test_figures_are_png_files(tmp_path):
     files = sorted(tmp_path.iterdir())
     assert len(files) == 5
     assert all(file.read_bytes().startswith(b"\x89PNG\r\n") for file in files)
+
+
+def test_page_gives_equal_settings_once_and_keeps_the_order():
+    samples = tuple(
+        Sample(prompt, "x", settings) for prompt, settings in (("p1", "hot"), ("p2", "hot"), ("p3", "cold"))
+    )
+    words = Page(report.render(dataclasses.replace(full_report(), samples=samples), {})).words
+    assert words.count("hot") == 1 and words.count("cold") == 1
+    assert words.index("hot") < words.index("p1") < words.index("p2") < words.index("cold") < words.index("p3")
+
+
+def test_expectation_compares_with_llama2():
+    # 6,738,415,616 / 5,000,000 = 1347.7 and 2e12 / 2,000,000 = 1e6, to two digits.
+    text = report.expectation(RUN)
+    assert "about 1,300 times the parameters" in text and "about 1,000,000 times the tokens" in text
