@@ -142,8 +142,8 @@ def expectation(run: Run) -> str:
         f"This model has {run.parameters / 1e6:.1f} million parameters and saw {run.tokens / 1e6:.1f} million tokens; "
         f"LLaMA-2 7B has about {_two_digits(LLAMA2_PARAMETERS / run.parameters)} times the parameters and saw about "
         f"{_two_digits(LLAMA2_TOKENS / run.tokens)} times the tokens. What a run of minutes learns is the surface of "
-        "its corpus: which script and which kind of text it is in, the spelling of common words, set phrases, the layout "
-        "of code, and some grammar over a few words. It does not know facts, does not follow a thought past a "
+        "its corpus: which script and which kind of text it is in, the spelling of common words, set phrases, the "
+        "layout of code, and some grammar over a few words. It does not know facts, does not follow a thought past a "
         "sentence, and its code does not run. The samples below are as drawn, not selected. The bits per byte above "
         "measure it better than samples can, and are what to compare when the model, the data or the time changes."
     )
