@@ -2,7 +2,8 @@
 
     python -m experiments.demo --config=configs/demo/default.py --workdir=runs/demo
 
-About ten minutes on two cores with the downloads (176 MB).
+About ten minutes on two cores with the downloads (176 MB). Expect 2.3 bits per byte over all held-out text, where the
+unigram model needs 3.4 and xz -9e 2.7.
 """
 
 import ml_collections
