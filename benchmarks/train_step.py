@@ -6,7 +6,9 @@ Every implementation runs in a process of its own, and they take turns: the medi
 medians of the ratios within a round, so that a slow moment of the machine hurts all of them alike. Prints one JSON
 line per shape and implementation; one that cannot be imported is reported as skipped. Rates count the matmuls of a
 step, with attention counted in full. `share_of_gemm` relates them to a 2048 x 2048 product measured in the same
-rounds; `processor_ms` is processor time, which other programs on the machine disturb less.
+rounds; `processor_ms` is processor time, which other programs on the machine disturb less. `busy_elsewhere` is the
+share of the machine that other programs took during an implementation's turns (Linux): above a few percent, times and
+ratios say little, those of torch least of all, whose threads wait for each other by spinning.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +57,13 @@ class Peer:
     def turn(self, steps: int) -> None:
         """Run `steps` steps and keep what the process reports."""
         assert self.process.stdin is not None
+        start, busy = time.perf_counter(), machine_busy_seconds()
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
-        self.rounds.append(self._read())
+        values = self._read()
+        capacity = (time.perf_counter() - start) * (os.cpu_count() or 1)
+        elsewhere = machine_busy_seconds() - busy - steps * values["processor_seconds"]
+        self.rounds.append(values | {"busy_elsewhere": max(0.0, elsewhere / capacity)})
 
     def stop(self) -> None:
         """End the process by closing its input."""
@@ -67,6 +74,15 @@ class Peer:
     def median(self, key: str) -> float:
         """Over the rounds."""
         return statistics.median(round_[key] for round_ in self.rounds)
+
+
+def machine_busy_seconds() -> float:
+    """Processor seconds that all programs together have used since boot; 0 where the system does not say."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+    user, nice, system, _, _, interrupts, soft_interrupts, *_ = map(int, path.read_text().split()[1:9])
+    return (user + nice + system + interrupts + soft_interrupts) / os.sysconf("SC_CLK_TCK")
 
 
 def speedup(peer: Peer, other: Peer | None) -> float | None:
@@ -85,6 +101,7 @@ def report(name: str, peer: Peer, peers: dict[str, Peer]) -> dict[str, Any]:
     shape, seconds = SHAPES[name], peer.median("seconds")
     line |= {"rounds": len(peer.rounds), "median_ms": round(1e3 * seconds, 1)}
     line["processor_ms"] = round(1e3 * peer.median("processor_seconds"), 1)
+    line["busy_elsewhere"] = round(peer.median("busy_elsewhere"), 3)
     if peer.name == "gemm":
         return line | {"gflops": round(GEMM_FLOPS / seconds / 1e9, 1)}
     gemm_rate = GEMM_FLOPS / peers["gemm"].median("seconds")
