@@ -8,6 +8,7 @@ same command again to continue after a stop.
 """
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,11 +26,13 @@ from llm_jax.errors import require
 from llm_jax.evaluation import perplexity
 from llm_jax.models.flops import training_flops_per_token
 from llm_jax.optim import adamw, schedules
+from llm_jax.parallel import distributed
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.training import language_model, metrics, state, step
 from llm_jax.training.checkpoint import Checkpointer
 from llm_jax.training.loop import Loop, Throughput
 
+DATASET = "dataset.json"
 # What may change when a run is continued; everything else decides its numbers.
 CHANGEABLE = ("steps", "microbatches", "log_every", "eval_every", "eval_batches", "profile_start", "profile_steps")
 CHANGEABLE_GROUPS = ("mesh", "checkpoint")
@@ -41,6 +44,8 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in CHANGEABLE + CHANGEABLE_GROUPS}
     values["model"] = {k: v for k, v in values["model"].items() if k not in EXECUTION_FIELDS}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("prefetch", "dataset")}
+    if config.model.dropout_rate:
+        values["microbatches"] = config.microbatches  # each draws its own mask
     if not config.optimizer.decay_steps and config.optimizer.schedule != "constant":
         values["steps"] = config.steps  # the schedule ends with the run
     flat: dict[str, Any] = {}
@@ -63,13 +68,35 @@ def check_workdir(config: TrainConfig, workdir: Path) -> None:
     )
 
 
-def check_dataset(config: TrainConfig, info: loader.DatasetInfo) -> None:
-    """Raise `UserError` if the dataset holds token ids that the model has no embedding for."""
+def check_dataset(config: TrainConfig, info: loader.DatasetInfo, workdir: Path) -> None:
+    """Raise `UserError` if the dataset has more token ids than the model, or is not the one the run began with."""
     require(
         info.vocab_size <= config.model.vocab_size,
         f"dataset {config.data.dataset} has a vocabulary of {info.vocab_size}, config.model.vocab_size is "
         f"{config.model.vocab_size}: set it to {info.vocab_size} or more",
     )
+    path = workdir / DATASET
+    require(
+        not path.exists() or json.loads(path.read_text()) == identity(info),
+        f"{workdir} holds a run on another dataset than {config.data.dataset}: choose a new --workdir, or continue "
+        "with the old dataset",
+    )
+
+
+def identity(info: loader.DatasetInfo) -> dict[str, str]:
+    """What tells a dataset from another one."""
+    return {"fingerprint": info.fingerprint, "tokenizer_sha256": info.tokenizer_sha256}
+
+
+def record_start(config: TrainConfig, info: loader.DatasetInfo, workdir: Path) -> None:
+    """Write the config, the dataset's identity and the tokenizer into `workdir`: once, by the first process."""
+    if distributed.is_first():
+        config_lib.save(config, workdir / "config.json")
+        (workdir / DATASET).write_text(json.dumps(identity(info)) + "\n")
+        partial = workdir / "tokenizer.partial"
+        shutil.copyfile(info.tokenizer, partial)
+        partial.replace(workdir / "tokenizer.model")
+    distributed.wait_for_all("record_start")
 
 
 def heldout_evaluation(config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh) -> Callable[[Any], Mapping]:
@@ -113,17 +140,18 @@ def describe(config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh) -> str:
 def run(config: TrainConfig, workdir: Path) -> None:
     """Train until `config.steps`, continuing from the newest checkpoint in `workdir`."""
     require(config.data.dataset != "", "set --config.data.dataset to the folder that prepare_data wrote")
+    distributed.initialize()
     mesh = mesh_lib.build(config.mesh)
     step.check_batch(config.data.batch_size, config.microbatches, mesh)
     info = loader.describe(config.data)
-    check_dataset(config, info)
+    check_dataset(config, info, workdir)
     check_workdir(config, workdir)
     schedule = schedules.learning_rate(config.optimizer, config.steps)
     optimizer = adamw.build(config.optimizer, config.steps, adamw.decay_mask)
     abstract = state.abstract_state(config.model, optimizer, mesh)
-    config_lib.save(config, workdir / "config.json")
-    shutil.copyfile(info.tokenizer, workdir / "tokenizer.model")
-    print(describe(config, info, mesh))
+    record_start(config, info, workdir)
+    if distributed.is_first():
+        print(describe(config, info, mesh))
     train(config, workdir, mesh, info, optimizer, schedule, abstract)
 
 

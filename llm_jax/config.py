@@ -214,6 +214,11 @@ class TrainConfig:
             self.data.batch_size % self.microbatches == 0,
             f"DataConfig.batch_size={self.data.batch_size} is not divisible by microbatches={self.microbatches}",
         )
+        require(
+            self.data.sequence_length <= self.model.max_length,
+            f"DataConfig.sequence_length={self.data.sequence_length} is longer than ModelConfig.max_length="
+            f"{self.model.max_length}, the length the model is trained at: make them equal",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

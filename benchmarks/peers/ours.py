@@ -13,6 +13,7 @@ from llm_jax.optim import adamw, schedules
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.training import language_model, loop, state
 from llm_jax.training import step as step_lib
+from llm_jax.training.host_memory import keep_freed_memory
 
 
 def model_config(shape: shapes.Shape) -> ModelConfig:
@@ -38,7 +39,8 @@ def make_batch(shape: shapes.Shape) -> Batch:
 
 
 def main(name: str) -> None:
-    """Serve train steps of the shape called `name`."""
+    """Serve train steps of the shape called `name`, set up as experiments.runner sets up an experiment."""
+    keep_freed_memory()
     shape = shapes.SHAPES[name]
     optimizer_config = OptimizerConfig(
         learning_rate=shapes.LEARNING_RATE,

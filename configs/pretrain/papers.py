@@ -4,7 +4,8 @@
         --config.data.dataset=... --config.mesh.data=128 --config.mesh.tensor=8
 
 The number of steps is the report's token count over its batch of tokens. Where a report does not state a value
-(Baichuan-2's batch, the loss's chunk, recomputation, microbatches), the value is ours.
+(Baichuan-2's batch, the loss's chunk, recomputation, microbatches), the value is ours. Baichuan-1 has no report: its
+token counts are those of its release notes, and it takes Baichuan-2's optimiser.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ TOKENS = {
     "llama2_13b": 2.0,
     "llama2_34b": 2.0,
     "llama2_70b": 2.0,
-    "baichuan_7b": 1.2,  # of its release notes
-    "baichuan_13b": 1.4,  # of its release notes
+    "baichuan_7b": 1.2,
+    "baichuan_13b": 1.4,
     "baichuan2_7b": 2.6,
     "baichuan2_13b": 2.6,
     "qwen_1_8b": 2.2,

@@ -31,6 +31,7 @@ class DatasetInfo:
     vocab_size: int
     tokenizer: Path  # the model file, inside the dataset's folder
     tokenizer_sha256: str
+    fingerprint: str  # of the corpus and the tokenizer it was made from
     sources: Mapping[str, SourceSummary]  # documents, text bytes and tokens of train and heldout
     weights: Mapping[str, float]  # each source's share of the sequences; they sum to 1
 
@@ -50,7 +51,9 @@ def describe(config: DataConfig) -> DatasetInfo:
     folder, summary = _open(config)
     shares = mixture.fractions(summary, config.weights)
     tokenizer = folder / summary.tokenizer
-    return DatasetInfo(summary.vocab_size, tokenizer, summary.tokenizer_sha256, summary.sources, shares)
+    return DatasetInfo(
+        summary.vocab_size, tokenizer, summary.tokenizer_sha256, summary.fingerprint, summary.sources, shares
+    )
 
 
 def train_batches(

@@ -126,7 +126,7 @@ def _apply_layers(
 def hidden_states(
     params: Params,
     config: ModelConfig,
-    tokens_BT: jax.Array,
+    tokens: jax.Array,
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
@@ -138,7 +138,7 @@ def hidden_states(
     Args:
       params: as from `init`.
       config: the model.
-      tokens_BT: token ids [B, T], int32.
+      tokens: token ids [B, T], int32.
       positions: [B, T] int32; by default 0, 1, 2, ..., continuing after the cache's filled slots.
       segment_ids: [B, T] int32; a token sees only its own segment, and segment 0 is padding.
       cache: keys and values of earlier tokens; needs T free slots (writing past the end is the caller's error).
@@ -148,15 +148,15 @@ def hidden_states(
       [B, T, D] in the compute dtype; with a cache, the pair of it and the new cache.
     """
     if cache is not None:
-        segment_ids = jnp.ones_like(tokens_BT) if segment_ids is None else segment_ids
+        segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
         filled = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
         cache = cache._replace(segment_ids=filled)
     if positions is None:
         start = 0 if cache is None else cache.length
-        positions = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     with jax.named_scope("embedding"):
-        x_BTD: Any = Embedding(config).apply({"params": params["embedding"]}, tokens_BT)
+        x_BTD: Any = Embedding(config).apply({"params": params["embedding"]}, tokens)
         x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)
     mask, rotary = _mask(config, positions, segment_ids, cache), _rotary(config, positions)
     layers_cache = None if cache is None else cache.layers
@@ -165,20 +165,20 @@ def hidden_states(
     x_BTD = RMSNorm(config).apply({"params": params["final_norm"]}, x_BTD)
     if cache is None or layers_cache is None:
         return x_BTD
-    return x_BTD, Cache(layers_cache, cache.segment_ids, cache.length + tokens_BT.shape[1])
+    return x_BTD, Cache(layers_cache, cache.segment_ids, cache.length + tokens.shape[1])
 
 
 def logits(
     params: Params,
     config: ModelConfig,
-    tokens_BT: jax.Array,
+    tokens: jax.Array,
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     cache: Cache | None = None,
 ) -> Any:
     """Next-token logits [B, T, V], float32; with a cache, the pair of them and the new cache. See `hidden_states`."""
-    result = hidden_states(params, config, tokens_BT, positions=positions, segment_ids=segment_ids, cache=cache)
+    result = hidden_states(params, config, tokens, positions=positions, segment_ids=segment_ids, cache=cache)
     if cache is None:
         return heads.unembed(params, config, result)
     hidden_BTD, cache = result

@@ -18,7 +18,7 @@ from llm_jax.kernels.attention import attention
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.models import positions
 from llm_jax.models.cache import LayerCache
-from llm_jax.models.linear import linear, swiglu
+from llm_jax.models.linear import linear, lookup, swiglu
 from llm_jax.parallel.rules import LogicalAxes, constrain, gather
 
 
@@ -37,8 +37,7 @@ class Projection(nn.Module):
         dtype = jnp.dtype(self.config.compute_dtype)
         shape = (*self.inputs, *self.outputs)
         initializer = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
-        kernel = gather(self.param("kernel", initializer, shape, self.config.param_dtype), self.axes, dtype)
-        y = linear(x, kernel)
+        y = linear(x, self.param("kernel", initializer, shape, self.config.param_dtype), tuple(self.axes))
         if self.use_bias:
             axes = self.axes[len(self.inputs) :]
             bias = self.param(
@@ -97,7 +96,9 @@ class Attention(nn.Module):
         q_BTNH = constrain(q_BTNH, "batch", None, "heads", None)
         k_BSKH = constrain(k_BSKH, "batch", None, "kv_heads", None)
         v_BSKH = constrain(v_BSKH, "batch", None, "kv_heads", None)
-        out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, mask, implementation=config.attention)
+        out_BTNH = q_BTNH  # attention has no parameters: creating a model need not choose a kernel
+        if not self.is_initializing():
+            out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, mask, implementation=config.attention)
         return self._output()(out_BTNH), cache
 
     def _project(self, heads: int, axis: str, name: str) -> Projection:
@@ -176,5 +177,5 @@ class Embedding(nn.Module):
         config, axes = self.config, ("vocab", "embed")
         initializer = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), axes)
         table = self.param("embedding", initializer, (config.vocab_size, config.hidden_size), config.param_dtype)
-        x_BTD = jnp.take(gather(table, axes, jnp.dtype(config.compute_dtype)), tokens_BT, axis=0)
+        x_BTD = lookup(table, tokens_BT, axes, jnp.dtype(config.compute_dtype))
         return constrain(x_BTD, "batch", "sequence", None)

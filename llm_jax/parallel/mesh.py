@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import jax
-from jax.experimental import mesh_utils
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from llm_jax.config import MeshConfig
@@ -31,11 +31,17 @@ def shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices` (all of them by default), with the tensor axis within each host."""
     devices = jax.devices() if devices is None else devices
+    return Mesh(grid(config, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def grid(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array [replica, data, tensor]."""
     sizes = shape(config, len(devices))
     per_host = len(devices) // len({device.process_index for device in devices})
     require(
         per_host % config.tensor == 0,
         f"mesh tensor={config.tensor} does not divide the {per_host} devices of a host; choose a divisor of {per_host}",
     )
-    grid = mesh_utils.create_device_mesh(sizes, devices)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    # In the order of hosts, so that a host's rows of the global batch are those of its place along the data axes.
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return np.array(ordered).reshape(sizes)

@@ -86,11 +86,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def gather(parameter: jax.Array, axes: LogicalAxes, dtype: jnp.dtype) -> jax.Array:
     """A parameter as compute uses it: cast to `dtype` first, then gathered over the axes in `GATHERED`.
 
-    Its gradient comes back in the parameter's own dtype and layout, so that it is reduce-scattered to the shard that
-    owns it rather than summed whole on every device.
+    Its gradient comes back in the parameter's own dtype and layout. What is summed over the devices before that has
+    the dtype in which the caller's backward pass made it: `models.linear` makes its own in float32.
     """
-    compute_axes = (None if axis in GATHERED else axis for axis in axes)
-    return constrain(parameter.astype(dtype), *compute_axes)
+    # The first constraint keeps the cast on the shard: without it the gather would move the wider dtype.
+    shard = constrain(parameter.astype(dtype), *axes)
+    return constrain(shard, *(None if axis in GATHERED else axis for axis in axes))
 
 
 def _gather_forward(parameter: jax.Array, axes: LogicalAxes, dtype: jnp.dtype) -> tuple[jax.Array, Any]:

@@ -81,11 +81,11 @@ class Checkpointer:
 def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, FileNotFoundError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"checkpoint {manager.directory}/{step} cannot be read ({first_line}); "
-            "delete that folder to continue from an earlier one"
+            f"checkpoint {manager.directory}/{step} cannot be read ({first_line}); if it is damaged, move that folder "
+            "away to continue from an earlier one"
         ) from error
 
 
@@ -128,7 +128,7 @@ def load_model(
 def _placed(config: ModelConfig, mesh: Mesh | None) -> Any:
     abstract = models.abstract(config)
     if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         layout = jax.tree.map(lambda _: device, abstract)
     else:
         layout = rules.shardings(models.logical_axes(config), abstract, mesh)

@@ -15,6 +15,8 @@ from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from llm_jax.config import TrainConfig
@@ -33,13 +35,18 @@ def place(batch: Any, mesh: Mesh) -> Any:
 
     def one(rows: Any) -> jax.Array:
         sharding = NamedSharding(mesh, rules.partition_spec(("batch", *(None,) * (rows.ndim - 1))))
-        return jax.make_array_from_process_local_data(sharding, rows)
+        shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
 
     return jax.tree.map(one, batch)
 
 
 class StopSignal:
-    """Turns the first SIGTERM or SIGINT inside a `with` block into a flag; a second SIGINT interrupts as usual."""
+    """Turns the first SIGTERM or SIGINT inside a `with` block into a flag; a second SIGINT interrupts as usual.
+
+    `agreed()` is the flag of all processes together: a signal reaches hosts at different steps, and they must stop
+    after the same one.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -55,6 +62,12 @@ class StopSignal:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop. Every process must call this equally often."""
+        if jax.process_count() == 1:
+            return self.requested
+        return bool(np.any(multihost_utils.process_allgather(np.array(self.requested))))
 
     def __exit__(self, *exc_info: object) -> None:
         for number, handler in self._previous.items():
@@ -81,13 +94,43 @@ class Throughput:
         return rates
 
 
+class Profiler:
+    """Traces steps [profile_start, profile_start + profile_steps) to `workdir/profile`, for TensorBoard or XProf."""
+
+    def __init__(self, config: TrainConfig, workdir: Path) -> None:
+        self._steps = range(config.profile_start, config.profile_start + config.profile_steps)
+        self._folder = str(workdir / "profile")
+        self._tracing = False
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def at(self, step: int) -> None:
+        """Start or stop the trace before `step` is taken."""
+        if step in self._steps and not self._tracing:
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+        elif step not in self._steps:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop()
+
+
 def check_finite(step: int, metrics: Metrics) -> None:
-    """Raise `UserError`, naming the step and its batch, if the loss or the gradient is not finite."""
-    loss, norm = float(jax.device_get(metrics["loss"])), float(jax.device_get(metrics["gradient_norm"]))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    """Raise `UserError`, naming the step and its batch, if the loss, gradient or new parameters are not finite."""
+    names = ("loss", "gradient_norm", "parameter_norm")
+    values = {name: float(jax.device_get(metrics[name])) for name in names}
+    if not all(map(math.isfinite, values.values())):
+        found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
         raise UserError(
-            f"non-finite loss {loss} (gradient norm {norm}) at step {step}, global batch {step - 1}: stopped before "
-            "it was saved; resume from the last checkpoint with a lower learning rate or look at that batch"
+            f"non-finite {found} at step {step}, global batch {step - 1}: stopped before it was saved; resume from "
+            "the last checkpoint with a lower learning rate or look at that batch"
         )
 
 
@@ -108,9 +151,9 @@ class Loop:
         """Train until the last step or a stop signal; either way the last state is checkpointed and returned."""
         pending: tuple[int, Metrics] | None = None
         step = start_step
-        with StopSignal() as stop, jax.set_mesh(self.mesh):
-            while step < self.config.steps and not stop.requested:
-                self._profile(step)
+        with StopSignal() as stop, jax.set_mesh(self.mesh), Profiler(self.config, self.workdir) as profiler:
+            while step < self.config.steps and not stop.agreed():
+                profiler.at(step)
                 start = time.perf_counter()
                 batch = place(next(batches), self.mesh)
                 with jax.transfer_guard("disallow"):
@@ -126,7 +169,6 @@ class Loop:
                     self._report(state, step, metrics)
             if pending is not None:
                 check_finite(*pending)
-            self._profile(step)
             self.checkpointer.save(state, step)
             self.checkpointer.wait()
         return state
@@ -161,12 +203,3 @@ class Loop:
         text = f"loss {values['loss']:.3f} {values['tokens_per_second']:,.0f} tokens/s{mfu}"
         seconds_left = (self.config.steps - step) * self.throughput.tokens_per_step / values["tokens_per_second"]
         self.recorder.status(step, self.config.steps, text, seconds_left)
-
-    def _profile(self, step: int) -> None:
-        """Trace steps [profile_start, profile_start + profile_steps) to `workdir/profile`, for TensorBoard or XProf."""
-        config = self.config
-        first, end = config.profile_start, min(config.profile_start + config.profile_steps, config.steps)
-        if first < end and step == first:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
-        elif first < end == step:
-            jax.profiler.stop_trace()

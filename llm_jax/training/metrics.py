@@ -15,13 +15,16 @@ from tensorboardX import SummaryWriter
 
 FILE = "metrics.jsonl"
 
-# Dense bfloat16 FLOP/s of one device, from the vendors' data sheets, by a part of JAX's `device_kind`.
+# Dense bfloat16 FLOP/s of one device, from the vendors' data sheets, by a part of JAX's `device_kind`; the first fits.
 PEAK_FLOPS = {
     "A100": 312e12,
     "A800": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H800": 989e12,
     "H200": 989e12,
+    "TPU v4 lite": 138e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
@@ -67,7 +70,7 @@ class Recorder:
         path = workdir / FILE
         _keep_until(path, start_step)
         self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step)
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}"),

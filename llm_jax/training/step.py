@@ -65,7 +65,7 @@ def build(
     """The update `step(state, batch) -> (state, metrics)`, jitted, with the state donated.
 
     The gradient is that of total / weight over the whole global batch: one division, after all microbatches and
-    devices. A batch of weight 0 gives loss 0 and a zero gradient. Randomness depends on (seed, step) alone.
+    devices. A batch of weight 0 gives loss 0 and a zero gradient. Randomness depends on (seed, step, microbatch) alone.
     """
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -81,6 +81,7 @@ def build(
             "loss": WeightedSum(output.total, output.weight).mean(),
             "weight": output.weight,
             "gradient_norm": global_norm(gradients),
+            "parameter_norm": global_norm(params),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,37 +100,41 @@ def test_learns_and_records(straight):
     assert json.loads((straight / "config.json").read_text())["steps"] == 6
 
 
-def test_resumed_equals_straight_bit_for_bit(dataset, straight, tmp_path):
-    config = make_config(dataset)
-    stopped = {"step": 0}
+@pytest.fixture
+def stop_after_three(monkeypatch):
+    """Sends SIGTERM after the third step of the first run that it sees."""
+    reports = []
 
     class StopAfterThree(pretrain.Loop):
         def _report(self, *arguments):
             super()._report(*arguments)
-            stopped["step"] += 1
-            if stopped["step"] == 3:
+            reports.append(arguments)
+            if len(reports) == 3:
                 signal.raise_signal(signal.SIGTERM)
 
-    original, pretrain.Loop = pretrain.Loop, StopAfterThree
-    try:
-        pretrain.run(config, tmp_path)
-    finally:
-        pretrain.Loop = original
+    monkeypatch.setattr(pretrain, "Loop", StopAfterThree)
+
+
+def losses_of(workdir):
+    return [record["loss"] for record in metrics.read(workdir, "train")]
+
+
+def test_resumed_equals_straight_bit_for_bit(dataset, straight, tmp_path, stop_after_three):
+    pretrain.run(make_config(dataset), tmp_path)
     assert load_model(tmp_path)[2] == 3
-    pretrain.run(config, tmp_path)
+    pretrain.run(make_config(dataset), tmp_path)
     for got, want in zip(params_of(tmp_path), params_of(straight), strict=True):
         np.testing.assert_array_equal(got, want)
-    losses = [[r["loss"] for r in metrics.read(folder, "train")] for folder in (tmp_path, straight)]
-    assert losses[0] == losses[1]
+    assert losses_of(tmp_path) == losses_of(straight)
 
 
-def test_another_mesh_and_microbatches_continue_the_same_run(dataset, straight, tmp_path):
-    other = make_config(dataset, mesh=MeshConfig(replica=1, data=2, tensor=4), microbatches=2)
-    pretrain.run(other, tmp_path)
-    got, want = (metrics.read(folder, "train")[-1]["loss"] for folder in (tmp_path, straight))
-    assert got == pytest.approx(want, rel=1e-4)
-    pretrain.run(dataclasses.replace(other, mesh=MeshConfig(), microbatches=1), tmp_path)  # finished: nothing changes
+def test_continues_on_another_mesh_with_other_microbatches(dataset, straight, tmp_path, stop_after_three):
+    pretrain.run(make_config(dataset, mesh=MeshConfig(replica=1, data=2, tensor=4), microbatches=2), tmp_path)
+    pretrain.run(make_config(dataset), tmp_path)
+    np.testing.assert_allclose(losses_of(tmp_path), losses_of(straight), rtol=1e-4)
     assert load_model(tmp_path)[2] == 6
+    pretrain.run(make_config(dataset), tmp_path)  # finished: nothing is left to do
+    assert len(losses_of(tmp_path)) == 6
 
 
 def test_a_workdir_of_another_config_is_refused_and_kept(dataset, straight):
@@ -165,8 +170,8 @@ def test_a_non_finite_loss_stops_before_its_step_is_saved(dataset, tmp_path):
     with pytest.raises(UserError, match=r"non-finite loss .* at step .*, global batch") as caught:
         pretrain.run(dataclasses.replace(config, optimizer=diverging, checkpoint=every_step), tmp_path)
     failed = int(re.search(r"at step (\d+)", str(caught.value)).group(1))
-    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
-    assert saved and max(saved) == failed - 1
+    folder = tmp_path / "checkpoints"
+    assert not [path.name for path in folder.iterdir() if path.name.isdigit() and int(path.name) >= failed]
 
 
 @pytest.mark.slow
@@ -197,3 +202,17 @@ def test_a_corpus_too_small_to_hold_anything_out_still_trains(tmp_path):
     pretrain.run(make_config(str(tmp_path / "dataset"), steps=3, optimizer=OptimizerConfig(warmup_steps=1)), tmp_path)
     assert "loss" not in metrics.read(tmp_path, "heldout")[-1]
     assert metrics.read(tmp_path, "train")[-1]["step"] == 3
+
+
+def test_another_dataset_or_tokenizer_is_refused(dataset, straight, tmp_path):
+    other = shutil.copytree(dataset, tmp_path / "other")
+    pretrain.run(make_config(str(other)), straight)  # the same data elsewhere will do
+    summary = json.loads((other / "summary.json").read_text())
+    (other / "summary.json").write_text(json.dumps(summary | {"fingerprint": "another"}))
+    with pytest.raises(UserError, match="a run on another dataset than"):
+        pretrain.run(make_config(str(other)), straight)
+
+
+def test_sequences_longer_than_the_model_is_trained_for_are_refused(dataset):
+    with pytest.raises(UserError, match=r"sequence_length=64 is longer than ModelConfig.max_length=32"):
+        make_config(dataset, data=DataConfig(dataset=dataset, sequence_length=64, batch_size=16))

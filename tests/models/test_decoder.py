@@ -126,6 +126,18 @@ def test_execution_switches_keep_values_and_gradients(changes):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
 
 
+def test_remat_policies_save_what_they_say():
+    """A policy that saves more recomputes fewer products in the backward pass."""
+    products = {}
+    for remat in ("none", "dots", "save_attention", "full"):
+        config, params = build(num_kv_heads=2)
+        config = dataclasses.replace(config, remat=remat)
+        jaxpr = jax.make_jaxpr(jax.grad(total_loss, argnums=1), static_argnums=0)(config, params)
+        products[remat] = str(jaxpr).count("dot_general")
+    assert products["none"] <= products["dots"] < products["full"]
+    assert products["none"] < products["save_attention"] <= products["full"]
+
+
 def test_gradient_of_norm_head_flows_through_the_norm():
     config, params = build(norm_head=True)
     gradient = jax.grad(lambda p: total_loss(config, p))(params)["head"]["kernel"]

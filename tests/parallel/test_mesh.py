@@ -28,8 +28,9 @@ def test_a_mesh_that_does_not_fit_names_one_that_does(config):
 
 
 class _Device:
-    def __init__(self, process_index):
+    def __init__(self, process_index, index=0):
         self.process_index = process_index
+        self.id = index
         self.platform = "cpu"
 
 
@@ -37,6 +38,13 @@ def test_tensor_axis_must_fit_in_a_host():
     devices = [_Device(process) for process in (0, 0, 1, 1, 2, 2, 3, 3)]
     with pytest.raises(UserError, match="tensor=4 does not divide the 2 devices of a host"):
         mesh_lib.build(MeshConfig(tensor=4), devices)
+
+
+def test_hosts_come_in_order_and_a_tensor_group_never_crosses_them():
+    """Devices may be listed along a torus, crossing hosts; rows of the batch go by host."""
+    devices = [_Device(process, 2 * process + place) for place in (0, 1) for process in (3, 1, 0, 2)]
+    grid = mesh_lib.grid(MeshConfig(replica=2, tensor=2), devices)
+    assert [[d.process_index for d in group] for group in grid.reshape(4, 2)] == [[0, 0], [1, 1], [2, 2], [3, 3]]
 
 
 def test_devices_can_be_named():

@@ -1,5 +1,7 @@
 """From logical axes to mesh axes: the table, its refusals, and the gather in front of every use of a parameter."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +60,17 @@ def test_constrain_leaves_an_indivisible_sequence_whole():
         y = jax.jit(lambda x: rules.constrain(x, "batch", "sequence"))(jnp.ones((2, 8)))
     assert x.sharding.shard_shape(x.shape) == (1, 3)
     assert y.sharding.shard_shape(y.shape) == (1, 2)
+
+
+def test_gather_casts_on_the_shard():
+    """The narrow array is pinned to its shard, then gathered. (The CPU back end widens bf16 collectives.)"""
+    axes = ("embed", "ffn")
+    sharded = NamedSharding(MESH, rules.partition_spec(axes))
+    weight = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=sharded)
+    with jax.set_mesh(MESH):
+        text = jax.jit(lambda w: rules.gather(w, axes, jnp.dtype("bfloat16"))).lower(weight).as_text()
+    constraints = re.findall(r"sharding_constraint %\w+ <@\w+, \[(.*?)\]> : tensor<8x16x(\w+)>", text)
+    assert constraints == [('{"replica", "data"}, {"tensor"}', "bf16"), ('{}, {"tensor"}', "bf16")]
 
 
 def test_gather_returns_gradients_to_their_shard_and_dtype():

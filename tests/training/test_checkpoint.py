@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_one_line(copy):
     assert data
     for path in data:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"checkpoint .*/7 cannot be read .* delete that folder") as caught:
+    with pytest.raises(UserError, match=r"checkpoint .*/7 cannot be read .* move that folder away") as caught:
         checkpoint.load_model(copy)
     assert "\n" not in str(caught.value)
 

@@ -3,17 +3,19 @@
 import json
 import signal
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+from llm_jax.config import TrainConfig
 from llm_jax.errors import UserError
 from llm_jax.training import metrics
-from llm_jax.training.loop import StopSignal, Throughput, check_finite
+from llm_jax.training.loop import Profiler, StopSignal, Throughput, check_finite
 
 
-@pytest.mark.parametrize("bad", [{"loss": jnp.nan}, {"gradient_norm": jnp.inf}], ids=str)
+@pytest.mark.parametrize("bad", [{"loss": jnp.nan}, {"gradient_norm": jnp.inf}, {"parameter_norm": jnp.inf}], ids=str)
 def test_non_finite_names_step_and_batch(bad):
-    values = {"loss": 1.0, "gradient_norm": 1.0}
+    values = {"loss": 1.0, "gradient_norm": 1.0, "parameter_norm": 1.0}
     check_finite(4, {name: jnp.asarray(value) for name, value in values.items()})
     with pytest.raises(UserError, match="at step 4, global batch 3"):
         check_finite(4, {name: jnp.asarray(value) for name, value in (values | bad).items()})
@@ -58,3 +60,21 @@ def test_records_after_the_resumed_step_and_cut_lines_are_dropped(tmp_path):
 
 def test_gemm_rate_is_measured():
     assert metrics.gemm_flops(size=256, repeats=3) > 1e8
+
+
+@pytest.mark.parametrize("first, last", [(0, 6), (3, 6), (5, 6), (2, 3)], ids=str)
+def test_profile_starts_and_stops_wherever_a_run_begins_or_ends(tmp_path, monkeypatch, first, last):
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    with Profiler(TrainConfig(profile_start=2, profile_steps=2), tmp_path) as profiler:
+        for step in range(first, last):
+            profiler.at(step)
+    assert events == ([] if first >= 4 else ["start", "stop"])
+
+
+def test_a_trace_is_written(tmp_path):
+    with Profiler(TrainConfig(profile_start=0, profile_steps=1), tmp_path) as profiler:
+        profiler.at(0)
+        jnp.ones(3).block_until_ready()
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
