@@ -20,6 +20,6 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(ctypes.util.find_library("c")), "mallopt", None)
     if mallopt is None:
         return False
-    largest = 2**31 - 1
-    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, largest), (M_ARENA_MAX, 1))
+    never = -1  # read as the largest size there is
+    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, never), (M_ARENA_MAX, 1))
     return all(mallopt(name, value) == 1 for name, value in settings)
