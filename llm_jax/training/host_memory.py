@@ -1,7 +1,6 @@
 """How a process keeps the memory that its host computations use again and again."""
 
 import ctypes
-import ctypes.util
 import sys
 
 # From glibc's malloc.h.
@@ -17,7 +16,7 @@ def keep_freed_memory() -> bool:
     """
     if not sys.platform.startswith("linux"):
         return False
-    mallopt = getattr(ctypes.CDLL(ctypes.util.find_library("c")), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
     never = -1  # read as the largest size there is
