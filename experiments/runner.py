@@ -281,12 +281,14 @@ class _PlainFormatter(logging.Formatter):
 
 
 def _set_up_logging() -> None:
-    """Our own messages as plain lines; of the libraries' only warnings, and of Orbax's and Grain's only errors."""
+    """Our own messages as plain lines; of the libraries' only warnings, and nothing of Orbax's and Grain's."""
     handler = logging.StreamHandler()
     handler.setFormatter(_PlainFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("llm_jax").setLevel(logging.INFO)
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    # What Orbax logs as an error, traceback and all, it also raises in the thread that waits for it.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def _experiment_name(run: Callable[..., object]) -> str:
