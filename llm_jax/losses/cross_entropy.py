@@ -21,10 +21,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.config import LossConfig
 from llm_jax.errors import require
 from llm_jax.losses.weighted import LossOutput, WeightedSum
-
-BATCH_AXES = ("replica", "data")
-VOCABULARY_AXES = ("tensor",)
-
+from llm_jax.parallel.rules import RULES
 
 Gradients = tuple[jax.Array, jax.Array]
 
@@ -112,7 +109,7 @@ def _on_mesh(config: LossConfig, differentiate: bool, arrays: tuple[jax.Array, .
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _scan_chunks(config, differentiate, Parts((), ()), *arrays)
-    parts = Parts(BATCH_AXES, VOCABULARY_AXES)
+    parts = Parts(RULES["batch"], RULES["vocab"])
     _check_mesh(dict(mesh.shape), parts, batch_size=arrays[0].shape[0], vocab_size=arrays[1].shape[0])
     batch, vocabulary = P(parts.batch), P(parts.vocabulary)
     mapped = jax.shard_map(

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.config import LossConfig
 from llm_jax.errors import UserError
-from llm_jax.losses import cross_entropy
 from llm_jax.losses.cross_entropy import chunked_cross_entropy
+from llm_jax.parallel.mesh import AXES
 
 B, T, D, V = 8, 13, 6, 24
 EVERYTHING = LossConfig(chunk_size=4, z_loss=0.02, max_z_loss=0.03)
@@ -120,7 +120,7 @@ def test_the_gradient_of_a_mean_is_scaled():
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_the_same_on_a_mesh(shape):
-    mesh = jax.make_mesh(shape, cross_entropy.BATCH_AXES + cross_entropy.VOCABULARY_AXES, (AxisType.Auto,) * 3)
+    mesh = jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3)
     output, expected = loss_and_gradients(*inputs(), EVERYTHING)
     with jax.set_mesh(mesh):
         sharded_output, actual = loss_and_gradients(*inputs(), EVERYTHING)
@@ -131,7 +131,7 @@ def test_the_same_on_a_mesh(shape):
 def test_ties_for_the_highest_logit_share_its_gradient_also_across_devices():
     hidden, unembedding, targets, weights = inputs()
     unembedding = unembedding.at[V // 2 :].set(unembedding[: V // 2])
-    mesh = jax.make_mesh((1, 2, 4), cross_entropy.BATCH_AXES + cross_entropy.VOCABULARY_AXES, (AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((1, 2, 4), AXES, (AxisType.Auto,) * 3)
     check(
         loss_and_gradients(hidden, unembedding, targets, weights, EVERYTHING)[1],
         oracle(hidden, unembedding, targets, weights, EVERYTHING),
@@ -145,7 +145,7 @@ def test_ties_for_the_highest_logit_share_its_gradient_also_across_devices():
 
 def test_one_reduction_of_the_unembedding_gradient_after_the_chunks():
     """On a mesh nothing as large as logits moves, and the gradient [V,D] is reduced once, outside the loop."""
-    mesh = jax.make_mesh((1, 4, 2), cross_entropy.BATCH_AXES + cross_entropy.VOCABULARY_AXES, (AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((1, 4, 2), AXES, (AxisType.Auto,) * 3)
     batch, vocabulary = NamedSharding(mesh, P(("replica", "data"))), NamedSharding(mesh, P("tensor"))
 
     def run(hidden, unembedding, targets, weights):
