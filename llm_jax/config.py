@@ -24,6 +24,9 @@ ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked")
 SCHEDULES = ("cosine", "linear", "constant")
 CORPUS_PROFILES = ("tiny", "clean", "default")
 TOKENIZER_STYLES = ("baichuan2", "baichuan1", "llama2")
+ROPE_SCALINGS = ("none", "linear", "llama3")
+QUANTIZATIONS = ("none", "int8", "int4")
+CACHE_DTYPES = ("", "int8", *DTYPES)
 
 
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -45,6 +48,21 @@ def _non_negative(owner: object, *fields: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """How a checkpoint's rotary frequencies were changed for good, as newer Llama-architecture configs state it."""
+
+    kind: str = "none"  # linear: positions over `factor`; llama3: low frequencies over `factor`, smoothly
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0  # llama3 only, like the two below
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self) -> None:
+        _one_of("RopeScalingConfig.kind", self.kind, ROPE_SCALINGS)
+        _positive(self, "factor", "low_frequency_factor", "high_frequency_factor", "original_length")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer: every family of the LLaMA-2, Baichuan and Qwen reports is one of these."""
 
@@ -59,12 +77,14 @@ class ModelConfig:
     max_length: int = 4096  # the length the model is trained at
     position: str = "rope"
     rope_theta: float = 1e4
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     norm_head: bool = False
     tie_embeddings: bool = False
     window_sizes: tuple[int, ...] = ()  # one per layer, 0 = unlimited; () = no windows at all
     log_n: bool = False  # Qwen's log-n attention scaling beyond max_length; inference only
+    dynamic_ntk: bool = False  # Qwen's larger rotary base beyond max_length; inference only
     # Training.
     dropout_rate: float = 0.0
     init_std: float = 0.02  # ours; no report states it
@@ -101,7 +121,16 @@ class ModelConfig:
 
     def architecture(self) -> dict[str, Any]:
         """The fields that a checkpoint's weights depend on, for comparing two configs."""
-        excluded = ("dropout_rate", "init_std", "compute_dtype", "attention", "remat", "scan_layers", "log_n")
+        excluded = (
+            "dropout_rate",
+            "init_std",
+            "compute_dtype",
+            "attention",
+            "remat",
+            "scan_layers",
+            "log_n",
+            "dynamic_ntk",
+        )
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in excluded}
 
 
@@ -273,11 +302,16 @@ class SamplingConfig:
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 1 = off
     repetition_penalty: float = 1.0  # 1 = off
+    num_samples: int = 1  # continuations of each prompt, from one prefill
+    max_context: int = 0  # prompt and new tokens together; 0 = the model's max_length
+    prefill_chunk: int = 512  # prompts longer than this are read in chunks of it
+    cache_dtype: str = ""  # of keys and values; "" = the compute dtype
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "max_new_tokens", "repetition_penalty")
-        _non_negative(self, "temperature", "top_k", "seed")
+        _positive(self, "max_new_tokens", "repetition_penalty", "num_samples", "prefill_chunk")
+        _non_negative(self, "temperature", "top_k", "max_context", "seed")
+        _one_of("SamplingConfig.cache_dtype", self.cache_dtype, CACHE_DTYPES)
         require(0 < self.top_p <= 1, f"SamplingConfig.top_p={self.top_p} must be in (0, 1]")
 
 
