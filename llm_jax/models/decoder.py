@@ -147,13 +147,13 @@ def hidden_states(
     Returns:
       [B, T, D] in the compute dtype; with a cache, the pair of it and the new cache.
     """
-    if cache is not None:
-        segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-        filled = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
-        cache = cache._replace(segment_ids=filled)
     if positions is None:
         start = 0 if cache is None else cache.length
         positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if cache is not None:
+        segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+        filled = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
+        cache = cache._replace(segment_ids=filled).know_context(positions, segment_ids)
     embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     with jax.named_scope("embedding"):
         x_BTD: Any = Embedding(config).apply({"params": params["embedding"]}, tokens)
@@ -165,7 +165,7 @@ def hidden_states(
     x_BTD = RMSNorm(config).apply({"params": params["final_norm"]}, x_BTD)
     if cache is None or layers_cache is None:
         return x_BTD
-    return x_BTD, Cache(layers_cache, cache.segment_ids, cache.length + tokens.shape[1])
+    return x_BTD, cache._replace(layers=layers_cache, length=cache.length + tokens.shape[1])
 
 
 def logits(
