@@ -1,0 +1,1 @@
+"""Reading models that others trained, and handing ours to their software."""

@@ -1,0 +1,109 @@
+"""A trained model from wherever it is: a run folder of this project, a Hugging Face folder, or a GGUF file."""
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from llm_jax.config import ModelConfig
+from llm_jax.errors import UserError, require
+from llm_jax.tokenization import tokenizer as tokenizer_lib
+from llm_jax.training import checkpoint
+
+# What a model was trained as; stating it otherwise would make the weights mean something else.
+FIXED = tuple(field for field in ModelConfig().architecture() if field not in ("window_sizes", "max_length"))
+HUGGING_FACE_OPTIONS = ("position", "norm_head", "rope_layout")
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+class Pretrained(NamedTuple):
+    """A model that is ready to use."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: tokenizer_lib.Tokenizer
+    chat_template: str  # the checkpoint's own Jinja template; "" where it has none
+
+
+def load(path: str | Path, *, mesh: Mesh | None = None, step: int | None = None, **overrides: Any) -> Pretrained:
+    """Load configuration, parameters, tokenizer and chat template from one path.
+
+    Args:
+      path: a run folder (with `checkpoints`), a Hugging Face folder (with `config.json`) or a `.gguf` file.
+      mesh: where to put the parameters, sharded by their logical axes; None = the default device.
+      step: which checkpoint of a run folder; None = the newest.
+      **overrides: `dtype`, the parameters' dtype; fields of `ModelConfig` that do not change what the weights are,
+        such as `compute_dtype`, `attention`, `dynamic_ntk` or `max_length`; and for a Hugging Face folder the
+        options of `huggingface.load`: `position`, `norm_head` and `rope_layout`.
+
+    Raises:
+      UserError: nothing that can be loaded is there, it is damaged, its tokenizer has ids that the model has not, or
+        an override is unknown or contradicts the weights.
+    """
+    path = Path(path)
+    dtype = overrides.pop("dtype", None)
+    options = {name: overrides.pop(name) for name in HUGGING_FACE_OPTIONS if name in overrides}
+    _check_overrides(overrides)
+    require(path.exists(), f"no model at {path}: name a run folder, a Hugging Face folder or a .gguf file")
+    folder = is_run(path)
+    require(not options or (path.is_dir() and not folder), f"{', '.join(options)}: only a Hugging Face folder needs it")
+    from llm_jax.interop import gguf, huggingface  # here, since most runs load neither
+
+    tokenizer = tokenizer_lib.load(path)
+    if folder:
+        config, params, _ = checkpoint.load_model(path, step, mesh, **_stored_dtype(dtype))
+    elif path.is_file():
+        config, params = gguf.load(path, mesh=mesh, dtype=dtype)
+    else:
+        config, params = huggingface.load(path, mesh=mesh, dtype=dtype, **options)
+    _check_vocabulary(config, tokenizer, path)
+    template = gguf.chat_template(path) if path.is_file() else chat_template(path)
+    return Pretrained(dataclasses.replace(config, **overrides), params, tokenizer, template)
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is the folder of a run of ours."""
+    return (path / checkpoint.FOLDER).is_dir()
+
+
+def chat_template(folder: Path) -> str:
+    """The Jinja template of a folder's `chat_template.jinja` or `tokenizer_config.json`; "" where there is none."""
+    file = folder / TEMPLATE_FILE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return ""
+    try:
+        template = json.loads(file.read_text(encoding="utf-8")).get("chat_template") or ""
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not a JSON object: {error}") from None
+    if isinstance(template, list):  # several by name, as [{"name": ..., "template": ...}]
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default", "")
+    require(isinstance(template, str), f"chat_template in {file} is neither a text nor a list of named texts")
+    return str(template)
+
+
+def _stored_dtype(dtype: str | None) -> dict[str, str]:
+    return {} if dtype is None else {"param_dtype": dtype}
+
+
+def _check_overrides(overrides: dict[str, Any]) -> None:
+    allowed = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in FIXED]
+    for name in overrides:
+        near = difflib.get_close_matches(name, [*allowed, "dtype", *HUGGING_FACE_OPTIONS], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f": {', '.join(allowed)} can be"
+        require(name in allowed, f"{name!r} of a trained model cannot be overridden{hint}")
+
+
+def _check_vocabulary(config: ModelConfig, tokenizer: tokenizer_lib.Tokenizer, path: Path) -> None:
+    """Vocabularies are often padded in the model, never in the tokenizer."""
+    require(
+        tokenizer.vocab_size <= config.vocab_size,
+        f"the tokenizer of {path} has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}: they "
+        "do not belong together",
+    )
