@@ -19,7 +19,7 @@ from experiments import runner
 from llm_jax.config import SamplingConfig
 from llm_jax.errors import require
 from llm_jax.sampling.text import Completion, complete
-from llm_jax.tokenization.tokenizer import Tokenizer
+from llm_jax.tokenization import tokenizer as tokenizers
 from llm_jax.training import checkpoint
 
 PROMPTS = flags.DEFINE_multi_string("prompt", [], "a text to continue; repeat the flag for several")
@@ -39,7 +39,7 @@ def run(config: GenerateConfig, workdir: Path, prompts: tuple[str, ...] = (), ou
     prompts = prompts or config.prompts
     require(bool(prompts), 'nothing to continue: give a --prompt="..."')
     model, params, step = checkpoint.load_model(workdir, config.step or None)
-    tokenizer = Tokenizer.load(workdir / "tokenizer.model")
+    tokenizer = tokenizers.load(workdir / "tokenizer.model")
     sampling = SamplingConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SamplingConfig)})
     started = time.monotonic()
     samples = complete(params, model, tokenizer, prompts, sampling)

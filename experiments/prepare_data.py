@@ -21,7 +21,7 @@ from llm_jax.config import CorpusConfig
 from llm_jax.data import pipeline
 from llm_jax.data.records import SourceSummary, Summary
 from llm_jax.errors import require
-from llm_jax.tokenization.tokenizer import Tokenizer
+from llm_jax.tokenization import tokenizer as tokenizers
 
 TABLE_WIDTH = 110
 HEADINGS = ("source", "language", "documents", "MB", "tokens", "bytes/token", "held out", "duplicates")
@@ -32,7 +32,7 @@ def main(config: CorpusConfig, workdir: Path) -> Summary:
     require(bool(config.tokenizer), "set --config.tokenizer to a model that experiments.train_tokenizer wrote")
     started = time.monotonic()
     config = dataclasses.replace(config, output=config.output or str(workdir / "dataset"))
-    summary = pipeline.prepare(config, Tokenizer.load(config.tokenizer))
+    summary = pipeline.prepare(config, tokenizers.load(config.tokenizer))
     console = Console(width=max(Console().width, TABLE_WIDTH))  # a table piped to a file is not squeezed
     console.print(table(summary))
     console.print(f"{config.output}: prepared in {time.monotonic() - started:.1f} s")

@@ -18,7 +18,7 @@ from llm_jax.config import TokenizerConfig
 from llm_jax.data import sources
 from llm_jax.data.documents import Document
 from llm_jax.tokenization import report
-from llm_jax.tokenization.tokenizer import Tokenizer
+from llm_jax.tokenization import tokenizer as tokenizers
 from llm_jax.tokenization.train import train
 
 REPORT_BYTES = 2_000_000
@@ -30,7 +30,7 @@ def run(config: TokenizerConfig, workdir: Path) -> list[report.Compression]:
     started = time.monotonic()
     path = train(documents, config, workdir / "tokenizer.model")
     seconds = time.monotonic() - started
-    tokenizer = Tokenizer.load(path)
+    tokenizer = tokenizers.load(path)
     rows = report.measure(tokenizer, _spread(documents, REPORT_BYTES))
     report.save(rows, workdir / "tokenizer_report.json")
     console = Console()

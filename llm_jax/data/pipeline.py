@@ -51,7 +51,7 @@ class TextEncoder(Protocol):
     @property
     def eos_id(self) -> int: ...
     @property
-    def sha256(self) -> str: ...
+    def fingerprint(self) -> str: ...
     def encode_batch(self, texts: Sequence[str], workers: int = 0) -> list[list[int]]:
         """The ids of every text, without specials, on `workers` threads (0 = one per core)."""
         ...
@@ -65,7 +65,7 @@ def prepare(config: CorpusConfig, tokenizer: TextEncoder) -> Summary:
     """
     require(bool(config.output), "CorpusConfig.output is not set: name the dataset's folder")
     output = Path(config.output)
-    fingerprint = _fingerprint(config, tokenizer.sha256)
+    fingerprint = _fingerprint(config, tokenizer.fingerprint)
     if (output / SUMMARY).is_file():
         return _existing(output, fingerprint, config)
     require(
@@ -79,7 +79,7 @@ def prepare(config: CorpusConfig, tokenizer: TextEncoder) -> Summary:
     if not summaries:
         shutil.rmtree(partial)
         raise UserError(f"the corpus at {config.path or config.profile!r} is empty")
-    summary = Summary(tokenizer.vocab_size, TOKENIZER_NAME, tokenizer.sha256, fingerprint, summaries)
+    summary = Summary(tokenizer.vocab_size, TOKENIZER_NAME, tokenizer.fingerprint, fingerprint, summaries)
     _finish(partial, output, Path(config.tokenizer), summary)
     return summary
 

@@ -37,7 +37,7 @@ def complete(
 
 def _decode(tokenizer: Tokenizer, prompt: str, prompt_ids: list[int], generation: Generation) -> Completion:
     """Decode the whole text and take the prompt off: alone, a continuation could lose its first space."""
-    # A model's vocabulary may be padded beyond the tokenizer's.
-    ids = [token if token < tokenizer.vocab_size else tokenizer.unk_id for token in generation.tokens]
+    # A model's vocabulary may be padded beyond the tokenizer's: such ids stand for no text.
+    ids = [token for token in generation.tokens if token < tokenizer.vocab_size]
     text = tokenizer.decode_bytes(prompt_ids + ids)[len(prompt.encode()) :].decode(errors="replace")
-    return Completion(prompt, text, len(ids), generation.finished)
+    return Completion(prompt, text, len(generation.tokens), generation.finished)

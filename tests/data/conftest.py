@@ -16,7 +16,7 @@ class ByteTokenizer:
     vocab_size = 259
     bos_id = 256
     eos_id = 257
-    sha256 = hashlib.sha256(b"bytes").hexdigest()
+    fingerprint = hashlib.sha256(b"bytes").hexdigest()
 
     def encode_batch(self, texts, workers=0):
         return [list(text.encode()) for text in texts]

@@ -12,7 +12,7 @@ from llm_jax.errors import UserError
 from llm_jax.optim import adamw
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.sampling.text import complete
-from llm_jax.tokenization.tokenizer import Tokenizer
+from llm_jax.tokenization import tokenizer as tokenizers
 from llm_jax.tokenization.train import train_on_texts
 from llm_jax.training import checkpoint
 from llm_jax.training.state import init_state
@@ -42,7 +42,7 @@ def test_it_prints_and_saves_what_the_model_continues(workdir, tmp_path, capsys)
     output = tmp_path / "new" / "samples.json"
     samples = generate.run(CONFIG, workdir, ("one", "一"), str(output))
     _, params, step = checkpoint.load_model(workdir)
-    tokenizer = Tokenizer.load(workdir / "tokenizer.model")
+    tokenizer = tokenizers.load(workdir / "tokenizer.model")
     expected = complete(params, MODEL, tokenizer, ["one", "一"], SamplingConfig(max_new_tokens=8, temperature=0.0))
     assert (samples, step) == (expected, 2)
     saved = json.loads(output.read_text())

@@ -8,7 +8,7 @@ from experiments import runner, train_tokenizer
 from llm_jax import config as config_lib
 from llm_jax.config import CorpusConfig, TokenizerConfig
 from llm_jax.errors import UserError
-from llm_jax.tokenization.tokenizer import Tokenizer
+from llm_jax.tokenization import tokenizer as tokenizers
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def run(corpus, workdir, **options) -> None:
 
 def test_it_writes_a_tokenizer_and_its_report(corpus, tmp_path, capsys):
     run(corpus, tmp_path / "run")
-    tokenizer = Tokenizer.load(tmp_path / "run" / "tokenizer.model")
+    tokenizer = tokenizers.load(tmp_path / "run" / "tokenizer.model")
     assert tokenizer.vocab_size == 320
     *_, everything = json.loads((tmp_path / "run" / "tokenizer_report.json").read_text())
     assert everything["exact"] == everything["documents"] > 0

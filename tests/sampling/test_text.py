@@ -5,15 +5,15 @@ import pytest
 from llm_jax.config import ModelConfig, SamplingConfig, TokenizerConfig
 from llm_jax.sampling import text
 from llm_jax.sampling.generate import Generation
-from llm_jax.tokenization.tokenizer import Tokenizer
+from llm_jax.tokenization.sentencepiece_model import SentencePieceTokenizer
 from llm_jax.tokenization.train import train_on_texts
 
 TEXTS = ["one two three 一二三\n" * 9]
 
 
 @pytest.fixture(params=["baichuan2", "llama2"])
-def tokenizer(request) -> Tokenizer:
-    return Tokenizer(train_on_texts(TEXTS, TokenizerConfig(vocab_size=285, style=request.param)))
+def tokenizer(request) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train_on_texts(TEXTS, TokenizerConfig(vocab_size=285, style=request.param)))
 
 
 def completed(monkeypatch, tokenizer, prompts, continuations):
@@ -45,6 +45,6 @@ def test_a_completion_is_the_rest_of_the_text(monkeypatch, tokenizer, whole, cut
     assert (sample.tokens, sample.finished) == (len(marked) - len(prompt) + 1, "stop")
 
 
-def test_ids_beyond_the_tokenizer_print_as_unknown(monkeypatch, tokenizer):
+def test_ids_beyond_the_tokenizer_print_as_nothing(monkeypatch, tokenizer):
     (sample,), _ = completed(monkeypatch, tokenizer, ["one"], [[299]])
-    assert sample.completion == " \u2047 "
+    assert (sample.completion, sample.tokens) == ("", 1)

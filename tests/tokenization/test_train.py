@@ -11,16 +11,16 @@ from llm_jax.config import TokenizerConfig
 from llm_jax.data.documents import Document
 from llm_jax.errors import UserError
 from llm_jax.tokenization import report, train
-from llm_jax.tokenization.tokenizer import SPACE_MARK, Tokenizer
+from llm_jax.tokenization.sentencepiece_model import SPACE_MARK, SentencePieceTokenizer
 
 TEXT = "if value == 2024:\n        return  value\n\n\n" * 20 + "你好，世界。\n" * 20
 
 
-def trained(texts: list[str], vocab_size: int, style: str = "baichuan2") -> tuple[Tokenizer, list[str]]:
+def trained(texts: list[str], vocab_size: int, style: str = "baichuan2") -> tuple[SentencePieceTokenizer, list[str]]:
     model = train.train_on_texts(texts, TokenizerConfig(vocab_size=vocab_size, style=style))
     proto = protocol.ModelProto()
     proto.ParseFromString(model)
-    return Tokenizer(model), [piece.piece for piece in proto.pieces]
+    return SentencePieceTokenizer(model), [piece.piece for piece in proto.pieces]
 
 
 def test_the_model_records_the_settings_of_baichuan2():
@@ -83,7 +83,7 @@ def test_too_large_a_vocabulary_names_one_that_fits():
 def test_a_lower_coverage_leaves_rare_characters_to_bytes():
     text = TEXT * 20 + "罕"
     covered = train.train_on_texts([text], TokenizerConfig(vocab_size=310, character_coverage=1.0))
-    assert len(Tokenizer(covered).encode("罕")) == 1
+    assert len(SentencePieceTokenizer(covered).encode("罕")) == 1
     assert len(trained([text], 310)[0].encode("罕")) == 3
 
 
@@ -126,5 +126,5 @@ def test_the_report_counts_by_language():
 
 def test_the_report_notices_a_text_that_does_not_come_back(monkeypatch):
     tokenizer, _ = trained([TEXT], 310)
-    monkeypatch.setattr(Tokenizer, "decode_bytes", lambda self, ids: b"other")
+    monkeypatch.setattr(SentencePieceTokenizer, "decode_bytes", lambda self, ids: b"other")
     assert report.measure_text(tokenizer, "value", "en").exact == 0

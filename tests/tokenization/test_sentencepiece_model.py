@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from llm_jax.config import TokenizerConfig
 from llm_jax.errors import UserError
-from llm_jax.tokenization.tokenizer import SPACE_MARK, Tokenizer
+from llm_jax.tokenization.sentencepiece_model import SPACE_MARK, SentencePieceTokenizer
+from llm_jax.tokenization.tokenizer import load
 from llm_jax.tokenization.train import train_on_texts
 
 CODE = (
@@ -36,12 +37,12 @@ def models() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def tokenizers(models) -> dict[str, Tokenizer]:
-    return {style: Tokenizer(model) for style, model in models.items()}
+def tokenizers(models) -> dict[str, SentencePieceTokenizer]:
+    return {style: SentencePieceTokenizer(model) for style, model in models.items()}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tokenizers) -> Tokenizer:
+def tokenizer(tokenizers) -> SentencePieceTokenizer:
     return tokenizers["baichuan2"]
 
 
@@ -98,7 +99,7 @@ def test_a_lone_surrogate(tokenizer):
 def test_batches_threads_and_processes_agree(tokenizer):
     alone = [tokenizer.encode(text) for text in TEXTS]
     fresh = pickle.loads(pickle.dumps(tokenizer))
-    assert fresh.sha256 == tokenizer.sha256
+    assert fresh.fingerprint == tokenizer.fingerprint
     assert fresh.encode_batch(TEXTS, workers=2) == alone
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(pickle.loads(pickle.dumps(tokenizer)).encode, TEXTS)) == alone
@@ -107,7 +108,7 @@ def test_batches_threads_and_processes_agree(tokenizer):
 
 
 def test_forgetting_atoms_changes_nothing(tokenizer, monkeypatch):
-    monkeypatch.setattr("llm_jax.tokenization.tokenizer.MAX_ATOMS", 3)
+    monkeypatch.setattr("llm_jax.tokenization.sentencepiece_model.MAX_ATOMS", 3)
     fresh = pickle.loads(pickle.dumps(tokenizer))
     for _ in range(2):
         for text in [*TEXTS, f"a{SPACE_MARK}b"]:
@@ -116,7 +117,7 @@ def test_forgetting_atoms_changes_nothing(tokenizer, monkeypatch):
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer at .*nothing\.model: train one with"):
-        Tokenizer.load(tmp_path / "nothing.model")
+        load(tmp_path / "nothing.model")
 
 
 @pytest.mark.parametrize("damage", [lambda m: b"", lambda m: b"junk" * 9, lambda m: m[:-1], lambda m: m[: len(m) // 2]])
@@ -124,7 +125,7 @@ def test_a_damaged_file(models, tmp_path, damage):
     path = tmp_path / "damaged.model"
     path.write_bytes(damage(models["baichuan2"]))
     with pytest.raises(UserError, match=r"damaged\.model") as caught:
-        Tokenizer.load(path)
+        load(path)
     assert "\n" not in str(caught.value)
 
 
@@ -143,4 +144,4 @@ def test_models_that_would_lose_text_are_refused(tmp_path, options, message):
         sentence_iterator=iter([ENGLISH]), model_prefix=str(prefix), minloglevel=3, **options
     )
     with pytest.raises(UserError, match=message):
-        Tokenizer.load(Path(f"{prefix}.model"))
+        load(Path(f"{prefix}.model"))
