@@ -50,14 +50,16 @@ def load(path: str | Path, *, mesh: Mesh | None = None, step: int | None = None,
     require(path.exists(), f"no model at {path}: name a run folder, a Hugging Face folder or a .gguf file")
     folder = is_run(path)
     require(not options or (path.is_dir() and not folder), f"{', '.join(options)}: only a Hugging Face folder needs it")
-    from llm_jax.interop import gguf, huggingface  # here, since most runs load neither
-
     tokenizer = tokenizer_lib.load(path)
     if folder:
         config, params, _ = checkpoint.load_model(path, step, mesh, **_stored_dtype(dtype))
     elif path.is_file():
+        from llm_jax.interop import gguf
+
         config, params = gguf.load(path, mesh=mesh, dtype=dtype)
     else:
+        from llm_jax.interop import huggingface
+
         config, params = huggingface.load(path, mesh=mesh, dtype=dtype, **options)
     _check_vocabulary(config, tokenizer, path)
     template = gguf.chat_template(path) if path.is_file() else chat_template(path)
