@@ -60,6 +60,11 @@ class RopeScalingConfig:
     def __post_init__(self) -> None:
         _one_of("RopeScalingConfig.kind", self.kind, ROPE_SCALINGS)
         _positive(self, "factor", "low_frequency_factor", "high_frequency_factor", "original_length")
+        require(
+            self.kind != "llama3" or self.low_frequency_factor < self.high_frequency_factor,
+            f"RopeScalingConfig.low_frequency_factor={self.low_frequency_factor} must be below "
+            f"high_frequency_factor={self.high_frequency_factor}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ def _boxed(config: ModelConfig, key: jax.Array) -> Params:
     embedding_key, layers_key, head_key = jax.random.split(key, 3)
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     x_BTD = jnp.zeros((1, 1, config.hidden_size), config.compute_dtype)
-    rotary = _rotary(config, tokens_BT)
+    rotary = _rotary(config, tokens_BT, None, None)
 
     def layer(layer_key: jax.Array) -> Params:
         return Block(config).init(layer_key, x_BTD, AttentionMask(), rotary)["params"]
@@ -79,10 +79,17 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))
 
 
-def _rotary(config: ModelConfig, positions_BT: jax.Array) -> positions.RotaryTables | None:
+def _rotary(
+    config: ModelConfig, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, cache: Cache | None
+) -> positions.RotaryTables | None:
+    """The rotary tables; dynamic NTK goes by a cached row's prompt, else by the length of each packed text."""
     if config.position != "rope":
         return None
-    return positions.rotary_tables(positions_BT, config.head_dim, config.rope_theta)
+    lengths_BT = None
+    if config.dynamic_ntk:
+        prompts = None if cache is None else cache.context_length[:, None]
+        lengths_BT = positions.text_lengths(positions_BT, segment_ids_BT) if prompts is None else prompts
+    return positions.rotary_tables(config, positions_BT, lengths_BT)
 
 
 def _mask(
@@ -158,7 +165,7 @@ def hidden_states(
     with jax.named_scope("embedding"):
         x_BTD: Any = Embedding(config).apply({"params": params["embedding"]}, tokens)
         x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)
-    mask, rotary = _mask(config, positions, segment_ids, cache), _rotary(config, positions)
+    mask, rotary = _mask(config, positions, segment_ids, cache), _rotary(config, positions, segment_ids, cache)
     layers_cache = None if cache is None else cache.layers
     with jax.named_scope("layers"):
         x_BTD, layers_cache = _apply_layers(params, config, x_BTD, mask, rotary, layers_cache, layers_key)

@@ -9,11 +9,37 @@ def rms_norm(x, scale, eps):
     return x / math.sqrt(float(np.mean(x * x)) + eps) * scale
 
 
-def rope(vector, position, theta):
+def frequency(config, theta, i):
+    """Radians a position turns pair i by."""
+    plain = theta ** (-2 * i / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling.kind == "none":
+        return plain
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    wavelength = 2 * math.pi / plain
+    if wavelength > scaling.original_length / scaling.low_frequency_factor:
+        return plain / scaling.factor
+    if wavelength < scaling.original_length / scaling.high_frequency_factor:
+        return plain
+    smooth = scaling.original_length / wavelength - scaling.low_frequency_factor
+    smooth /= scaling.high_frequency_factor - scaling.low_frequency_factor
+    return (1 - smooth) * plain / scaling.factor + smooth * plain
+
+
+def base(config, length):
+    """The rotary base for a text of `length` tokens."""
+    if not config.dynamic_ntk:
+        return config.rope_theta
+    alpha = max(2 ** math.ceil(math.log2(length / config.max_length) + 1) - 1, 1)
+    return config.rope_theta * alpha ** (config.head_dim / (config.head_dim - 2))
+
+
+def rope(config, vector, position, theta):
     half = len(vector) // 2
     out = np.empty_like(vector)
     for i in range(half):
-        angle = position * theta ** (-2 * i / len(vector))
+        angle = position * frequency(config, theta, i)
         a, b = vector[i], vector[i + half]
         out[i] = a * math.cos(angle) - b * math.sin(angle)
         out[i + half] = b * math.cos(angle) + a * math.sin(angle)
@@ -27,7 +53,7 @@ def slope(head, heads):
     return 2 ** (-4 * (2 * (head - base) + 1) / base)
 
 
-def layer(params, config, x, positions, segments, window):
+def layer(params, config, x, positions, segments, window, thetas):
     """x [T, D] -> [T, D] for one sequence."""
     attention, groups = params["attention"], config.num_heads // config.num_kv_heads
     normed = [rms_norm(v, params["attention_norm"]["scale"], config.norm_eps) for v in x]
@@ -43,8 +69,8 @@ def layer(params, config, x, positions, segments, window):
         keys = [project("key", t, kv_head) for t in range(len(x))]
         values = [project("value", t, kv_head) for t in range(len(x))]
         if config.position == "rope":
-            queries = [rope(q, p, config.rope_theta) for q, p in zip(queries, positions)]
-            keys = [rope(k, p, config.rope_theta) for k, p in zip(keys, positions)]
+            queries = [rope(config, q, p, theta) for q, p, theta in zip(queries, positions, thetas)]
+            keys = [rope(config, k, p, theta) for k, p, theta in zip(keys, positions, thetas)]
         for i in range(len(x)):
             seen = [j for j in range(i + 1) if segments[i] == segments[j] != 0 and (not window or i - j < window)]
             if not seen:
@@ -65,15 +91,17 @@ def layer(params, config, x, positions, segments, window):
     return np.array(out)
 
 
-def logits(params, config, tokens, positions=None, segments=None):
-    """Logits [T, V] of one sequence of ids, in float64."""
+def logits(params, config, tokens, positions=None, segments=None, context_length=None):
+    """Logits [T, V] of one sequence of ids, in float64; dynamic NTK goes by `context_length`, else by each segment."""
     positions = range(len(tokens)) if positions is None else positions
     segments = [1] * len(tokens) if segments is None else segments
+    lengths = {segment: max(p for p, s in zip(positions, segments) if s == segment) + 1 for segment in segments}
+    thetas = [base(config, context_length or lengths[segment]) for segment in segments]
     x = np.array([params["embedding"]["embedding"][token] for token in tokens])
     for index in range(config.num_layers):
         layer_params = _index(params["layers"], index)
         window = config.window_sizes[index] if config.window_sizes else 0
-        x = layer(layer_params, config, x, list(positions), list(segments), window)
+        x = layer(layer_params, config, x, list(positions), list(segments), window, thetas)
     x = np.array([rms_norm(row, params["final_norm"]["scale"], config.norm_eps) for row in x])
     matrix = params["embedding"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
     if config.norm_head:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llm_jax import models
-from llm_jax.config import ModelConfig
+from llm_jax.config import ModelConfig, RopeScalingConfig
 from tests.models import oracle
 
 BASE = ModelConfig(
@@ -33,6 +33,8 @@ VARIANTS = {
     "tied": {"tie_embeddings": True},
     "windows": {"window_sizes": (2, 0, 5)},
     "log_n": {"log_n": True},
+    "dynamic_ntk": {"dynamic_ntk": True, "max_length": 4},
+    "scaled_rope": {"rope_scaling": RopeScalingConfig("llama3", 8.0, 1.0, 4.0, 24)},
 }
 
 
@@ -83,7 +85,7 @@ def test_packed_documents_equal_each_alone(changes):
 def test_left_padded_and_cached_equal_alone_and_uncached(changes):
     config, params = build(**changes)
     padding, prompt, rest = 3, TOKENS[:, :6], TOKENS[:, 6:]
-    cache = models.init_cache(config, 2, 20)
+    cache = models.init_cache(config, 2, 20, context_length=jnp.full(2, TOKENS.shape[1]))
     cache = cache._replace(layers=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache.layers))
     tokens = np.pad(prompt, ((0, 0), (padding, 0)))
     segments = np.pad(np.ones_like(prompt), ((0, 0), (padding, 0)))
