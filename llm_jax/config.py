@@ -260,6 +260,7 @@ class CorpusConfig:
     """What `prepare_data` reads: a named profile of registry sources, or the user's own files."""
 
     profile: str = "default"  # ignored when `path` is set
+    sources: tuple[str, ...] = ()  # only these of the profile; () = all
     path: str = ""  # a file or folder of .txt, .jsonl, .jsonl.gz or .parquet
     text_field: str = "text"  # of .jsonl and .parquet records
     cache: str = ""  # where downloads are kept; "" = the user's cache folder
@@ -274,6 +275,7 @@ class CorpusConfig:
         require(
             0 < self.holdout_fraction < 1, f"CorpusConfig.holdout_fraction={self.holdout_fraction} must be in (0, 1)"
         )
+        require(not (self.path and self.sources), "CorpusConfig.sources chooses among a profile's: leave path empty")
 
 
 @dataclasses.dataclass(frozen=True)

