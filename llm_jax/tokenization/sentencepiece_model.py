@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as protocol
 
 from llm_jax.errors import UserError, require
+from llm_jax.tokenization.vocabulary import check_text, join_bytes
 
 FILE_NAME = "tokenizer.model"
 SPACE_MARK = "\u2581"
@@ -115,12 +116,7 @@ class SentencePieceTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of a sequence of ids, also where they stop in the middle of a character; specials add none."""
-        ids = list(ids)
-        outside = next((i for i in ids if not 0 <= i < self.vocab_size), None)
-        require(outside is None, f"id {outside} is outside the vocabulary of {self.vocab_size} of {self._name}")
-        surfaces = self._surfaces
-        decoded = b"".join([surfaces[i] for i in ids])
-        return decoded.removeprefix(self._prefix.encode())
+        return join_bytes(self._surfaces, ids, self._name).removeprefix(self._prefix.encode())
 
     @cached_property
     def _surfaces(self) -> list[bytes]:
@@ -138,16 +134,19 @@ class SentencePieceTokenizer:
 
     def _cut(self, text: str) -> list[str]:
         """The atoms of a text that is not empty."""
-        try:
-            cuts = np.flatnonzero(~self._joined[_pair_hashes(text)]) + 1
-        except UnicodeEncodeError as error:
-            raise UserError(f"text with a lone surrogate at character {error.start} has no UTF-8 form") from None
+        check_text(text)
+        cuts = np.flatnonzero(~self._joined[_pair_hashes(text)]) + 1
         bounds = [0, *cuts.tolist(), len(text)]
         return [text[start:end] for start, end in itertools.pairwise(bounds)]
 
     def _no_atoms(self) -> dict[str, list[int]]:
         """A table that knows only how to write a literal U+2581: as bytes."""
         return {SPACE_MARK: [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]}
+
+
+def read(file: Path) -> SentencePieceTokenizer:
+    """Open a model file; `UserError` where it is damaged or of a kind that would lose text."""
+    return SentencePieceTokenizer(file.read_bytes(), str(file))
 
 
 def _pair_hashes(text: str) -> np.ndarray:

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from llm_jax.errors import UserError, require
-from llm_jax.tokenization import sentencepiece_model
-from llm_jax.tokenization.sentencepiece_model import SentencePieceTokenizer
+from llm_jax.tokenization import gguf_vocabulary, sentencepiece_model, tiktoken_file, tokenizer_json
 
 
 class Tokenizer(Protocol):
@@ -75,12 +74,13 @@ def load(path: str | Path) -> Tokenizer:
     Raises `UserError` where there is none, or where it is damaged or of a kind that would lose text.
     """
     path = Path(path)
-    file = _find(path) if path.is_dir() else path
-    require(file.is_file(), f"no tokenizer at {path}: train one with python -m experiments.train_tokenizer")
-    reader = READERS.get(file.suffix)
+    if path.is_dir():
+        return _load_folder(path)
+    require(path.is_file(), f"no tokenizer at {path}: train one with python -m experiments.train_tokenizer")
+    reader = READERS.get(path.suffix)
     if reader is None:
-        raise UserError(f"{file} is no tokenizer that can be read: it does not end in {', '.join(READERS)}")
-    return reader(file)
+        raise UserError(f"{path} is no tokenizer that can be read: it does not end in {', '.join(READERS)}")
+    return reader(path)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
@@ -94,12 +94,30 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
     )
 
 
-def _sentencepiece(file: Path) -> Tokenizer:
-    return SentencePieceTokenizer(file.read_bytes(), str(file))
+READERS: dict[str, Callable[[Path], Tokenizer]] = {
+    ".model": sentencepiece_model.read,
+    ".tiktoken": tiktoken_file.read,
+    ".json": tokenizer_json.read,
+    ".gguf": gguf_vocabulary.read,
+}
 
 
-READERS: dict[str, Callable[[Path], Tokenizer]] = {".model": _sentencepiece}
+def _load_folder(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, from the first of the files that it may have.
 
-
-def _find(folder: Path) -> Path:
-    return folder / sentencepiece_model.FILE_NAME
+    Where tokenizer.model and tokenizer.json lie side by side, the first is the vocabulary as it was trained, and the
+    second its conversion, which need not split or write every text in the same way. But only tokenizer.json has what
+    was added in fine-tuning: so that one counts if it has ids that the other lacks.
+    """
+    model, converted = folder / sentencepiece_model.FILE_NAME, folder / tokenizer_json.FILE_NAME
+    if model.is_file():
+        trained = load(model)
+        extended = load(converted) if converted.is_file() else trained
+        return extended if extended.vocab_size > trained.vocab_size else trained
+    for file in (*sorted(folder.glob("*.tiktoken")), converted):
+        if file.is_file():
+            return load(file)
+    raise UserError(
+        f"no tokenizer in {folder}: it has no {model.name}, {tiktoken_file.FILE_NAME} or {converted.name}; train one "
+        "with python -m experiments.train_tokenizer"
+    )
