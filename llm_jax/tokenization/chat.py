@@ -1,0 +1,344 @@
+"""Conversations as token ids: the formats of LLaMA-2, Baichuan-2 and Qwen, and the template that a file brings along.
+
+A template turns messages into segments: ids, whose they are, and whether a model learns to write them. Control tokens
+are placed by id, and what people write is encoded as plain text, so no message can pass for a control token.
+"""
+
+import abc
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+from llm_jax.config import SamplingConfig
+from llm_jax.errors import UserError, require
+from llm_jax.tokenization import template_sandbox
+from llm_jax.tokenization.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+NONCHARACTERS = range(0xFDD0, 0xFDF0)  # no text has them; Unicode keeps them for uses such as this
+TEMPLATES = ("auto", "llama2", "baichuan2", "chatml", "file")
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """What somebody says."""
+
+    role: str  # one of ROLES
+    content: str
+
+    def __post_init__(self) -> None:
+        require(self.role in ROLES, f"a message's role is {self.role!r}; it must be one of {', '.join(ROLES)}")
+        require(isinstance(self.content, str), f"a message's content must be text, got {self.content!r}")
+
+
+class Segment(NamedTuple):
+    """A run of tokens in a conversation."""
+
+    ids: list[int]
+    role: str  # whose message it belongs to
+    supervised: bool  # whether the model is the one to write it: a reply and the token that ends it
+
+
+class ChatTemplate(abc.ABC):
+    """A format of conversations over a tokenizer."""
+
+    name: str
+    tokenizer: Tokenizer
+    sampling = SamplingConfig(temperature=0.6, top_p=0.9)  # ours, where no report says how its model is sampled
+
+    @property
+    @abc.abstractmethod
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a reply."""
+
+    @abc.abstractmethod
+    def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
+        """A conversation in order.
+
+        Args:
+            messages: perhaps a system message, then the user and the assistant in turn.
+            add_generation_prompt: end with what a reply comes after; the last message must then be the user's.
+
+        Raises:
+            UserError: the messages are not in that order, or the format has no room for what one of them says.
+        """
+
+    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """The ids of a conversation; see `segments`."""
+        return [token for segment in self.segments(messages, add_generation_prompt) for token in segment.ids]
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama2(ChatTemplate):
+    """LLaMA-2's: every round between bos and eos, its marks plain text, the system's words in the first body."""
+
+    tokenizer: Tokenizer
+    name = "llama2"
+    marks = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+    def __post_init__(self) -> None:
+        require(
+            self.tokenizer.bos_id >= 0 and self.tokenizer.eos_id >= 0,
+            "the llama2 chat format needs a tokenizer with bos and eos tokens",
+        )
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.tokenizer.eos_id,)
+
+    def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
+        system, rounds = split_rounds(messages, add_generation_prompt)
+        self._refuse_marks(messages)
+        segments = []
+        for i, (user, *reply) in enumerate(rounds):
+            instruction = f"<<SYS>>\n{system.content}\n<</SYS>>\n\n" if system and i == 0 else ""
+            body = f"[INST] {(instruction + user.content).strip()} [/INST]"
+            segments.append(Segment([self.tokenizer.bos_id, *self.tokenizer.encode(body)], "user", False))
+            for message in reply:
+                words = encode_inside(self.tokenizer, f" {message.content.strip()} ")
+                segments.append(Segment([*words, self.tokenizer.eos_id], "assistant", True))
+        return segments
+
+    def _refuse_marks(self, messages: Sequence[Message]) -> None:
+        """The marks are plain text, so a user who writes them could pass for the system: Meta's code refuses, too."""
+        for i, message in enumerate(messages):
+            found = [mark for mark in self.marks if mark in message.content and message.role != "assistant"]
+            require(not found, f"message {i + 1} holds {''.join(found[:1])}, which the llama2 chat format reserves")
+
+
+@dataclasses.dataclass(frozen=True)
+class Baichuan2(ChatTemplate):
+    """Baichuan-2's: the system's words, then a marker before every message and nothing after it; no bos."""
+
+    tokenizer: Tokenizer
+    user_id: int = 195
+    assistant_id: int = 196
+    name = "baichuan2"
+    sampling = SamplingConfig(temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05)
+
+    def __post_init__(self) -> None:
+        for token in (self.user_id, self.assistant_id):
+            surface = self.tokenizer.decode_bytes([token]) if token < self.tokenizer.vocab_size else b"?"
+            require(
+                not surface or surface.startswith(b"<reserved_"),
+                f"the baichuan2 chat format uses id {token} as a marker, which is not reserved in this tokenizer",
+            )
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.tokenizer.eos_id, self.user_id, self.assistant_id)
+
+    def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
+        system, rounds = split_rounds(messages, add_generation_prompt)
+        segments = [Segment(self._plain(system.content), "system", False)] if system else []
+        for message in (message for one_round in rounds for message in one_round):
+            marker = self.user_id if message.role == "user" else self.assistant_id
+            segments.append(Segment([marker], message.role, False))
+            segments.append(Segment(self._plain(message.content), message.role, message.role == "assistant"))
+        if add_generation_prompt:
+            segments.append(Segment([self.assistant_id], "assistant", False))
+        return segments
+
+    def _plain(self, text: str) -> list[int]:
+        """The ids of a text without the markers, which are pieces that SentencePiece would find in it."""
+        surfaces = [self.tokenizer.decode_bytes([token]).decode() for token in (self.user_id, self.assistant_id)]
+        inside = "|".join(f"(?<={s[0]})(?={re.escape(s[1:])})" for s in surfaces if s)
+        parts = re.split(inside, text) if inside else [text]
+        return [token for part in parts for token in self.tokenizer.encode(part)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatML(ChatTemplate):
+    """Qwen's: every message between <|im_start|> with its role and <|im_end|>; a system message is never missing."""
+
+    tokenizer: Tokenizer
+    name = "chatml"
+    default_system = "You are a helpful assistant."
+    sampling = SamplingConfig(top_p=0.8)
+
+    def __post_init__(self) -> None:
+        for text in ("<|im_start|>", "<|im_end|>"):
+            require(text in self.tokenizer.special_ids, f"the chatml chat format needs a tokenizer with {text}")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        end_of_text = (self.tokenizer.eos_id,) if self.tokenizer.eos_id not in (-1, self._end) else ()
+        return (self._end, self._start, *end_of_text)
+
+    def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
+        system, rounds = split_rounds(messages, add_generation_prompt)
+        system = system or Message("system", self.default_system)
+        newline = encode_inside(self.tokenizer, "\n")
+        segments = []
+        for message in (system, *(message for one_round in rounds for message in one_round)):
+            words = encode_inside(self.tokenizer, message.content)
+            segments.append(Segment(self._header(message.role, newline), message.role, False))
+            segments.append(Segment([*words, self._end], message.role, message.role == "assistant"))
+            segments.append(Segment(newline, message.role, False))
+        if add_generation_prompt:
+            segments.append(Segment(self._header("assistant", newline), "assistant", False))
+        return segments
+
+    def _header(self, role: str, newline: list[int]) -> list[int]:
+        return [self._start, *encode_inside(self.tokenizer, role), *newline]
+
+    @property
+    def _start(self) -> int:
+        return self.tokenizer.special_ids["<|im_start|>"]
+
+    @property
+    def _end(self) -> int:
+        return self.tokenizer.special_ids["<|im_end|>"]
+
+
+@dataclasses.dataclass(frozen=True)
+class JinjaTemplate(ChatTemplate):
+    """The template in a checkpoint's own files, rendered in a sandbox.
+
+    Control tokens are found in the rendered text, where the template writes them by name. Where a message holds such
+    a name, a mark inside keeps it apart until the text is cut. A template that changes messages in a way that depends
+    on the mark is refused, as nobody could tell then which tokens are its own.
+    """
+
+    tokenizer: Tokenizer
+    source: str
+    name = "file"
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The end of text, and the control token that the template puts after a reply."""
+        found = [self.tokenizer.eos_id] if self.tokenizer.eos_id >= 0 else []
+        probe = "0a1b2c"
+        text = self._render([Message("user", "hi"), Message("assistant", probe)], False)
+        _, named, after = text.partition(probe)
+        control = self._control.match(after.lstrip()) if named else None
+        return tuple(dict.fromkeys([*found, *([self.tokenizer.special_ids[control[0]]] if control else [])]))
+
+    def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
+        """A conversation in runs between control tokens; the template does not say whose they are."""
+        text, mark = self._marked(messages, add_generation_prompt)
+        segments = []
+        for i, run in enumerate(self._control.split(text)):
+            ids = [self.tokenizer.special_ids[run]] if i % 2 else self.tokenizer.encode(run.replace(mark, ""))
+            segments.append(Segment(ids, "", False))
+        return segments
+
+    def _marked(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, str]:
+        """The rendered conversation, and the mark in it that keeps what people write from being a control token."""
+        now = time.time()
+        spoken = "".join(message.content for message in messages)
+        mark = next((chr(code) for code in NONCHARACTERS if chr(code) not in spoken), "")
+        require(bool(mark), "the conversation is no text: it holds every noncharacter of Unicode")
+        plain = self._render(messages, add_generation_prompt, now)
+        kept = [dataclasses.replace(m, content=self._keep_apart(m.content, mark)) for m in messages]
+        if kept == list(messages):
+            return plain, mark
+        marked = self._render(kept, add_generation_prompt, now)
+        require(
+            marked.replace(mark, "") == plain,
+            "a message holds the name of a control token in a place where the file's chat template looks for it: "
+            "rephrase the message or name another template",
+        )
+        return marked, mark
+
+    def _keep_apart(self, content: str, mark: str) -> str:
+        """The content with a mark inside whatever is a control token's name, or at its end begins one."""
+        names = tuple(self.tokenizer.special_ids)
+
+        def marked(first: re.Match[str]) -> str:
+            tail = content[first.start() :].rstrip()
+            return first[0] + mark * any(tail.startswith(name) or name.startswith(tail) for name in names)
+
+        return (
+            re.sub("[" + re.escape("".join({name[0] for name in names})) + "]", marked, content) if names else content
+        )
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Any control token's name, the longest first, as a group."""
+        names = sorted(self.tokenizer.special_ids, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, now: float | None = None) -> str:
+        names = {token: name for name, token in self.tokenizer.special_ids.items()}
+        variables = {
+            "messages": [dataclasses.asdict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": names.get(self.tokenizer.bos_id, ""),
+            "eos_token": names.get(self.tokenizer.eos_id, ""),
+            "pad_token": names.get(self.tokenizer.pad_id, ""),
+        }
+        return template_sandbox.render(self.source, variables, now)
+
+
+def split_rounds(
+    messages: Sequence[Message], add_generation_prompt: bool
+) -> tuple[Message | None, list[tuple[Message, ...]]]:
+    """The system message, if there is one, and rounds of a user's message and the reply to it.
+
+    Raises `UserError` where the messages are in another order, or the last one is not the user's though a reply to it
+    is to be generated.
+    """
+    system = messages[0] if messages and messages[0].role == "system" else None
+    spoken = messages[1:] if system else messages
+    require(bool(spoken), "the conversation has no message of the user's")
+    for i, message in enumerate(spoken):
+        wanted = ROLES[1 + i % 2]
+        place = f"message {i + 1 + (system is not None)} is the {message.role}'s"
+        require(message.role == wanted, f"{place}, where the {wanted}'s must come: the two take turns")
+    require(
+        not add_generation_prompt or spoken[-1].role == "user",
+        "the last message is the assistant's: there is nothing to reply to",
+    )
+    return system, [tuple(spoken[i : i + 2]) for i in range(0, len(spoken), 2)]
+
+
+def fit(template: ChatTemplate, messages: Sequence[Message], max_tokens: int) -> list[Message]:
+    """The messages without the oldest rounds that do not fit into `max_tokens`; the system message stays.
+
+    Raises `UserError` where the last message alone is too long, and what `segments` does.
+    """
+    system, rounds = split_rounds(messages, add_generation_prompt=True)
+    for first in range(len(rounds)):
+        kept = [*([system] if system else []), *(message for one_round in rounds[first:] for message in one_round)]
+        tokens = len(template.encode(kept))
+        if tokens <= max_tokens:
+            return kept
+    raise UserError(f"the last message needs {tokens} tokens, and there is room for {max_tokens}: shorten it")
+
+
+def choose(name: str, tokenizer: Tokenizer, own_template: str = "") -> ChatTemplate:
+    """A template by its name in TEMPLATES.
+
+    Args:
+        name: "file" is the checkpoint's own; "auto" is that one, or chatml where the tokenizer has its tokens.
+        tokenizer: what to encode with.
+        own_template: the Jinja template in the checkpoint's files; "" = it has none.
+
+    Raises:
+        UserError: there is no such template, the tokenizer lacks what it needs, or "auto" finds none.
+    """
+    require(name in TEMPLATES, f"unknown chat template {name!r}; it must be one of {', '.join(TEMPLATES)}")
+    if name == "auto":
+        name = "file" if own_template else "chatml" if "<|im_start|>" in tokenizer.special_ids else ""
+        require(bool(name), "this model does not say how it is talked to: name a chat template, llama2 or baichuan2")
+    if name == "file":
+        require(bool(own_template), "this model's files hold no chat template: name one, llama2, baichuan2 or chatml")
+        return JinjaTemplate(tokenizer, own_template)
+    return {"llama2": Llama2, "baichuan2": Baichuan2, "chatml": ChatML}[name](tokenizer)
+
+
+def encode_inside(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text in the middle of a line: without the space that some tokenizers put before every text."""
+    adds_space = tokenizer.decode_bytes(tokenizer.encode("x") * 2) == b"x x"
+    for before in ("\n", "x", ".", "0") if adds_space else ():
+        head = tokenizer.encode(before)
+        whole = tokenizer.encode(before + text)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return tokenizer.encode(text)
