@@ -11,6 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
+from llm_jax import models
 from llm_jax.config import ModelConfig, RopeScalingConfig
 
 # The axes of each of our parameters, without the layers, and the same axes in torch, whose linear maps are stored
@@ -188,6 +191,12 @@ FAMILIES: dict[str, Family] = {
 def sizes(config: ModelConfig) -> dict[str, int]:
     """The length of each axis of `LAYOUTS`."""
     return {axis: getattr(config, field) for axis, field in AXIS_FIELDS.items()}
+
+
+def parameters(config: ModelConfig) -> set[str]:
+    """The paths of a model's parameters: one without biases or with tied embeddings lacks some of `LAYOUTS`."""
+    leaves = jax.tree_util.tree_leaves_with_path(models.abstract(config))
+    return {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
 
 
 def torch_axes(parameter: str, config: ModelConfig) -> list[list[int]]:

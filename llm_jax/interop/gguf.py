@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jax import gguf_file, models
+from llm_jax import gguf_file
 from llm_jax.config import DTYPES, ModelConfig, RopeScalingConfig
 from llm_jax.errors import UserError, require
 from llm_jax.gguf_file import GGUFFile, StoredTensor
-from llm_jax.interop import families, huggingface, placement
+from llm_jax.interop import families, placement
+from llm_jax.interop.parts import Part
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def model_config(file: GGUFFile) -> ModelConfig:
         max_length=facts.number("context_length"),
         rope_theta=theta,
         rope_scaling=_rope_scaling(file, facts, head_dim, theta),
-        norm_eps=float(np.float32(facts.number("attention.layer_norm_rms_epsilon"))),
+        norm_eps=float(str(np.float32(facts.number("attention.layer_norm_rms_epsilon")))),
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         tie_embeddings=HEAD not in file.tensors,
     )
@@ -171,7 +171,7 @@ def _sources(file: GGUFFile, config: ModelConfig, bad: dict[str, None]) -> dict[
             tensor = _checked(file, name, families.torch_shape([parameter], config))
             expected.add(name)
             sources.setdefault(parameter, []).append(
-                huggingface._Part(tensor, parameter, config, parameter in families.ROTATED, bad)
+                Part(tensor, parameter, config, parameter in families.ROTATED, bad)
             )
     for name in file.tensors.keys() - expected:
         raise UserError(f"{file.path}: tensor {name} is not one of a Llama with {config.num_layers} layers")
@@ -180,8 +180,7 @@ def _sources(file: GGUFFile, config: ModelConfig, bad: dict[str, None]) -> dict[
 
 def _present(config: ModelConfig) -> Mapping[str, str]:
     """The tensors of this model: one without biases or with tied embeddings lacks some."""
-    leaves = jax.tree_util.tree_leaves_with_path(models.abstract(config))
-    parameters = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
+    parameters = families.parameters(config)
     return {pattern: parameter for pattern, parameter in TENSORS.items() if parameter in parameters}
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jax import models
 from llm_jax.config import ModelConfig
 from llm_jax.errors import UserError, require
 from llm_jax.interop import families, huggingface_config, placement, safetensors_file, torch_zip
 from llm_jax.interop.families import FAMILIES
+from llm_jax.interop.parts import Part
 from llm_jax.interop.storage import DTYPES, StoredTensor
 
 ROPE_LAYOUTS = ("half_split", "interleaved")
@@ -47,10 +47,7 @@ class Expected:
 
 def expected(config: ModelConfig, family: str) -> dict[str, Expected]:
     """The tensors of a model by their names in a family."""
-    present = {
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(models.abstract(config))
-    }
+    present = families.parameters(config)
     tensors = {}
     for name, parts in FAMILIES[family].tensors.items():
         if parts[0] in present:
@@ -192,37 +189,6 @@ def _dtype_of(tensors: Iterable[StoredTensor]) -> str:
     return counts.most_common(1)[0][0]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """A parameter's layer as rows of a torch tensor: what `placement` reads."""
-
-    tensor: StoredTensor
-    parameter: str
-    config: ModelConfig
-    interleaved: bool
-    bad: dict[str, None]  # the names of tensors with values that are not finite are added to this
-
-    def blocks(self) -> Iterator[tuple[placement.Region, np.ndarray]]:
-        ours, torchs = families.LAYOUTS[self.parameter]
-        groups = families.torch_axes(self.parameter, self.config)
-        order = [torchs.replace(" ", "").index(axis) for axis in ours]
-        inner = groups[0][1:] + [size for group in groups[1:] for size in group]
-        unit = math.prod(groups[0][1:])
-        for start, rows in self.tensor.chunks(unit):
-            block = rows.reshape(len(rows) // unit, *inner).astype(self.config.param_dtype, copy=False)
-            if not np.isfinite(block).all():
-                self.bad[self.tensor.name] = None
-            if self.interleaved:
-                block = _half_split(block)
-            filled = [slice(start // unit, start // unit + len(block)), *(slice(0, size) for size in inner)]
-            yield tuple(filled[axis] for axis in order), block.transpose(order)
-
-
-def _half_split(block_NHD: np.ndarray) -> np.ndarray:
-    """Features of each head from the order of pairs, 0 1 2 3 ..., to that of halves, 0 2 ... 1 3 ..."""
-    return np.concatenate([block_NHD[:, 0::2], block_NHD[:, 1::2]], axis=1)
-
-
 def _sources(
     stored: Mapping[str, StoredTensor],
     wanted: Mapping[str, Expected],
@@ -238,7 +204,7 @@ def _sources(
             rows = families.torch_shape([part], config)[0]
             place = stored[name].rows(start, start + rows)
             interleaved = rope_layout == "interleaved" and part in families.ROTATED
-            sources.setdefault(part, []).append(_Part(place, part, config, interleaved, bad))
+            sources.setdefault(part, []).append(Part(place, part, config, interleaved, bad))
             start += rows
     return sources
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from llm_jax.config import ModelConfig
 from llm_jax.errors import UserError, require
+from llm_jax.interop import gguf, huggingface
 from llm_jax.tokenization import tokenizer as tokenizer_lib
 from llm_jax.training import checkpoint
 
@@ -54,12 +55,8 @@ def load(path: str | Path, *, mesh: Mesh | None = None, step: int | None = None,
     if folder:
         config, params, _ = checkpoint.load_model(path, step, mesh, **_stored_dtype(dtype))
     elif path.is_file():
-        from llm_jax.interop import gguf
-
         config, params = gguf.load(path, mesh=mesh, dtype=dtype)
     else:
-        from llm_jax.interop import huggingface
-
         config, params = huggingface.load(path, mesh=mesh, dtype=dtype, **options)
     _check_vocabulary(config, tokenizer, path)
     template = gguf.chat_template(path) if path.is_file() else chat_template(path)
