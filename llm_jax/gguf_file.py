@@ -9,8 +9,9 @@ import functools
 import math
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
@@ -24,25 +25,51 @@ STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
+CHUNK_BYTES = 1 << 23  # dequantised at once: small beside any matrix of a model
 Kind = gguf.GGMLQuantizationType
 FLOATS = {Kind.F32: "<f4", Kind.F16: "<f2", Kind.F64: "<f8"}
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it lies in the file; nothing is read before `array`."""
+    """A tensor's place in a file."""
 
     name: str
+    path: Path
+    offset: int  # of its first byte
     shape: tuple[int, ...]  # row-major, the way numpy has it: the file states it in reverse
     kind: Kind
-    data: np.ndarray  # uint8, mapped
 
-    def array(self) -> np.ndarray:
-        """The dequantised values, float32 (float16 and float64 tensors as they are)."""
+    def chunks(self, unit: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+        """The dequantised tensor in blocks of rows of its first axis, each with the index of its first row.
+
+        A block has a multiple of `unit` rows and about CHUNK_BYTES; float32, or as stored in the types of `FLOATS`.
+        """
+        row_size = math.prod(self.shape[1:])
+        rows = max(unit, CHUNK_BYTES // max(1, 4 * row_size * unit) * unit)
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for start in range(0, self.shape[0], rows):
+                shape = (min(rows, self.shape[0] - start), *self.shape[1:])
+                yield start, self._unpack(file.read(stored_bytes(shape, self.kind)), shape)
+
+    def read(self) -> np.ndarray:
+        """The whole tensor, dequantised."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return self._unpack(file.read(stored_bytes(self.shape, self.kind)), self.shape)
+
+    def _unpack(self, data: bytes, shape: tuple[int, ...]) -> np.ndarray:
         if self.kind in FLOATS:
-            return self.data.view(FLOATS[self.kind]).reshape(self.shape)
-        rows = self.data.reshape(*self.shape[:-1], -1)
-        return gguf.dequantize(rows, self.kind).reshape(self.shape)
+            return np.frombuffer(data, FLOATS[self.kind]).reshape(shape)
+        rows = np.frombuffer(data, np.uint8).reshape(*shape[:-1], -1)
+        return gguf.dequantize(rows, self.kind).reshape(shape)
+
+
+def stored_bytes(shape: tuple[int, ...], kind: Kind) -> int:
+    """How many bytes a tensor of this shape takes in a file."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // block * block_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,45 +92,43 @@ def read(path: str | Path) -> GGUFFile:
 @functools.lru_cache(maxsize=1)
 def _read(path: Path, modified: int, size: int) -> GGUFFile:
     del modified  # only tells versions of a file apart
-    require(size >= len(MAGIC), f"{path} is not a GGUF file")
-    data = np.memmap(path, np.uint8, mode="r")
-    cursor = _Cursor(data, path)
-    require(bytes(cursor.take(len(MAGIC))) == MAGIC, f"{path} is not a GGUF file")
-    version = cursor.number("I")
-    require(version in VERSIONS, f"{path} has version {version} of the GGUF format; 2 and 3 can be read")
-    tensor_count, pair_count = cursor.number("Q"), cursor.number("Q")
-    metadata: dict[str, Any] = {}
-    for _ in range(pair_count):
-        key = cursor.text()
-        metadata[key] = cursor.value(cursor.number("I"))
-    stated = [_tensor_header(cursor) for _ in range(tensor_count)]
+    with path.open("rb") as file:
+        cursor = _Cursor(file, size)
+        require(size >= len(MAGIC) and cursor.take(len(MAGIC)) == MAGIC, f"{path} is not a GGUF file")
+        version = cursor.number("I")
+        require(version in VERSIONS, f"{path} has version {version} of the GGUF format; 2 and 3 can be read")
+        tensor_count, pair_count = cursor.number("Q"), cursor.number("Q")
+        metadata: dict[str, Any] = {}
+        for _ in range(pair_count):
+            key = cursor.text()
+            metadata[key] = cursor.value(cursor.number("I"))
+        stated = [_tensor_header(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     require(isinstance(alignment, int) and alignment > 0, f"{path}: general.alignment is {alignment!r}")
     start = -(-cursor.position // alignment) * alignment
-    tensors = {header[0]: _tensor(data, path, start, *header) for header in stated}
-    return GGUFFile(path, metadata, tensors)
+    tensors = [_tensor(path, size, start, *header) for header in stated]
+    return GGUFFile(path, metadata, {tensor.name: tensor for tensor in tensors})
 
 
 class _Cursor:
     """Reads values one after the other, and never past the end of the file."""
 
-    def __init__(self, data: np.ndarray, path: Path) -> None:
+    def __init__(self, file: BinaryIO, size: int) -> None:
         self.position = 0
-        self._data = data.data
-        self.path = path
+        self.path = Path(file.name)
+        self._file = file
+        self._size = size
 
-    def take(self, count: int) -> memoryview:
-        end = self.position + count
-        require(end <= len(self._data), f"{self.path} is cut short: its header does not end in the file")
-        taken = self._data[self.position : end]
-        self.position = end
-        return taken
+    def take(self, count: int) -> bytes:
+        require(self.position + count <= self._size, f"{self.path} is cut short: its header does not end in the file")
+        self.position += count
+        return self._file.read(count)
 
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def text(self) -> str:
-        return bytes(self.take(self.number("Q"))).decode("utf-8", errors="replace")
+        return self.take(self.number("Q")).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
@@ -132,18 +157,17 @@ def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _tensor(
-    data: np.ndarray, path: Path, start: int, name: str, shape: tuple[int, ...], code: int, offset: int
+    path: Path, file_size: int, start: int, name: str, shape: tuple[int, ...], code: int, offset: int
 ) -> StoredTensor:
     try:
         kind = Kind(code)
     except ValueError:
         raise UserError(f"{path}: tensor {name} has the unknown type {code}") from None
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    columns = shape[-1] if shape else 1
-    require(columns % block == 0, f"{path}: tensor {name} {list(shape)} has rows that are no multiple of {block} long")
-    begin, size = start + offset, math.prod(shape) // block * block_bytes
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
     require(
-        begin + size <= len(data),
-        f"{path} is cut short: tensor {name} ends at byte {begin + size}, the file has {len(data)}",
+        bool(shape) and shape[-1] % block == 0,
+        f"{path}: tensor {name} {list(shape)} has rows that are no multiple of {block} long",
     )
-    return StoredTensor(name, shape, kind, data[begin : begin + size])
+    end = start + offset + stored_bytes(shape, kind)
+    require(end <= file_size, f"{path} is cut short: tensor {name} ends at byte {end}, the file at {file_size}")
+    return StoredTensor(name, path, start + offset, shape, kind)

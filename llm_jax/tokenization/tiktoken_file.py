@@ -8,7 +8,9 @@ the tokenizer's rules and stand here.
 import base64
 import binascii
 import hashlib
+import itertools
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -23,6 +25,8 @@ FILE_NAME = "qwen.tiktoken"
 RANKS = 151_643  # of the released file; with fewer, the control tokens would get wrong ids
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+# The library gives up (it panics) on far longer runs of white space; such a run is cut, at the cost of a token.
+LONG_SPACE = re.compile(r"(\s{100000})")
 # English contractions; words with one leading mark or space; single digits; runs of marks; line ends; spaces.
 SPLIT = "|".join(
     (
@@ -87,15 +91,14 @@ class TiktokenTokenizer:
 
         Raises `UserError` if the string holds a lone surrogate, which no UTF-8 text does.
         """
-        check_text(text)
-        return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+        return [i for part in _parts(text) for i in self._encoding.encode_ordinary(part)]
 
     def encode_batch(self, texts: Sequence[str], workers: int = 0) -> list[list[int]]:
         """`encode` of every text, on `workers` threads (0 = one per core)."""
-        for text in texts:
-            check_text(text)
-        normalized = [unicodedata.normalize("NFC", text) for text in texts]
-        return self._encoding.encode_ordinary_batch(normalized, num_threads=workers or os.cpu_count() or 1)
+        parts = [_parts(text) for text in texts]
+        threads = workers or os.cpu_count() or 1
+        rows = iter(self._encoding.encode_ordinary_batch(list(itertools.chain(*parts)), num_threads=threads))
+        return [list(itertools.chain(*itertools.islice(rows, len(row)))) for row in parts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a sequence of ids; bytes that form no character become U+FFFD."""
@@ -125,6 +128,12 @@ def read(file: Path) -> TiktokenTokenizer:
     ranks = tokenizer.vocab_size - len(SPECIALS)
     require(ranks == RANKS, f"{file} has {ranks:,} ranks instead of {RANKS:,}; the file is cut short or not Qwen's")
     return tokenizer
+
+
+def _parts(text: str) -> list[str]:
+    """The NFC form of a text, whole unless it has white space that is too long for the library."""
+    check_text(text)
+    return LONG_SPACE.split(unicodedata.normalize("NFC", text))
 
 
 def parse_ranks(file: bytes, name: str) -> list[bytes]:

@@ -8,26 +8,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from llm_jax.config import TokenizerConfig
 from llm_jax.errors import UserError
 from llm_jax.tokenization.sentencepiece_model import SPACE_MARK, SentencePieceTokenizer
 from llm_jax.tokenization.tokenizer import load
 from llm_jax.tokenization.train import train_on_texts
-
-CODE = (
-    "def add(first, second):\n    # the sum\n\tif first == 12345:\n        return None\n\n\n    return first + second\n"
-)
-CHINESE = "第一条　为了保护公民的合法权益，制定本法。\n第二条  公民在法律面前一律平等。\n\n"
-ENGLISH = "The quick brown fox jumps over the lazy dog; it was the best of times, in 1984.  Two spaces.\n"
-TEXTS = [CODE, CHINESE, ENGLISH, CODE + CHINESE, ENGLISH * 3]
-
-# Text in which adjacent characters often form pieces, among anything else that UTF-8 can hold.
-familiar = st.sampled_from([CODE, CHINESE, ENGLISH, " ", "   ", "\n", "\n\n", "\t", "\0", SPACE_MARK, "<s>", "</s>"])
-words = st.sampled_from(sorted({word for text in TEXTS for word in text.split()}))
-fragments = familiar | words | st.text(max_size=8)
-any_text = st.one_of(st.text(), st.lists(fragments, max_size=8).map("".join))
+from tests.tokenization.texts import ENGLISH, TEXTS, any_text
 
 
 @pytest.fixture(scope="module")
