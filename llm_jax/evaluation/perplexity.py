@@ -1,17 +1,22 @@
 """Held-out likelihood: nats, perplexity and bits per byte."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from llm_jax import models
 from llm_jax.config import LossConfig, ModelConfig
 from llm_jax.data.batch import Batch
 from llm_jax.losses.weighted import WeightedSum
 from llm_jax.training.language_model import loss_function
 from llm_jax.training.loop import place
+
+LOGIT_ROWS = 1024  # tokens whose logits exist at once
 
 
 class Heldout(NamedTuple):
@@ -52,3 +57,18 @@ def scorer(config: ModelConfig, loss: LossConfig, mesh: Mesh) -> Callable[[Any, 
         return total
 
     return run
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def token_nats(params: Any, config: ModelConfig, tokens_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """The negative log-likelihood of each target, float32 [B, T]; every row is one text without padding."""
+    hidden_BTD = models.hidden_states(params, config, tokens_BT)
+    unembedding_VD = models.unembedding(params, config)
+
+    def nats(token: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden_D, target = token
+        logits_V = jnp.einsum("d,vd->v", hidden_D, unembedding_VD, preferred_element_type=jnp.float32)
+        return jax.nn.logsumexp(logits_V) - logits_V[target]
+
+    rows = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)
+    return jax.lax.map(nats, rows, batch_size=LOGIT_ROWS).reshape(targets_BT.shape)
