@@ -101,7 +101,7 @@ def load(
     bad: dict[str, None] = {}
     params = placement.place(config, _sources(stored, wanted, config, rope_layout, bad), mesh)
     if bad:
-        names = list(bad)
+        names = sorted(bad)
         log.warning(
             "%s: %d tensors hold NaN or infinity in %s: %s%s",
             folder, len(names), dtype, ", ".join(names[:8]), ", ..." if len(names) > 8 else "",

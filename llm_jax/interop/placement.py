@@ -1,12 +1,15 @@
 """Parameters built on their devices, in their final sharding, from tensors that arrive a block of rows at a time.
 
-Memory on the host beside the parameters themselves: one block on a CPU, whose arrays are filled in place; one
-tensor on other devices, which take the stacked layers one by one.
+Memory on the host beside the parameters themselves: a block for each core on a CPU, whose arrays are filled in place;
+one tensor for other devices, which take the stacked layers one by one.
 """
 
 import functools
+import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, Protocol, TypeAlias
 
 import jax
@@ -77,8 +80,9 @@ def _fill_in_place(
 ) -> list[jax.Array]:
     """Every device's part, [*layers, *its region], in host memory that a CPU's array then takes over."""
     buffers = [_aligned((*layers, *_extent(region)), dtype) for region in regions.values()]
-    for layer, source in enumerate(sources):
-        _fill(source, list(regions.values()), [buffer[layer] if layers else buffer for buffer in buffers])
+    parts = [[buffer[layer] for buffer in buffers] for layer in range(*layers)] if layers else [buffers]
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_fill, sources, itertools.repeat(list(regions.values())), parts))
     return [jax.device_put(buffer, device) for buffer, device in zip(buffers, regions)]
 
 

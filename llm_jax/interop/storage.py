@@ -20,7 +20,7 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-CHUNK_BYTES = 1 << 23  # read at once: small beside any matrix of a model, and a cache's worth to transpose
+CHUNK_BYTES = 1 << 20  # read at once: it is transposed next, and three times as fast while it is in the cache
 
 
 @dataclasses.dataclass(frozen=True)
