@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 # Token types; SentencePiece's codes are the same.
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+ABSENT = "\0"  # a piece that no vocabulary has; SentencePiece takes an empty name for its default
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 GPT2 = {**BYTE_LEVEL, "use_regex": True}  # GPT-2's own split is the library's
 
@@ -103,5 +104,5 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Se
     for piece, key in defaults.items():
         i = metadata.get(f"tokenizer.ggml.{key}_token_id", -1)
         absent = i < 0 or (piece == "bos" and not metadata.get("tokenizer.ggml.add_bos_token", True))
-        setattr(trainer, f"{piece}_piece", "" if absent else tokens[i])
+        setattr(trainer, f"{piece}_piece", ABSENT if absent else tokens[i])
     return proto.SerializeToString()
