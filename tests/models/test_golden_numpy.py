@@ -1,0 +1,56 @@
+"""What transformers lacks against stored results of plain formulas: logits within 1e-4."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax import models
+from tests.golden import make_numpy
+
+forward = jax.jit(models.logits, static_argnums=1)
+
+
+@functools.cache
+def case(name):
+    """Config, parameters and, for each prompt, its length, all tokens and their logits."""
+    config = make_numpy.config(name)
+    seed = list(make_numpy.CASES).index(name)
+    with np.load(make_numpy.FILE) as stored:
+        rows = [
+            (len(prompt), stored[f"{name}/{row}/tokens"], stored[f"{name}/{row}/logits"])
+            for row, prompt in enumerate(make_numpy.prompts(seed))
+        ]
+    return config, jax.tree.map(jax.numpy.asarray, make_numpy.parameters(config, seed)), rows
+
+
+@pytest.mark.parametrize("name", make_numpy.CASES)
+def test_prompts_packed_into_one_row_without_a_cache(name):
+    config, params, rows = case(name)
+    tokens = np.concatenate([tokens[:length] for length, tokens, _ in rows])[None]
+    segments = np.concatenate([np.full(length, row + 1) for row, (length, _, _) in enumerate(rows)])[None]
+    positions = np.concatenate([np.arange(length) for length, _, _ in rows])[None]
+    got = forward(params, config, tokens, positions=positions, segment_ids=segments)[0]
+    want = np.concatenate([logits[:length] for length, _, logits in rows])
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", make_numpy.CASES)
+def test_a_padded_batch_with_a_cache(name):
+    config, params, rows = case(name)
+    width = max(length for length, _, _ in rows)
+    tokens, segments = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), np.int32)
+    for row, (length, stored, _) in enumerate(rows):
+        tokens[row, width - length :], segments[row, width - length :] = stored[:length], 1
+    positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0)
+    cache = models.init_cache(config, len(rows), 32)
+    part, cache = forward(params, config, tokens, positions=positions, segment_ids=segments, cache=cache)
+    parts = [part]
+    for step in range(make_numpy.NEW_TOKENS):
+        token = np.array([stored[length + step] for length, stored, _ in rows])[:, None]
+        part, cache = forward(params, config, token, positions=positions[:, -1:] + 1 + step, cache=cache)
+        parts.append(part)
+    got = np.concatenate(parts, axis=1)
+    for row, (length, _, logits) in enumerate(rows):
+        np.testing.assert_allclose(got[row, width - length :], logits, atol=1e-4)
