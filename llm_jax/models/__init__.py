@@ -1,7 +1,16 @@
 """Decoder-only models as pure functions of (params, config, tokens)."""
 
 from llm_jax.models.cache import Cache, init_cache
-from llm_jax.models.decoder import abstract, count_parameters, hidden_states, init, logical_axes, logits
+from llm_jax.models.decoder import (
+    abstract,
+    count_parameters,
+    hidden_states,
+    init,
+    is_stacked,
+    logical_axes,
+    logits,
+    unstack,
+)
 from llm_jax.models.heads import unembed, unembedding
 
 __all__ = [
@@ -11,8 +20,10 @@ __all__ = [
     "hidden_states",
     "init",
     "init_cache",
+    "is_stacked",
     "logical_axes",
     "logits",
     "unembed",
     "unembedding",
+    "unstack",
 ]

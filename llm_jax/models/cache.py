@@ -1,7 +1,9 @@
 """The key-value cache: an argument and a result of the model, never hidden state.
 
 Slots are filled in order of *index*: every row of a batch writes at the same index, and padding on the left is marked
-by segment id 0. L layers, B batch, S cache length, T new tokens, K kv heads, H head dim.
+by segment id 0. Keys and values lie head by head, so that decoding reads each head's as one contiguous matrix.
+
+L layers, B batch, S cache length, T new tokens, K kv heads, H head dim.
 """
 
 from typing import NamedTuple
@@ -11,30 +13,59 @@ import jax.numpy as jnp
 
 from llm_jax.config import ModelConfig
 
+INT8_LIMIT = 127
+
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values, [B, S, K, H] each (or all layers', with a leading L)."""
+    """One layer's keys and values, [B, K, S, H] each (or all layers', with a leading L).
+
+    In int8, each vector of H numbers has a float32 scale, in [B, K, S, 1]; other dtypes have none.
+    """
 
     key: jax.Array
     value: jax.Array
+    key_scale: jax.Array | None = None
+    value_scale: jax.Array | None = None
 
     def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, index: jax.Array) -> "LayerCache":
         """This layer's cache with new keys and values at slots `index` to `index + T`."""
-        start = (0, index, 0, 0)
-        return LayerCache(
-            jax.lax.dynamic_update_slice(self.key, k_BTKH.astype(self.key.dtype), start),
-            jax.lax.dynamic_update_slice(self.value, v_BTKH.astype(self.value.dtype), start),
-        )
+        key, key_scale = _write(self.key, self.key_scale, k_BTKH, index)
+        value, value_scale = _write(self.value, self.value_scale, v_BTKH, index)
+        return LayerCache(key, value, key_scale, value_scale)
+
+    def read(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, K, S, H] in `dtype`."""
+        return _read(self.key, self.key_scale, dtype), _read(self.value, self.value_scale, dtype)
+
+
+def _write(
+    slots_BKSH: jax.Array, scales_BKS1: jax.Array | None, new_BTKH: jax.Array, index: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    new_BKTH, start = new_BTKH.transpose(0, 2, 1, 3), (0, 0, index, 0)
+    if scales_BKS1 is None:
+        return jax.lax.dynamic_update_slice(slots_BKSH, new_BKTH.astype(slots_BKSH.dtype), start), None
+    new_BKTH = new_BKTH.astype(jnp.float32)
+    new_scales_BKT1 = jnp.max(jnp.abs(new_BKTH), axis=-1, keepdims=True) / INT8_LIMIT
+    scaled_BKTH = new_BKTH / jnp.where(new_scales_BKT1 > 0, new_scales_BKT1, 1.0)
+    slots_BKSH = jax.lax.dynamic_update_slice(slots_BKSH, jnp.round(scaled_BKTH).astype(jnp.int8), start)
+    return slots_BKSH, jax.lax.dynamic_update_slice(scales_BKS1, new_scales_BKT1, start)
+
+
+def _read(slots_BKSH: jax.Array, scales_BKS1: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    if scales_BKS1 is None:
+        return slots_BKSH.astype(dtype)
+    return (slots_BKSH.astype(jnp.float32) * scales_BKS1).astype(dtype)
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers [L, B, S, K, H], segment ids [B, S] int32 of the slots, and how many are filled.
+    """Keys and values of all layers, segment ids [B, S] int32 of the slots, and how many are filled, int32 [].
 
-    `context_length`, int32 [B], is the length of each row's prompt, by which dynamic NTK fixes the rotary base;
-    0 = not known yet.
+    `layers` follows the parameters: one `LayerCache` with a leading layer axis, or a tuple with one for each layer
+    where the parameters are unstacked. `context_length`, int32 [B], is the length of each row's prompt, by which
+    dynamic NTK fixes the rotary base; 0 = not known yet.
     """
 
-    layers: LayerCache
+    layers: LayerCache | tuple[LayerCache, ...]
     segment_ids: jax.Array
     length: jax.Array
     context_length: jax.Array
@@ -44,6 +75,14 @@ class Cache(NamedTuple):
         lengths_B = jnp.max(jnp.where(segment_ids_BT > 0, positions_BT + 1, 0), axis=1)
         return self._replace(context_length=jnp.where(self.context_length > 0, self.context_length, lengths_B))
 
+    def repeat(self, count: int) -> "Cache":
+        """Every row `count` times, one after the other: one prompt's keys and values for several continuations."""
+        axis = 0 if isinstance(self.layers, tuple) and not isinstance(self.layers, LayerCache) else 1
+        layers = jax.tree.map(lambda slots: jnp.repeat(slots, count, axis), self.layers)
+        rows = (jnp.repeat(array, count, 0) for array in (self.segment_ids, self.context_length))
+        segment_ids, context_length = rows
+        return Cache(layers, segment_ids, self.length, context_length)
+
 
 def init_cache(
     config: ModelConfig,
@@ -51,14 +90,27 @@ def init_cache(
     length: int,
     dtype: str | None = None,
     context_length: jax.Array | None = None,
+    stacked: bool = True,
 ) -> Cache:
-    """An empty cache of `length` slots; `dtype` defaults to the compute dtype.
+    """An empty cache of `length` slots.
 
-    `context_length`, int32 [B], states the lengths of prompts that come in several calls; by default the first call
-    is taken for the whole prompt.
+    Args:
+      config: the model.
+      batch_size: rows.
+      length: slots of each row.
+      dtype: of keys and values, by default the compute dtype; "int8" adds a scale to each vector.
+      context_length: int32 [B], the lengths of prompts that come in several calls; by default the first call is taken
+        for the whole prompt.
+      stacked: whether the parameters are; false for those that `unstack` gave.
     """
-    shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
-    zeros = jnp.zeros(shape, dtype or config.compute_dtype)
+    shape = (batch_size, config.num_kv_heads, length, config.head_dim)
+
+    def layer(*leading: int) -> LayerCache:
+        slots = jnp.zeros((*leading, *shape), dtype or config.compute_dtype)
+        scales = jnp.zeros((*leading, *shape[:-1], 1), jnp.float32) if dtype == "int8" else None
+        return LayerCache(slots, slots, scales, scales)
+
+    layers = layer(config.num_layers) if stacked else tuple(layer() for _ in range(config.num_layers))
     segment_ids = jnp.zeros((batch_size, length), jnp.int32)
     context_length = jnp.zeros(batch_size, jnp.int32) if context_length is None else context_length
-    return Cache(LayerCache(zeros, zeros), segment_ids, jnp.zeros((), jnp.int32), context_length)
+    return Cache(layers, segment_ids, jnp.zeros((), jnp.int32), context_length)

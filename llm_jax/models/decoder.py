@@ -1,12 +1,13 @@
 """The decoder as pure functions over a parameter pytree: the layers of `layers.py`, stacked and scanned.
 
-`params` is a dict with "embedding", "layers" (every leaf with a leading layer axis), "final_norm" and "head" (absent
-when the embeddings are tied).
+`params` is a dict with "embedding", "layers" (every leaf with a leading layer axis, or see `unstack`), "final_norm"
+and "head" (absent when the embeddings are tied).
 
 B batch, T length, S cache length, D model, V vocabulary, L layers.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -74,6 +75,22 @@ def logical_axes(config: ModelConfig) -> Params:
     return jax.tree.map(names, boxed, is_leaf=_is_box)
 
 
+def is_stacked(params: Params) -> bool:
+    """Whether the layers' parameters lie on a leading axis, as `init` makes them, and not layer by layer."""
+    return isinstance(params["layers"], dict)
+
+
+def unstack(params: Params) -> Params:
+    """The same parameters with "layers" as a tuple, one tree for each layer: the form that decodes fastest.
+
+    A scan takes each layer's weights out of the stack, which costs a decoding step about as much as using them. Every
+    function here takes either form. Of the given parameters only the stacks are copied, one at a time.
+    """
+    leaves, structure = jax.tree.flatten(params["layers"])
+    split = [[leaf[i] for i in range(leaf.shape[0])] for leaf in leaves]
+    return {**params, "layers": tuple(jax.tree.unflatten(structure, layer) for layer in zip(*split))}
+
+
 def count_parameters(config: ModelConfig) -> int:
     """How many parameters the model has, allocating nothing."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))
@@ -111,10 +128,10 @@ def _apply_layers(
     x_BTD: jax.Array,
     mask: AttentionMask,
     rotary: positions.RotaryTables | None,
-    layers_cache: LayerCache | None,
+    layers_cache: LayerCache | tuple[LayerCache, ...] | None,
     dropout_key: jax.Array | None,
-) -> tuple[jax.Array, LayerCache | None]:
-    """Run the block over the stacked layers: scanned, or unrolled with the same result."""
+) -> tuple[jax.Array, LayerCache | tuple[LayerCache, ...] | None]:
+    """Run the block over the layers: scanned, or unrolled with the same result."""
     windows = jnp.asarray(config.window_sizes, jnp.int32) if any(config.window_sizes) else None
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
 
@@ -126,8 +143,21 @@ def _apply_layers(
 
     if config.remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
-    stacked = (params["layers"], windows, keys, layers_cache)
-    return jax.lax.scan(body, x_BTD, stacked, unroll=1 if config.scan_layers else config.num_layers)
+    layers = (params["layers"], windows, keys, layers_cache)
+    if not is_stacked(params):
+        return _loop(body, x_BTD, layers)
+    return jax.lax.scan(body, x_BTD, layers, unroll=1 if config.scan_layers else config.num_layers)
+
+
+def _loop(body: Callable, x_BTD: jax.Array, layers: tuple) -> tuple[jax.Array, tuple[LayerCache, ...] | None]:
+    """`jax.lax.scan` over parameters and caches that lie apart, layer by layer."""
+    params, windows, keys, caches = layers
+    new_caches = []
+    for i, layer_params in enumerate(params):
+        window, key = (None if array is None else array[i] for array in (windows, keys))
+        x_BTD, cache = body(x_BTD, (layer_params, window, key, None if caches is None else caches[i]))
+        new_caches.append(cache)
+    return x_BTD, None if caches is None else tuple(new_caches)
 
 
 def hidden_states(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from llm_jax.config import ModelConfig
 from llm_jax.kernels.attention import attention
+from llm_jax.kernels.decode import decode_attention
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.models import positions
 from llm_jax.models.cache import LayerCache
@@ -89,16 +90,15 @@ class Attention(nn.Module):
         v_BTKH = self._project(config.num_kv_heads, "kv_heads", "value")(x_BTD)
         if rotary is not None:
             q_BTNH, k_BTKH = positions.rotate(q_BTNH, rotary), positions.rotate(k_BTKH, rotary)
-        k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        q_BTNH = constrain(q_BTNH, "batch", None, "heads", None)
+        k_BTKH = constrain(k_BTKH, "batch", None, "kv_heads", None)
+        v_BTKH = constrain(v_BTKH, "batch", None, "kv_heads", None)
+        out_BTNH = q_BTNH  # attention has no parameters: creating a model need not choose a kernel
         if cache is not None:
             cache = cache.write(k_BTKH, v_BTKH, jnp.asarray(mask.query_offset))
-            k_BSKH, v_BSKH = (array.astype(q_BTNH.dtype) for array in cache)
-        q_BTNH = constrain(q_BTNH, "batch", None, "heads", None)
-        k_BSKH = constrain(k_BSKH, "batch", None, "kv_heads", None)
-        v_BSKH = constrain(v_BSKH, "batch", None, "kv_heads", None)
-        out_BTNH = q_BTNH  # attention has no parameters: creating a model need not choose a kernel
-        if not self.is_initializing():
-            out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, mask, implementation=config.attention)
+            out_BTNH = _cached_attention(q_BTNH, cache, mask, config.attention)
+        elif not self.is_initializing():
+            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, implementation=config.attention)
         return self._output()(out_BTNH), cache
 
     def _project(self, heads: int, axis: str, name: str) -> Projection:
@@ -111,6 +111,15 @@ class Attention(nn.Module):
         config = self.config
         shapes = (config.num_heads, config.head_dim), (config.hidden_size,)
         return Projection(*shapes, ("heads", "head_dim", "embed"), residual_std(config), config, name="output")
+
+
+def _cached_attention(q_BTNH: jax.Array, cache: LayerCache, mask: AttentionMask, implementation: str) -> jax.Array:
+    """Attention over the cache's slots; a single query reads them where they lie."""
+    k_BKSH, v_BKSH = (constrain(array, "batch", "kv_heads", None, None) for array in cache.read(q_BTNH.dtype))
+    if q_BTNH.shape[1] == 1:
+        return decode_attention(q_BTNH, k_BKSH, v_BKSH, mask)
+    k_BSKH, v_BSKH = k_BKSH.transpose(0, 2, 1, 3), v_BKSH.transpose(0, 2, 1, 3)
+    return attention(q_BTNH, k_BSKH, v_BSKH, mask, implementation=implementation)
 
 
 class FeedForward(nn.Module):

@@ -86,7 +86,7 @@ def test_left_padded_and_cached_equal_alone_and_uncached(changes):
     config, params = build(**changes)
     padding, prompt, rest = 3, TOKENS[:, :6], TOKENS[:, 6:]
     cache = models.init_cache(config, 2, 20, context_length=jnp.full(2, TOKENS.shape[1]))
-    cache = cache._replace(layers=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache.layers))
+    cache = cache._replace(layers=jax.tree.map(lambda x: jnp.full_like(x, 1e30), cache.layers))
     tokens = np.pad(prompt, ((0, 0), (padding, 0)))
     segments = np.pad(np.ones_like(prompt), ((0, 0), (padding, 0)))
     positions = np.maximum(np.arange(tokens.shape[1]) - padding, 0)[None].repeat(2, 0)
