@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from llm_jax.config import ModelConfig
 from llm_jax.errors import UserError, require
-from llm_jax.interop import gguf, huggingface
+from llm_jax.interop import gguf, huggingface, released
 from llm_jax.tokenization import tokenizer as tokenizer_lib
 from llm_jax.training import checkpoint
 
@@ -33,7 +33,8 @@ def load(path: str | Path, *, mesh: Mesh | None = None, step: int | None = None,
     """Load configuration, parameters, tokenizer and chat template from one path.
 
     Args:
-      path: a run folder (with `checkpoints`), a Hugging Face folder (with `config.json`) or a `.gguf` file.
+      path: a run folder (with `checkpoints`), a Hugging Face folder (with `config.json`), a `.gguf` file, or a name
+        of `released.MODELS`, such as "smollm2", which is downloaded at its first use.
       mesh: where to put the parameters, sharded by their logical axes; None = the default device.
       step: which checkpoint of a run folder; None = the newest.
       **overrides: `dtype`, the parameters' dtype; fields of `ModelConfig` that do not change what the weights are,
@@ -44,11 +45,12 @@ def load(path: str | Path, *, mesh: Mesh | None = None, step: int | None = None,
       UserError: nothing that can be loaded is there, it is damaged, its tokenizer has ids that the model has not, or
         an override is unknown or contradicts the weights.
     """
-    path = Path(path)
+    path = released.locate(path)
     dtype = overrides.pop("dtype", None)
     options = {name: overrides.pop(name) for name in HUGGING_FACE_OPTIONS if name in overrides}
     _check_overrides(overrides)
-    require(path.exists(), f"no model at {path}: name a run folder, a Hugging Face folder or a .gguf file")
+    known = ", ".join(released.MODELS)
+    require(path.exists(), f"no model at {path}: name a run folder, a Hugging Face folder, a .gguf file or {known}")
     folder = is_run(path)
     require(not options or (path.is_dir() and not folder), f"{', '.join(options)}: only a Hugging Face folder needs it")
     tokenizer = tokenizer_lib.load(path)
@@ -58,7 +60,7 @@ def load(path: str | Path, *, mesh: Mesh | None = None, step: int | None = None,
         config, params = gguf.load(path, mesh=mesh, dtype=dtype)
     else:
         config, params = huggingface.load(path, mesh=mesh, dtype=dtype, **options)
-    _check_vocabulary(config, tokenizer, path)
+    tokenizer_lib.check_vocabulary(tokenizer, config.vocab_size, str(path))
     template = gguf.chat_template(path) if path.is_file() else chat_template(path)
     return Pretrained(dataclasses.replace(config, **overrides), params, tokenizer, template)
 
@@ -97,12 +99,3 @@ def _check_overrides(overrides: dict[str, Any]) -> None:
         near = difflib.get_close_matches(name, [*allowed, "dtype", *HUGGING_FACE_OPTIONS], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f": {', '.join(allowed)} can be"
         require(name in allowed, f"{name!r} of a trained model cannot be overridden{hint}")
-
-
-def _check_vocabulary(config: ModelConfig, tokenizer: tokenizer_lib.Tokenizer, path: Path) -> None:
-    """Vocabularies are often padded in the model, never in the tokenizer."""
-    require(
-        tokenizer.vocab_size <= config.vocab_size,
-        f"the tokenizer of {path} has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}: they "
-        "do not belong together",
-    )
