@@ -1,18 +1,16 @@
 """Weights in torch's own file format (`.bin`, `.pt`), read without torch and without running anything of the file.
 
 The format is a zip archive of uncompressed entries: `data.pkl`, a pickle that describes the tensors, and `data/KEY`,
-the bytes of each storage. A pickle is a program: it names functions of any module and has them called. So this one is
-first searched for anything but plain values and the few names below, and then run with nothing else within reach:
-those names stand for objects of this file, which can make tensors' descriptions and nothing more.
+the bytes of each storage. A pickle is a program for Python's unpickler, which imports whatever it names and calls it.
+Here it never gets there: the few instructions that descriptions of tensors consist of are followed by an interpreter of
+our own, to which the names of torch's functions are words with a meaning, and every other word is an error.
 """
 
-import io
 import math
-import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +22,6 @@ from llm_jax.interop.storage import DTYPES, StoredTensor, contiguous
 STORAGES = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16"}
 MAX_PICKLE = 64 << 20  # bytes; a tensor takes about 200
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, and the lengths of the name and the extra field
-INSTRUCTIONS = """
-    PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID
-    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE
-    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
-    BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET
-"""
-OPCODES = frozenset(INSTRUCTIONS.split())
 
 
 class _Storage(NamedTuple):
@@ -50,33 +41,6 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _StateDict(dict):
-    """What torch keeps its tensors in; its attributes (`_metadata`) are of no use here."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: object) -> None:
-        """Drop them."""
-
-
-class _Name:
-    """Something that a pickle may name. A pickle cannot change it, and can call it only if it is a function here."""
-
-    __slots__ = ("_call", "dtype")
-
-    def __init__(self, call: Any = None, dtype: np.dtype | None = None) -> None:
-        self._call = call
-        self.dtype = dtype
-
-    def __call__(self, *args: Any) -> Any:
-        if self._call is None:
-            raise TypeError("a storage type is called")
-        return self._call(*args)
-
-    def __setstate__(self, state: object) -> None:
-        raise TypeError("a name is given a state")
-
-
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
     """The arguments of torch's function of this purpose; the rest is about gradients."""
     numbers = (offset, *shape, *strides)
@@ -94,11 +58,16 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
-NAMES: Mapping[tuple[str, str], _Name] = {
-    ("collections", "OrderedDict"): _Name(_StateDict),
-    ("torch._utils", "_rebuild_tensor_v2"): _Name(_rebuild_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Name(_rebuild_parameter),
-    **{("torch", storage): _Name(dtype=DTYPES[name]) for storage, name in STORAGES.items()},
+def _ordered_dict() -> dict[str, Any]:
+    return {}
+
+
+# What a pickle may name: what to call, or the dtype of a type of storage.
+NAMES: Mapping[str, Callable[..., Any] | np.dtype] = {
+    "collections OrderedDict": _ordered_dict,
+    "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils _rebuild_parameter": _rebuild_parameter,
+    **{f"torch {storage}": DTYPES[name] for storage, name in STORAGES.items()},
 }
 
 
@@ -122,9 +91,14 @@ def read(path: Path) -> dict[str, StoredTensor]:
         file.seek(offset)
         data = file.read(size)
     try:
-        _search(data)
-        state = _Unpickler(data, entries, prefix).load()
-    except Exception as error:  # whatever a senseless pickle makes Python raise
+        state = _Description(entries, f"{prefix}data/").follow(data)
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # what senseless instructions lead to
         raise UserError(f"{path} is refused: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
     require(isinstance(state, dict), f"{path} is refused: it holds {type(state).__name__}, not tensors by name")
     return {_checked(name, value, path): _stored(name, value, path) for name, value in state.items()}
@@ -178,41 +152,127 @@ def _entries(path: Path) -> tuple[dict[str, tuple[int, int]], str]:
     return entries, first[: first.find("/") + 1]
 
 
-def _search(data: bytes) -> None:
-    """Refuse a pickle with instructions that no set of tensors needs, before any of it runs."""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if opcode.name not in OPCODES:
-            raise ValueError(f"its pickle uses the instruction {opcode.name}; it may be an attack")
-        if opcode.name.endswith("BINPUT") and int(argument or 0) > count:  # would fill the memory with holes
-            raise ValueError("its pickle numbers values that it does not have; it may be an attack")
+class _Description:
+    """Follows the instructions of a pickle with a stack and a memory for values, as pickle's protocols 2 to 4 have it.
 
+    Whatever they say, they make nothing but numbers, texts, tuples, lists, dicts with texts as keys, and tensors'
+    descriptions, and no more of them than there are instructions.
+    """
 
-def _named(module: str, name: str) -> _Name:
-    if (module, name) in NAMES:
-        return NAMES[module, name]
-    if module == "torch" and name.endswith("Storage"):
-        raise ValueError(f"it holds a {name}; only {', '.join(STORAGES)} can be read")
-    raise ValueError(f"it asks for {module}.{name}, which no set of tensors needs; it may be an attack")
-
-
-class _Unpickler(pickle.Unpickler):
-    """Runs a pickle that can name nothing but `NAMES`."""
-
-    def __init__(self, data: bytes, entries: Mapping[str, tuple[int, int]], prefix: str) -> None:
-        super().__init__(io.BytesIO(data))
+    def __init__(self, entries: Mapping[str, tuple[int, int]], folder: str) -> None:
         self._entries = entries
-        self._prefix = prefix
+        self._folder = folder
+        self._stack: list[Any] = []
+        self._marks: list[int] = []  # lengths of the stack where collections begin
+        self._memo: dict[int, Any] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
-        """One of `NAMES`."""
-        return _named(module, name)
+    def follow(self, data: bytes) -> Any:
+        """The value that the instructions lead to; `ValueError` and the like where they make no sense."""
+        for opcode, argument, _ in pickletools.genops(data):
+            name = opcode.name
+            if name in PUSHED:
+                self._stack.append(argument)
+            elif name in MADE:
+                self._stack.append(MADE[name]())
+            elif name in STEPS:
+                STEPS[name](self, argument)
+            elif name not in IGNORED:
+                raise ValueError(f"its pickle uses the instruction {name}; it may be an attack")
+        (value,) = self._stack
+        return value
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def _pop_marked(self) -> list[Any]:
+        start = self._marks.pop()
+        values = self._stack[start:]
+        del self._stack[start:]
+        return values
+
+    def _mark(self, _: Any) -> None:
+        self._marks.append(len(self._stack))
+
+    def _tuple(self, size: int | None) -> None:
+        values = self._pop_marked() if size is None else [self._stack.pop() for _ in range(size)][::-1]
+        self._stack.append(tuple(values))
+
+    def _extend(self, values: list[Any]) -> None:
+        target = self._stack[-1]
+        if not isinstance(target, list):
+            raise TypeError("values are added to something that is no list")
+        target.extend(values)
+
+    def _set_items(self, values: list[Any]) -> None:
+        target = self._stack[-1]
+        keys = values[0::2]
+        if not isinstance(target, dict) or not all(isinstance(key, str) for key in keys):
+            raise TypeError("its entries are not tensors by name")
+        target.update(zip(keys, values[1::2], strict=True))
+
+    def _remember(self, index: int | None) -> None:
+        self._memo[len(self._memo) if index is None else index] = self._stack[-1]
+
+    def _recall(self, index: int) -> None:
+        self._stack.append(self._memo[index])
+
+    def _name(self, name: str) -> None:
+        if name not in NAMES and name.startswith("torch ") and name.endswith("Storage"):
+            raise ValueError(f"it holds a {name[6:]}; only {', '.join(STORAGES)} can be read")
+        if name not in NAMES:
+            raise ValueError(
+                f"it asks for {name.replace(' ', '.')}, which no set of tensors needs; it may be an attack"
+            )
+        self._stack.append(NAMES[name])
+
+    def _call(self) -> None:
+        arguments, function = self._stack.pop(), self._stack.pop()
+        if not any(function is known for known in NAMES.values()) or isinstance(function, np.dtype):
+            raise TypeError("it calls something that is no function")
+        self._stack.append(function(*arguments))
+
+    def _drop_attributes(self) -> None:
+        """An OrderedDict of torch has attributes, which are of no use here."""
+        self._stack.pop()
+        if not isinstance(self._stack[-1], dict):
+            raise TypeError("it gives attributes to something that has none")
+
+    def _storage(self) -> None:
         """The storage that ("storage", type, key, device, number of elements) describes."""
-        kind, storage_type, key, _, count = pid
-        if kind != "storage" or not isinstance(storage_type, _Name) or storage_type.dtype is None:
+        kind, dtype, key, _, count = self._stack.pop()
+        if kind != "storage" or not isinstance(dtype, np.dtype):
             raise ValueError("it refers to something that is no storage")
-        where = self._entries.get(f"{self._prefix}data/{key}")
-        if where is None or type(count) is not int or not 0 <= count * storage_type.dtype.itemsize <= where[1]:
+        start, size = self._entries.get(f"{self._folder}{key}", (0, -1)) if isinstance(key, str) else (0, -1)
+        if type(count) is not int or not 0 <= count * dtype.itemsize <= size:
             raise ValueError(f"its storage {str(key)[:40]!r} is missing or cut short")
-        return _Storage(where[0], count, storage_type.dtype)
+        self._stack.append(_Storage(start, count, dtype))
+
+
+IGNORED = frozenset(["PROTO", "FRAME", "STOP"])
+PUSHED = frozenset(["BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"])
+MADE: Mapping[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+}
+STEPS: Mapping[str, Callable[[_Description, Any], None]] = {
+    "MARK": _Description._mark,
+    "TUPLE": _Description._tuple,
+    "TUPLE1": lambda d, _: d._tuple(1),
+    "TUPLE2": lambda d, _: d._tuple(2),
+    "TUPLE3": lambda d, _: d._tuple(3),
+    "APPEND": lambda d, _: d._extend([d._stack.pop()]),
+    "APPENDS": lambda d, _: d._extend(d._pop_marked()),
+    "SETITEM": lambda d, _: d._set_items([d._stack.pop(-2), d._stack.pop()]),
+    "SETITEMS": lambda d, _: d._set_items(d._pop_marked()),
+    "BINPUT": _Description._remember,
+    "LONG_BINPUT": _Description._remember,
+    "MEMOIZE": _Description._remember,
+    "BINGET": _Description._recall,
+    "LONG_BINGET": _Description._recall,
+    "GLOBAL": _Description._name,
+    "STACK_GLOBAL": lambda d, _: d._name(f"{d._stack.pop(-2)} {d._stack.pop()}"),
+    "REDUCE": lambda d, _: d._call(),
+    "BUILD": lambda d, _: d._drop_attributes(),
+    "BINPERSID": lambda d, _: d._storage(),
+}
