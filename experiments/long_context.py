@@ -28,6 +28,7 @@ from experiments import prepare_data, pretrain, runner, train_tokenizer
 from llm_jax import config as config_lib
 from llm_jax.config import CorpusConfig, TokenizerConfig, TrainConfig
 from llm_jax.data import sources
+from llm_jax.data.documents import shuffled
 from llm_jax.errors import require
 from llm_jax.evaluation import figures, long_context
 from llm_jax.evaluation.long_context import Estimate, Nats, Report
@@ -140,12 +141,12 @@ def load(config: LongContextConfig, folder: Path) -> Pretrained:
 
 
 def heldout_texts(corpus: CorpusConfig) -> list[str]:
-    """The texts that `prepare_data` holds out of the same corpus, source after source."""
+    """The texts that `prepare_data` holds out of the same corpus, in an order that mixes its sources."""
     texts = []
     for source in sources.corpus(corpus):
         threshold = source.census(corpus.holdout_fraction).threshold
         texts += [document.text for digest, document in source.documents() if digest < threshold]
-    return texts
+    return shuffled(texts)
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -23,6 +23,7 @@ EXTENSIONS: dict[str, tuple[str, ...]] = {
     "+ dynamic NTK": ("dynamic_ntk",),
     "+ log-n": ("dynamic_ntk", "log_n"),
     "+ window": ("dynamic_ntk", "log_n", "window_sizes"),
+    "window alone": ("window_sizes",),  # not in Qwen's table: what of the row above comes from the windows
 }
 ALIBI = "ALiBi"
 
@@ -57,7 +58,7 @@ def layer_windows(num_layers: int, shortest: int, longest: int) -> tuple[int, ..
 
 
 def variants(config: ModelConfig, windows: tuple[int, ...]) -> dict[str, ModelConfig]:
-    """The rows of the table that a trained model can give: each of Qwen's extensions on top of those before it."""
+    """The rows of the table that a trained model can give."""
     if config.position == "alibi":
         return {ALIBI: config}
     values = {"dynamic_ntk": True, "log_n": True, "window_sizes": windows}
@@ -115,7 +116,7 @@ class Cell:
 
     perplexity: Estimate  # over documents, each averaged over the seeds
     by_seed: tuple[float, ...]
-    change: Estimate | None  # relative to the row above, paired by document, where both are of the same model
+    change: Estimate | None  # relative to the row above, paired by document, where one extension is added to it
 
 
 Nats = Mapping[str, Mapping[int, np.ndarray]]  # row -> length -> nats of every predicted token, [seeds, D, N]
@@ -130,7 +131,7 @@ def summarise(nats: Nats) -> Report:
         for length, nats_SDN in row.items():
             perplexity = Estimate.of(nats_SDN.mean(axis=(0, 2))).exponential()
             by_seed = tuple(float(value) for value in np.exp(nats_SDN.mean(axis=(1, 2))))
-            change = _change(above[length], nats_SDN) if above and name in EXTENSIONS else None
+            change = _change(above[length], nats_SDN) if above and name.startswith("+") else None
             report[name][length] = Cell(perplexity, by_seed, change)
         above = row
     return report

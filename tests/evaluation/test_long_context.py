@@ -47,6 +47,7 @@ def test_the_rows_of_each_kind_of_model():
         "+ dynamic NTK": (True, False, ()),
         "+ log-n": (True, True, ()),
         "+ window": (True, True, (3, 6)),
+        "window alone": (False, False, (3, 6)),
     }
     alibi = ModelConfig(position="alibi")
     assert long_context.variants(alibi, ()) == {"ALiBi": alibi}
