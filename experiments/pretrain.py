@@ -4,7 +4,8 @@
         --config.data.dataset=runs/data/dataset
 
 Writes to --workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/ and the dataset's tokenizer.model. Run the
-same command again to continue after a stop.
+same command again to continue after a stop. A --workdir into which experiments.convert has imported a model begins with
+that model.
 """
 
 import dataclasses
@@ -170,12 +171,16 @@ def train(
     step_function = step.build(loss_fn, optimizer, schedule, seed=config.seed, microbatches=config.microbatches)
     flops = training_flops_per_token(config.model, config.data.sequence_length)
     with Checkpointer(workdir, config.checkpoint, config.model, tokens_per_step) as checkpointer:
-        start = checkpointer.latest_step() or 0
-        if start:
+        latest = checkpointer.latest_step()
+        start = latest or 0
+        if latest is None:
+            current = state.init_state(config.model, optimizer, mesh, jax.random.key(config.seed))
+        elif checkpointer.is_model_alone(latest):
+            print(f"beginning with the model of the checkpoint in {workdir}")
+            current = state.state_of(checkpointer.restore_params(abstract, latest), optimizer, abstract)
+        else:
             print(f"continuing from step {start}")
             current = checkpointer.restore(abstract, start)
-        else:
-            current = state.init_state(config.model, optimizer, mesh, jax.random.key(config.seed))
         batches = loader.train_batches(
             config.data, start_step=start, process_index=jax.process_index(), process_count=jax.process_count()
         )

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,22 @@ class Pretrained(NamedTuple):
 def load(path: str | Path, *, mesh: Mesh | None = None, step: int | None = None, **overrides: Any) -> Pretrained:
     """Load configuration, parameters, tokenizer and chat template from one path.
 
+    The arguments and errors are those of `load_model`. Raises `UserError` also where there is no tokenizer, or one
+    with ids that the model has not.
+    """
+    path = released.locate(path)
+    _check_arguments(path, overrides)  # before anything that takes long, like the tokenizer
+    tokenizer = tokenizer_lib.load(path)
+    config, params = load_model(path, mesh=mesh, step=step, **overrides)
+    tokenizer_lib.check_vocabulary(tokenizer, config.vocab_size, str(path))
+    return Pretrained(config, params, tokenizer, chat_template(path))
+
+
+def load_model(
+    path: str | Path, *, mesh: Mesh | None = None, step: int | None = None, **overrides: Any
+) -> tuple[ModelConfig, Any]:
+    """Load configuration and parameters alone.
+
     Args:
       path: a run folder (with `checkpoints`), a Hugging Face folder (with `config.json`), a `.gguf` file, or a name
         of `released.MODELS`, such as "smollm2", which is downloaded at its first use.
@@ -42,27 +59,36 @@ def load(path: str | Path, *, mesh: Mesh | None = None, step: int | None = None,
         options of `huggingface.load`: `position`, `norm_head` and `rope_layout`.
 
     Raises:
-      UserError: nothing that can be loaded is there, it is damaged, its tokenizer has ids that the model has not, or
-        an override is unknown or contradicts the weights.
+      UserError: nothing that can be loaded is there, it is damaged, or an override is unknown or contradicts it.
     """
     path = released.locate(path)
-    dtype = overrides.pop("dtype", None)
-    options = {name: overrides.pop(name) for name in HUGGING_FACE_OPTIONS if name in overrides}
-    _check_overrides(overrides)
-    known = ", ".join(released.MODELS)
-    require(path.exists(), f"no model at {path}: name a run folder, a Hugging Face folder, a .gguf file or {known}")
-    folder = is_run(path)
-    require(not options or (path.is_dir() and not folder), f"{', '.join(options)}: only a Hugging Face folder needs it")
-    tokenizer = tokenizer_lib.load(path)
-    if folder:
-        config, params, _ = checkpoint.load_model(path, step, mesh, **_stored_dtype(dtype))
+    options, fields = _check_arguments(path, overrides)
+    dtype = fields.pop("dtype", None)
+    if is_run(path):
+        config, params, _ = checkpoint.load_model(path, step, mesh, **({} if dtype is None else {"param_dtype": dtype}))
     elif path.is_file():
         config, params = gguf.load(path, mesh=mesh, dtype=dtype)
     else:
         config, params = huggingface.load(path, mesh=mesh, dtype=dtype, **options)
-    tokenizer_lib.check_vocabulary(tokenizer, config.vocab_size, str(path))
-    template = gguf.chat_template(path) if path.is_file() else chat_template(path)
-    return Pretrained(dataclasses.replace(config, **overrides), params, tokenizer, template)
+    return dataclasses.replace(config, **fields), params
+
+
+def _check_arguments(path: Path, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The overrides that are options of `huggingface.load`, and the others; `UserError` for what cannot be."""
+    known = ", ".join(released.MODELS)
+    require(path.exists(), f"no model at {path}: name a run folder, a Hugging Face folder, a .gguf file or {known}")
+    options = {name: value for name, value in overrides.items() if name in HUGGING_FACE_OPTIONS}
+    require(
+        not options or (path.is_dir() and not is_run(path)),
+        f"{', '.join(options)}: {path} states it, only for a Hugging Face folder it can be given",
+    )
+    fields = {name: value for name, value in overrides.items() if name not in options}
+    allowed = ["dtype", *(f.name for f in dataclasses.fields(ModelConfig) if f.name not in FIXED)]
+    for name in fields:
+        near = difflib.get_close_matches(name, [*allowed, *HUGGING_FACE_OPTIONS], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f": {', '.join(allowed)} can be"
+        require(name in allowed, f"{name!r} of a trained model cannot be overridden{hint}")
+    return options, fields
 
 
 def is_run(path: Path) -> bool:
@@ -70,12 +96,17 @@ def is_run(path: Path) -> bool:
     return (path / checkpoint.FOLDER).is_dir()
 
 
-def chat_template(folder: Path) -> str:
-    """The Jinja template of a folder's `chat_template.jinja` or `tokenizer_config.json`; "" where there is none."""
-    file = folder / TEMPLATE_FILE
+def chat_template(path: Path) -> str:
+    """The Jinja template of a .gguf file, or of a folder's `chat_template.jinja` or `tokenizer_config.json`.
+
+    "" where there is none.
+    """
+    if path.is_file():
+        return gguf.chat_template(path)
+    file = path / TEMPLATE_FILE
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    file = folder / "tokenizer_config.json"
+    file = path / "tokenizer_config.json"
     if not file.is_file():
         return ""
     try:
@@ -87,15 +118,3 @@ def chat_template(folder: Path) -> str:
         template = named.get("default", "")
     require(isinstance(template, str), f"chat_template in {file} is neither a text nor a list of named texts")
     return str(template)
-
-
-def _stored_dtype(dtype: str | None) -> dict[str, str]:
-    return {} if dtype is None else {"param_dtype": dtype}
-
-
-def _check_overrides(overrides: dict[str, Any]) -> None:
-    allowed = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in FIXED]
-    for name in overrides:
-        near = difflib.get_close_matches(name, [*allowed, "dtype", *HUGGING_FACE_OPTIONS], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f": {', '.join(allowed)} can be"
-        require(name in allowed, f"{name!r} of a trained model cannot be overridden{hint}")

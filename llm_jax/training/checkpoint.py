@@ -77,6 +77,16 @@ class Checkpointer:
         training = restored["training"]
         return TrainState(training["step"], restored["params"], training["opt_state"])
 
+    def is_model_alone(self, step: int) -> bool:
+        """Whether the checkpoint is of a model without an optimiser's state, as `save_model` writes it."""
+        return not (Path(self._manager.directory) / str(step) / "training").exists()
+
+    def restore_params(self, abstract: TrainState, step: int) -> Any:
+        """The parameters at `step` alone, in the layout and the dtype of `abstract`."""
+        saved = dataclasses.replace(_read_config(self._manager, step), param_dtype=self._model.param_dtype)
+        _check_architecture(saved, self._model, str(self._manager.directory))
+        return _restore(self._manager, step, params=ocp.args.StandardRestore(abstract.params))["params"]
+
 
 def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
@@ -97,6 +107,18 @@ def _check_architecture(saved: ModelConfig, wanted: ModelConfig, where: str) -> 
     old, new = saved.architecture(), wanted.architecture()
     differences = [f"{key} {old[key]!r} instead of {new[key]!r}" for key in new if old[key] != new[key]]
     require(not differences, f"the checkpoint in {where} is of another model: {', '.join(differences)}")
+
+
+def save_model(workdir: Path, config: ModelConfig, params: Any) -> None:
+    """Write a model that no run of ours has trained, as the checkpoint of step 0; returns when it is whole on disk.
+
+    Raises `UserError` if the folder has checkpoints already.
+    """
+    folder = (workdir / FOLDER).absolute()
+    require(not folder.exists() or not any(folder.iterdir()), f"{folder} has checkpoints already: choose a new folder")
+    with ocp.CheckpointManager(folder) as manager:
+        model = ocp.args.JsonSave(dataclasses.asdict(config))
+        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params), config=model))
 
 
 def load_model(

@@ -42,3 +42,10 @@ def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, mes
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
     with jax.set_mesh(mesh):
         return jax.jit(lambda k: _fresh(config, optimizer, k), out_shardings=layout)(key)
+
+
+def state_of(params: Any, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+    """The state before the first step of a run that begins with given parameters, in the layout of `abstract`."""
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    moments = jax.jit(optimizer.init, out_shardings=layout.opt_state)(params)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), layout.step), params, moments)
