@@ -52,7 +52,8 @@ class Part:
         inner = groups[0][1:] + [size for group in groups[1:] for size in group]
         unit = math.prod(groups[0][1:])
         for start, rows in self.tensor.chunks(unit):
-            block = rows.reshape(len(rows) // unit, *inner).astype(self.config.param_dtype, copy=False)
+            with np.errstate(over="ignore"):  # what becomes infinite is reported by name
+                block = rows.reshape(len(rows) // unit, *inner).astype(self.config.param_dtype, copy=False)
             if not _all_finite(block):
                 self.bad[self.tensor.name] = None
             if self.interleaved:

@@ -42,7 +42,11 @@ def read(path: Path) -> dict[str, StoredTensor]:
 def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> StoredTensor:
     """One tensor of the header, checked against the file's size."""
     try:
-        code, shape, (begin, end) = entry["dtype"], tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
+        code, shape, (begin, end) = (
+            str(entry["dtype"]),
+            tuple(map(int, entry["shape"])),
+            map(int, entry["data_offsets"]),
+        )
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: the header's entry of tensor {name} makes no sense") from None
     known = ", ".join(NAMES)
