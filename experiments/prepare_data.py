@@ -29,7 +29,10 @@ HEADINGS = ("source", "language", "documents", "MB", "tokens", "bytes/token", "h
 
 def main(config: CorpusConfig, workdir: Path) -> Summary:
     """Prepare the dataset and print its sizes."""
-    require(bool(config.tokenizer), "set --config.tokenizer to a model that experiments.train_tokenizer wrote")
+    require(
+        bool(config.tokenizer),
+        "set --config.tokenizer to a tokenizer, such as experiments.train_tokenizer writes",
+    )
     started = time.monotonic()
     config = dataclasses.replace(config, output=config.output or str(workdir / "dataset"))
     summary = pipeline.prepare(config, tokenizers.load(config.tokenizer))

@@ -3,14 +3,13 @@
     python -m experiments.pretrain --config=configs/pretrain/small.py --workdir=runs/small \\
         --config.data.dataset=runs/data/dataset
 
-Writes to --workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/ and the dataset's tokenizer.model. Run the
+Writes to --workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/ and the dataset's tokenizer. Run the
 same command again to continue after a stop. A --workdir into which experiments.convert has imported a model begins with
 that model.
 """
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from llm_jax.models.flops import training_flops_per_token
 from llm_jax.optim import adamw, schedules
 from llm_jax.parallel import distributed
 from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.tokenization import tokenizer as tokenizers
 from llm_jax.training import language_model, metrics, state, step
 from llm_jax.training.checkpoint import Checkpointer
 from llm_jax.training.loop import Loop, Throughput
@@ -94,9 +94,7 @@ def record_start(config: TrainConfig, info: loader.DatasetInfo, workdir: Path) -
     if distributed.is_first():
         config_lib.save(config, workdir / "config.json")
         (workdir / DATASET).write_text(json.dumps(identity(info)) + "\n")
-        partial = workdir / "tokenizer.partial"
-        shutil.copyfile(info.tokenizer, partial)
-        partial.replace(workdir / "tokenizer.model")
+        tokenizers.copy(info.tokenizer, workdir)
     distributed.wait_for_all("record_start")
 
 

@@ -29,7 +29,7 @@ class DatasetInfo:
     """What a run wants to know of its dataset before it starts."""
 
     vocab_size: int
-    tokenizer: Path  # the model file, inside the dataset's folder
+    tokenizer: Path  # its main file, inside the dataset's folder
     tokenizer_sha256: str
     fingerprint: str  # of the corpus and the tokenizer it was made from
     sources: Mapping[str, SourceSummary]  # documents, text bytes and tokens of train and heldout

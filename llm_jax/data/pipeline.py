@@ -37,7 +37,6 @@ from llm_jax.errors import UserError, require
 logger = logging.getLogger(__name__)
 
 BATCH_BYTES = 1 << 20  # of text tokenised at once
-TOKENIZER_NAME = "tokenizer.model"
 PROGRESS = "progress"  # the folder, inside the unfinished dataset, that says what is finished
 
 
@@ -56,12 +55,16 @@ class TextEncoder(Protocol):
         """The ids of every text, without specials, on `workers` threads (0 = one per core)."""
         ...
 
+    def save(self, folder: Path) -> Path:
+        """Write the tokenizer into a folder; returns its main file."""
+        ...
+
 
 def prepare(config: CorpusConfig, tokenizer: TextEncoder) -> Summary:
     """Write the dataset of a corpus to `config.output`, or find it there already, and return its summary.
 
-    The model file at `config.tokenizer`, from which `tokenizer` was loaded, is copied into the dataset. Raises
-    `UserError` for a corpus that is missing, damaged or empty, and for an output folder that holds something else.
+    The tokenizer is saved into the dataset. Raises `UserError` for a corpus that is missing, damaged or empty, and for
+    an output folder that holds something else.
     """
     require(bool(config.output), "CorpusConfig.output is not set: name the dataset's folder")
     output = Path(config.output)
@@ -79,8 +82,9 @@ def prepare(config: CorpusConfig, tokenizer: TextEncoder) -> Summary:
     if not summaries:
         shutil.rmtree(partial)
         raise UserError(f"the corpus at {config.path or config.profile!r} is empty")
-    summary = Summary(tokenizer.vocab_size, TOKENIZER_NAME, tokenizer.fingerprint, fingerprint, summaries)
-    _finish(partial, output, Path(config.tokenizer), summary)
+    saved = tokenizer.save(partial)
+    summary = Summary(tokenizer.vocab_size, saved.name, tokenizer.fingerprint, fingerprint, summaries)
+    _finish(partial, output, summary)
     return summary
 
 
@@ -192,9 +196,8 @@ def _encode(batch: Sequence[tuple[int, Document]], tokenizer: TextEncoder, worke
     return (first + ids + last for ids in rows)
 
 
-def _finish(partial: Path, output: Path, tokenizer: Path, summary: Summary) -> None:
+def _finish(partial: Path, output: Path, summary: Summary) -> None:
     """Complete the dataset's folder and give it its name."""
-    shutil.copyfile(tokenizer, partial / TOKENIZER_NAME)
     write_metadata(partial, summary)
     partial.replace(output)
     shutil.rmtree(output / PROGRESS)

@@ -6,7 +6,7 @@
       corpus-heldout_SOURCE.array_record-...
       lengths/train_SOURCE.npy                          int32 tokens of every record, in record order
       heldout/SOURCE.jsonl                              the held-out texts themselves, in record order
-      tokenizer.model
+      tokenizer.model                                   or what else the tokenizer is saved as
       summary.json                                      counts, file sizes, the tokenizer's digest
 
 A document is stored as `[bos] + ids + [eos]`, with whichever of the two the tokenizer has. A record is the usual

@@ -1,5 +1,6 @@
 """What the rest of the project needs of a tokenizer, and opening whichever kind a file or folder holds."""
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -81,6 +82,16 @@ def load(path: str | Path) -> Tokenizer:
     if reader is None:
         raise UserError(f"{path} is no tokenizer that can be read: it does not end in {', '.join(READERS)}")
     return reader(path)
+
+
+def copy(file: Path, folder: Path) -> None:
+    """Copy a tokenizer's main file, as `save` names it, and what belongs to it; each appears only when it is whole."""
+    companions = (tokenizer_json.CONFIG_NAME,) if file.name == tokenizer_json.FILE_NAME else ()
+    for source in (*(file.with_name(name) for name in companions), file):
+        if source.is_file():
+            partial = folder / f"{source.name}.partial"
+            shutil.copyfile(source, partial)
+            partial.replace(folder / source.name)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:

@@ -21,6 +21,11 @@ class ByteTokenizer:
     def encode_batch(self, texts, workers=0):
         return [list(text.encode()) for text in texts]
 
+    def save(self, folder):
+        path = folder / "tokenizer.model"
+        path.write_bytes(b"a model file")
+        return path
+
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode()
 
@@ -54,16 +59,9 @@ def corpus_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def model_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tokenizer.model"
-    path.write_bytes(b"a model file")
-    return path
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory, corpus_folder, model_file):
+def dataset(tmp_path_factory, corpus_folder):
     """The prepared dataset's folder, for reading only."""
     output = tmp_path_factory.mktemp("prepared") / "dataset"
-    config = CorpusConfig(path=str(corpus_folder), tokenizer=str(model_file), output=str(output), holdout_fraction=0.1)
+    config = CorpusConfig(path=str(corpus_folder), output=str(output), holdout_fraction=0.1)
     pipeline.prepare(config, ByteTokenizer())
     return output

@@ -15,15 +15,16 @@ import tensorflow_datasets as tfds
 from llm_jax.config import CorpusConfig
 from llm_jax.data import files, pipeline, records, sources
 from llm_jax.errors import UserError
+from llm_jax.tokenization import tokenizer as tokenizers
+from llm_jax.tokenization.tokenizer_json import JsonTokenizer
+from tests.tokenization.texts import byte_level_bpe
 
 
 @pytest.fixture
-def config(tmp_path, model_file):
+def config(tmp_path):
     """Of a folder `texts` that the test fills."""
     (tmp_path / "texts").mkdir()
-    return CorpusConfig(
-        path=str(tmp_path / "texts"), tokenizer=str(model_file), output=str(tmp_path / "dataset"), holdout_fraction=0.2
-    )
+    return CorpusConfig(path=str(tmp_path / "texts"), output=str(tmp_path / "dataset"), holdout_fraction=0.2)
 
 
 def texts_of(config):
@@ -229,6 +230,15 @@ def test_an_interrupted_run_continues_with_the_next_source(config, corpus_folder
         for split in records.SPLITS:
             one, two = summary.split(name, split), straight.split(name, split)
             assert (one.documents, one.tokens) == (two.documents, two.tokens)
+
+
+def test_a_dataset_brings_whichever_tokenizer_it_was_made_with(config, tmp_path):
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    tokenizer = JsonTokenizer(json.dumps(byte_level_bpe()), bos_id=-1, eos_id=2)
+    summary = pipeline.prepare(config, tokenizer)
+    again = tokenizers.load(tmp_path / "dataset" / summary.tokenizer)
+    assert summary.tokenizer == "tokenizer.json" and (again.bos_id, again.eos_id) == (-1, 2)
+    assert again.encode("text") == tokenizer.encode("text")
 
 
 def test_a_finished_dataset_is_kept_and_another_is_not_overwritten(config, tmp_path, tokenizer):

@@ -57,6 +57,18 @@ def test_nothing_to_open(tmp_path, make, message):
         tokenizer.load(tmp_path / "thing")
 
 
+def test_a_copy_is_the_same_tokenizer(tmp_path, trained):
+    for original in (trained, JsonTokenizer(json.dumps(byte_level_bpe()), 0, 2, 1)):
+        source, target = tmp_path / original.fingerprint / "source", tmp_path / original.fingerprint / "target"
+        source.mkdir(parents=True)
+        target.mkdir()
+        tokenizer.copy(original.save(source), target)
+        again = tokenizer.load(target)
+        assert again.encode_batch(TEXTS) == original.encode_batch(TEXTS)
+        assert (again.bos_id, again.eos_id, again.pad_id) == (original.bos_id, original.eos_id, original.pad_id)
+        assert not list(target.glob("*.partial"))
+
+
 def test_a_tokenizer_has_no_ids_that_its_model_lacks(trained):
     tokenizer.check_vocabulary(trained, 390, "runs/demo")
     tokenizer.check_vocabulary(trained, 512, "runs/demo")
