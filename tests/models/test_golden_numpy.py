@@ -64,7 +64,7 @@ def test_a_padded_batch_with_a_cache(name):
 def test_greedy_continuations(name):
     config, params, rows = case(name)
     prompts = [tokens[:length].tolist() for length, tokens, _ in rows]
-    got = generate(params, config, prompts, GREEDY)
+    got = generate(models.unstack(params), config, prompts, GREEDY)
     assert [result.tokens for result in got] == [tokens[length:].tolist() for length, tokens, _ in rows]
 
 
