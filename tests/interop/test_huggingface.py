@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from llm_jax import models
-from llm_jax.config import MeshConfig, ModelConfig, SamplingConfig
+from llm_jax.config import MeshConfig, ModelConfig, RopeScalingConfig, SamplingConfig
 from llm_jax.interop import huggingface
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import rules
@@ -316,3 +319,58 @@ def test_a_sharded_model_is_saved_whole(tmp_path, folders):
     assert again.param_dtype == "bfloat16"
     want = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), params)
     jax.tree.map(np.testing.assert_array_equal, loaded, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["llama", "llama, tied", "llama3", "qwen2"])
+def test_transformers_reads_what_we_write(tmp_path, variant):
+    """The exported folder as transformers sees it: the same logits, with nothing said beside the folder's name."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    llama3 = {"rope_scaling": RopeScalingConfig("llama3", 4.0, original_length=8), "num_kv_heads": 1}
+    config = dataclasses.replace(SMALL, **(llama3 if variant == "llama3" else VARIANTS[variant]))
+    params = randomized(config)
+    huggingface.save(tmp_path / "export", config, params, shard_bytes=5000)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", attn_implementation="eager")
+    ids = np.random.default_rng(2).integers(0, config.vocab_size, (2, 40))
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids)).logits.numpy()
+    ours = models.logits(params, config, jnp.asarray(ids))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+MEASURED = """
+import sys
+import jax
+from llm_jax.interop import huggingface
+def mebibytes(key):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
+jax.numpy.zeros(1).block_until_ready()
+before = mebibytes("VmRSS:")
+config, params = huggingface.load(sys.argv[1])
+size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**20
+print(size, mebibytes("VmHWM:") - before - size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of a process's peak memory")
+def test_loading_needs_no_memory_beside_the_parameters(tmp_path):
+    """For 480 MiB of parameters, whose largest tensor has 64 MiB and whose largest parameter 137 MiB."""
+    config = dataclasses.replace(
+        SMALL, vocab_size=32768, hidden_size=1024, num_layers=16, num_heads=8, num_kv_heads=8, head_dim=128,
+        ffn_size=4096, param_dtype="bfloat16",
+    )  # fmt: skip
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), models.abstract(config))
+    huggingface.save(tmp_path / "export", config, params, shard_bytes=10**8)
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    output = subprocess.run(
+        [sys.executable, "-c", MEASURED, tmp_path / "export"],
+        env=environment,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    size, beside = map(float, output.split())
+    assert size > 470
+    assert beside < 1.1 * 64
