@@ -106,8 +106,11 @@ def _read(path: Path, modified: int, size: int) -> GGUFFile:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     require(isinstance(alignment, int) and alignment > 0, f"{path}: general.alignment is {alignment!r}")
     start = -(-cursor.position // alignment) * alignment
-    tensors = [_tensor(path, size, start, *header) for header in stated]
-    return GGUFFile(path, metadata, {tensor.name: tensor for tensor in tensors})
+    tensors = {header[0]: _tensor(path, size, start, *header) for header in stated}
+    require(len(tensors) == tensor_count, f"{path} is damaged: two of its tensors have the same name")
+    parts = metadata.get("split.count", 1)
+    require(parts in (0, 1), f"{path} is one of {parts} files of a model: merge them first (llama-gguf-split --merge)")
+    return GGUFFile(path, metadata, tensors)
 
 
 class _Cursor:

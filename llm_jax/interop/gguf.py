@@ -41,6 +41,11 @@ TENSORS = {
     "output_norm.weight": "final_norm/scale",
     HEAD: "head/kernel",
 }
+# What makes another model of it, where it is not zero.
+REFUSED = (
+    "expert_count", "attention.sliding_window", "attention.clamp_kqv", "attention.scale", "embedding_scale",
+    "residual_scale", "logit_scale",
+)  # fmt: skip
 STORED_DTYPES = {gguf.GGMLQuantizationType.F16: "float16", gguf.GGMLQuantizationType.BF16: "bfloat16"}
 # Llama 3's own settings of its rope scaling: a file has only the factors that follow from them.
 LLAMA3 = RopeScalingConfig("llama3", 8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=8192)
@@ -87,14 +92,13 @@ def model_config(file: GGUFFile) -> ModelConfig:
     require(
         architecture == ARCHITECTURE, f"{file.path} has the architecture {architecture!r}; only llama can be loaded"
     )
-    require(
-        not facts.number("expert_count", 0), f"{file.path} is a mixture of experts; only dense models can be loaded"
-    )
+    for key in REFUSED:
+        require(not facts.number(key, 0), f"{file.path} is no plain Llama: it has {ARCHITECTURE}.{key}")
     require(EMBEDDING in file.tensors, f"{file.path}: tensor {EMBEDDING} is missing")
-    hidden, heads = facts.number("embedding_length"), facts.number("attention.head_count")
-    head_dim = facts.number("attention.key_length", hidden // heads)
+    hidden, heads = facts.count("embedding_length"), facts.count("attention.head_count")
+    head_dim = facts.count("attention.key_length", hidden // heads)
     for key in ("rope.dimension_count", "attention.value_length"):
-        value = facts.number(key, head_dim)
+        value = facts.count(key, head_dim)
         require(
             value == head_dim, f"{file.path}: llama.{key} is {value}, and only the head size {head_dim} is supported"
         )
@@ -102,12 +106,12 @@ def model_config(file: GGUFFile) -> ModelConfig:
     return ModelConfig(
         vocab_size=file.tensors[EMBEDDING].shape[0],
         hidden_size=hidden,
-        num_layers=facts.number("block_count"),
+        num_layers=facts.count("block_count"),
         num_heads=heads,
-        num_kv_heads=facts.number("attention.head_count_kv", heads),
+        num_kv_heads=facts.count("attention.head_count_kv", heads),
         head_dim=head_dim,
-        ffn_size=facts.number("feed_forward_length"),
-        max_length=facts.number("context_length"),
+        ffn_size=facts.count("feed_forward_length"),
+        max_length=facts.count("context_length"),
         rope_theta=theta,
         rope_scaling=_rope_scaling(file, facts, head_dim, theta),
         norm_eps=float(str(np.float32(facts.number("attention.layer_norm_rms_epsilon")))),
@@ -128,6 +132,12 @@ class _Facts:
         usable = isinstance(value, int | float) and math.isfinite(value)
         require(usable, f"{self._file.path}: {ARCHITECTURE}.{key} is {str(value)[:40]}, not a single number")
         return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
+        whole = isinstance(value, int) and value > 0
+        require(whole, f"{self._file.path}: {ARCHITECTURE}.{key} is {value}, not a positive whole number")
+        return int(value)
 
 
 def _rope_scaling(file: GGUFFile, facts: _Facts, head_dim: int, theta: float) -> RopeScalingConfig:

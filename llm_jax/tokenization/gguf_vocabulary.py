@@ -17,7 +17,7 @@ from llm_jax.tokenization.tokenizer_json import JsonTokenizer
 logger = logging.getLogger(__name__)
 
 # Token types; SentencePiece's codes are the same.
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
 ABSENT = "\0"  # a piece that no vocabulary has; SentencePiece takes an empty name for its default
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 GPT2 = {**BYTE_LEVEL, "use_regex": True}  # GPT-2's own split is the library's
@@ -96,7 +96,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Se
     for token, score, kind in zip(tokens, scores, types):
         proto.pieces.add(piece=token, score=score, type=kind)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(tokens), True
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(tokens), BYTE in types
     normalizer.name, normalizer.escape_whitespaces = "identity", True
     normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     normalizer.remove_extra_whitespaces = metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)

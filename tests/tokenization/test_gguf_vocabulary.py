@@ -152,6 +152,7 @@ def test_an_unsaid_split_is_said_to_be_a_guess(tmp_path, caplog):
         ({"token_type": [1, 1]}, "token_type has 2 of 400 entries"),
         ({"eos_token_id": 400}, "eos_token_id=400 is outside the vocabulary"),
         ({"model": "llama"}, "scores has 0 of 400 entries"),
+        ({"model": "llama", "scores": [0.0] * 400}, "no byte fallback"),
         ({"merges": ["nothing of"]}, "cannot be used"),
     ],
 )
