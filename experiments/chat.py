@@ -166,7 +166,7 @@ def begin(config: ChatConfig, model: Pretrained) -> Conversation:
 
 def _talk(conversation: Conversation, workdir: Path, lines: Iterable[str], patient: bool = False) -> None:
     """Answer lines in turn, some of which are commands; a mistake ends it, unless somebody is there to mend it."""
-    replies, notes = Console(highlight=False), Console(stderr=True, highlight=False)
+    notes = Console(stderr=True, highlight=False)
     left_out = 0
     for line in lines:
         try:
@@ -178,8 +178,8 @@ def _talk(conversation: Conversation, workdir: Path, lines: Iterable[str], patie
                     _command(conversation, workdir, name, argument.strip()), style="dim", markup=False, soft_wrap=True
                 )
             elif line.strip():
-                reply = conversation.ask(line, lambda text: replies.out(visible(text), end=""))
-                replies.print()
+                reply = conversation.ask(line, _show)
+                print()
                 for note in _remarks(reply, left_out):
                     notes.print(note, style="dim", markup=False, soft_wrap=True)
                 left_out = reply.left_out
@@ -187,6 +187,11 @@ def _talk(conversation: Conversation, workdir: Path, lines: Iterable[str], patie
             if not patient:
                 raise
             notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+
+
+def _show(text: str) -> None:
+    """Print a part of a reply: not through Rich, which prints it again if Ctrl-C comes in the midst of it."""
+    print(visible(text), end="", flush=True)
 
 
 def _typed() -> Iterator[str]:
@@ -239,7 +244,7 @@ def _remarks(reply: Reply, left_out: int) -> Iterator[str]:
     if reply.finished == "interrupted":
         yield "[stopped]"
     if reply.left_out > left_out:
-        yield f"[the context is full: the model no longer sees the first {reply.left_out} rounds]"
+        yield f"[the context is full; oldest rounds that the model no longer sees: {reply.left_out}]"
 
 
 def visible(text: str) -> str:

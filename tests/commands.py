@@ -29,7 +29,8 @@ def parse(argv: list[str]) -> tuple[Any, Path]:
         runner.main, sys.argv = note, [name]
         module = sys.modules.pop(name)  # run afresh, as python -m does; its own flags are defined a second time
         for flag in flags.FLAGS.get_flags_for_module(name):
-            delattr(flags.FLAGS, flag.name)
+            if flag.name in flags.FLAGS:  # another experiment may have had a flag of the same name
+                delattr(flags.FLAGS, flag.name)
         runpy.run_module(name, run_name="__main__")
         default_workdir = found.get("workdir") or f"runs/{name.rpartition('.')[2]}"
         return runner.parse([name, *arguments], found["config_class"], found["default"], default_workdir)

@@ -97,7 +97,7 @@ def test_the_oldest_rounds_are_left_out_when_the_context_is_full(model, talk):
     lines = ["one two three " * 2] * 4
     _, err, conversation = talk(lines, dataclasses.replace(CONFIG, max_context=96))
     assert len(conversation.messages) == 8
-    assert "the model no longer sees the first" in err
+    assert "oldest rounds that the model no longer sees: 1]" in err
     kept = [(message.role, message.content) for message in conversation.messages[:-1]]
     replies = {reply(model, kept[2 * i :]) for i in (1, 2, 3)}
     assert conversation.messages[-1].content in replies
