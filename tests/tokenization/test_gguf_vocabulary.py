@@ -5,7 +5,7 @@ import logging
 import gguf
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from sentencepiece import sentencepiece_model_pb2 as protocol
 from tokenizers import pre_tokenizers
 
@@ -62,10 +62,13 @@ def byte_level_fields(definition, pre):
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
-    """By kind of split: the library's tokenizer and ours out of the file."""
+    """By kind of split: the library's tokenizer and ours out of the file.
+
+    The vocabulary was trained without any split, so that every way to split gives ids of its own.
+    """
     pairs = {}
+    definition = byte_level_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), size=600)
     for name, split in SPLITS.items():
-        definition = byte_level_bpe(split)
         path = tmp_path_factory.mktemp(name) / "model.gguf"
         library = tokenizers.Tokenizer(
             tokenizers.models.BPE(definition["model"]["vocab"], [tuple(m) for m in definition["model"]["merges"]])
@@ -78,10 +81,20 @@ def byte_level(tmp_path_factory):
 
 @settings(max_examples=150, deadline=None)
 @given(text=any_text)
+@example(text="in 1984. 12345 don't CAN'T e\u0301té  \r\n\n  第二条  公民")
 @pytest.mark.parametrize("name", SPLITS)
 def test_byte_level_ids_are_those_of_the_tokenizer_that_was_written(byte_level, name, text):
     library, ours = byte_level[name]
     assert ours.encode(text) == library.encode(text).ids
+
+
+@pytest.mark.parametrize(("pre", "whole"), [("llama-bpe", True), ("qwen2", False)])
+def test_llama_3_takes_words_of_the_vocabulary_whole(tmp_path, pre, whole):
+    fields = byte_level_fields(byte_level_bpe(), pre)
+    fields |= {"tokens": [*fields["tokens"], "zebra"], "token_type": [*fields["token_type"], 1]}
+    ours = tokenizer.load(write(tmp_path / "model.gguf", fields))  # no merges lead to the new word
+    assert (ours.encode("zebra") == [400]) is whole
+    assert ours.decode([400]) == "zebra"
 
 
 def test_what_a_byte_level_file_says_of_specials(byte_level, tmp_path):
