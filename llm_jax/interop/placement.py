@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jax import models
 from llm_jax.config import ModelConfig
-from llm_jax.parallel import rules
+from llm_jax.training.checkpoint import placed
 
 ALIGNMENT = 64  # bytes; JAX takes a CPU array over as it is only if it is aligned to this
 
@@ -43,36 +42,32 @@ def place(config: ModelConfig, sources: Mapping[str, Sequence[Source]], mesh: Me
         the parameter is not stacked.
       mesh: where the parameters go, sharded by their logical axes; None = the default device.
     """
-    abstract = models.abstract(config)
-    if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        layout = jax.tree.map(lambda _: device, abstract)
-    else:
-        layout = rules.shardings(models.logical_axes(config), abstract, mesh)
 
-    def one(path: jax.tree_util.KeyPath, array: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+    def one(path: jax.tree_util.KeyPath, array: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return _parameter(array, sharding, sources[name], stacked=name.startswith("layers/"))
+        return _parameter(array, sources[name], stacked=name.startswith("layers/"))
 
-    return jax.tree_util.tree_map_with_path(one, abstract, layout)
+    return jax.tree_util.tree_map_with_path(one, placed(config, mesh))
 
 
-def _parameter(
-    array: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, sources: Sequence[Source], stacked: bool
-) -> jax.Array:
+def _parameter(array: jax.ShapeDtypeStruct, sources: Sequence[Source], stacked: bool) -> jax.Array:
     """One sharded parameter, of which this process makes the shards of its own devices."""
     regions = {
         device: tuple(slice(*s.indices(size)[:2]) for s, size in zip(index or (), array.shape))
-        for device, index in sharding.addressable_devices_indices_map(array.shape).items()
+        for device, index in array.sharding.addressable_devices_indices_map(array.shape).items()
     }
     if not stacked:
         shards = _fill_in_place(regions, sources, array.dtype)
     else:  # no device has layers of its own
         regions = {device: region[1:] for device, region in regions.items()}
-        on_cpu = jax.local_devices()[0].platform == "cpu"
-        fill = _fill_in_place if on_cpu else _fill_by_layers
+        fill = _fill_in_place if takes_over_host_memory() else _fill_by_layers
         shards = fill(regions, sources, array.dtype, (len(sources),))
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
+
+
+def takes_over_host_memory() -> bool:
+    """Whether devices use the host's arrays as they are, without a copy."""
+    return jax.local_devices()[0].platform == "cpu"
 
 
 def _fill_in_place(

@@ -85,7 +85,7 @@ def _check_arguments(path: Path, overrides: Mapping[str, Any]) -> tuple[dict[str
     fields = {name: value for name, value in overrides.items() if name not in options}
     allowed = ["dtype", *(f.name for f in dataclasses.fields(ModelConfig) if f.name not in FIXED)]
     for name in fields:
-        near = difflib.get_close_matches(name, [*allowed, *HUGGING_FACE_OPTIONS], n=1)
+        near = [] if name in FIXED else difflib.get_close_matches(name, [*allowed, *HUGGING_FACE_OPTIONS], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f": {', '.join(allowed)} can be"
         require(name in allowed, f"{name!r} of a trained model cannot be overridden{hint}")
     return options, fields

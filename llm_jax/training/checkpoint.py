@@ -143,11 +143,12 @@ def load_model(
         step = steps[-1] if step is None else step
         require(step in steps, f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
         config = dataclasses.replace(_read_config(manager, step), **overrides)
-        target = ocp.args.StandardRestore(_placed(config, mesh))
+        target = ocp.args.StandardRestore(placed(config, mesh))
         return config, _restore(manager, step, params=target)["params"], step
 
 
-def _placed(config: ModelConfig, mesh: Mesh | None) -> Any:
+def placed(config: ModelConfig, mesh: Mesh | None) -> Any:
+    """The parameters' shapes, dtypes and shardings on a mesh, or on the default device; nothing is allocated."""
     abstract = models.abstract(config)
     if mesh is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

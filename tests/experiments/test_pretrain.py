@@ -30,7 +30,7 @@ from llm_jax.config import (
 from llm_jax.data import pipeline
 from llm_jax.errors import UserError
 from llm_jax.training import metrics
-from llm_jax.training.checkpoint import load_model
+from llm_jax.training.checkpoint import load_model, save_model
 from tests.data.conftest import ByteTokenizer, write_corpus
 
 
@@ -136,6 +136,17 @@ def test_continues_on_another_mesh_with_other_microbatches(dataset, straight, tm
     assert load_model(tmp_path)[2] == 6
     pretrain.run(make_config(dataset), tmp_path)  # finished: nothing is left to do
     assert len(losses_of(tmp_path)) == 6
+
+
+def test_begins_with_a_model_that_was_put_there(dataset, straight, tmp_path):
+    """Trained on from a trained model: the first loss is as low as the last one was, and steps count from one."""
+    config, params, _ = load_model(straight)
+    save_model(tmp_path, config, params)
+    pretrain.run(make_config(dataset, steps=3), tmp_path)
+    losses = [r["loss"] for r in metrics.read(straight, "train")]
+    begun = metrics.read(tmp_path, "train")
+    assert [r["step"] for r in begun] == [1, 2, 3]
+    assert begun[0]["loss"] < losses[0] - 0.4
 
 
 def test_a_workdir_of_another_config_is_refused_and_kept(dataset, straight):

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from llm_jax import models
 from llm_jax.config import MeshConfig, ModelConfig, RopeScalingConfig, SamplingConfig
-from llm_jax.interop import huggingface
+from llm_jax.interop import huggingface, placement
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import rules
 from llm_jax.sampling.generate import generate
@@ -254,6 +254,17 @@ def test_every_device_gets_its_own_part(folders, mesh):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("mesh", [None, MeshConfig(1, 2, 4)])
+def test_devices_with_memory_of_their_own_are_filled_layer_by_layer(folders, mesh, monkeypatch):
+    """What happens on accelerators, here on CPU devices: the same arrays in the same places."""
+    built = mesh_lib.build(mesh) if mesh else None
+    want = huggingface.load(folders["llama"], mesh=built)[1]
+    monkeypatch.setattr(placement, "takes_over_host_memory", lambda: False)
+    got = huggingface.load(folders["llama"], mesh=built)[1]
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert jax.tree.map(lambda x: x.sharding, got) == jax.tree.map(lambda x: x.sharding, want)
+
+
 def test_metas_own_order_of_features(tmp_path, folders):
     """Rows of queries and keys in pairs, as Meta's files have them, give the model that rows in halves give."""
     stated = CASES["qwen2"]
@@ -342,7 +353,7 @@ def test_transformers_reads_what_we_write(tmp_path, variant):
 MEASURED = """
 import sys
 import jax
-from llm_jax.interop import huggingface
+from llm_jax.interop import huggingface, placement
 def mebibytes(key):
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
 jax.numpy.zeros(1).block_until_ready()

@@ -120,3 +120,27 @@ def test_saving_copies_before_donation(tmp_path):
     _, params, _ = checkpoint.load_model(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), want)
     assert models.count_parameters(MODEL) == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_a_model_alone_is_loaded_like_any_other_and_can_begin_a_run(tmp_path, saved):
+    """Bit for bit, onto another mesh; the optimiser begins where it does in a fresh run."""
+    half = dataclasses.replace(MODEL, param_dtype="bfloat16")
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), saved[1].params)
+    checkpoint.save_model(tmp_path, half, params)
+    config, loaded, step = checkpoint.load_model(tmp_path, mesh=mesh_of(1, 2, 4))
+    assert (config, step) == (half, 0)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    abstract = state.abstract_state(MODEL, OPTIMIZER, mesh_of(1, 8, 1))
+    with open_checkpointer(tmp_path) as checkpointer, open_checkpointer(saved[0]) as of_a_run:
+        assert checkpointer.is_model_alone(0) and not of_a_run.is_model_alone(7)
+        begun = state.state_of(checkpointer.restore_params(abstract, 0), OPTIMIZER, abstract)
+    jax.tree.map(lambda got, want: np.testing.assert_array_equal(got, want.astype(np.float32)), begun.params, params)
+    fresh = state.init_state(MODEL, OPTIMIZER, mesh_of(1, 8, 1), jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, begun.opt_state, fresh.opt_state)
+    assert jax.tree.map(lambda x: x.sharding, begun) == jax.tree.map(lambda x: x.sharding, abstract)
+    other = dataclasses.replace(MODEL, norm_head=True)
+    with (
+        open_checkpointer(tmp_path, other) as checkpointer,
+        pytest.raises(UserError, match="of another model: norm_head False instead of True"),
+    ):
+        checkpointer.restore_params(abstract, 0)
