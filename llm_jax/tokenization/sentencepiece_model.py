@@ -10,6 +10,7 @@ a space), it is always an atom of its own, and is written with byte pieces.
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,8 @@ from llm_jax.tokenization.vocabulary import check_text, join_bytes
 FILE_NAME = "tokenizer.model"
 SPACE_MARK = "\u2581"
 UNKNOWN_SURFACE = " \u2047 "  # what SentencePiece itself prints for an unknown piece
+# Pieces that SentencePiece would make of any text that spells them, although chat formats mark roles with them.
+MARKER = re.compile(r"<reserved_\d+>|<\|\w+\|>")
 Message = Any  # of SentencePiece's protocol: its classes are made at run time, so they have no static types
 TABLE_BITS = 22  # pairs of characters are looked up by hash in a table of this many bits of address
 MAX_ATOMS = 1 << 18  # remembered at once, about 50 MB
@@ -40,6 +43,9 @@ class SentencePieceTokenizer:
         self._name = name
         proto = _parse(model, name)
         self._pieces = proto.pieces
+        for piece in proto.pieces:
+            if piece.type == piece.USER_DEFINED and MARKER.fullmatch(piece.piece):
+                piece.type = piece.CONTROL
         self._prefix = " " if proto.normalizer_spec.add_dummy_prefix else ""
         proto.normalizer_spec.add_dummy_prefix = False  # `encode` puts the prefix before a text's first atom
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from hypothesis import example, given, settings
+from sentencepiece import sentencepiece_model_pb2 as protocol
 
 from llm_jax.config import TokenizerConfig
 from llm_jax.errors import UserError
@@ -63,6 +64,19 @@ def test_text_like_a_special_piece_is_ordinary_text(tokenizer):
 def test_ids_of_the_specials(tokenizer):
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2, 0)
     assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("hi"), tokenizer.eos_id]) == "hi"
+
+
+def test_markers_of_chat_formats_are_control_pieces(models, tokenizer):
+    proto = protocol.ModelProto()
+    proto.ParseFromString(models["baichuan2"])
+    for text in ("<reserved_106>", "<|im_start|>", "<b>"):
+        proto.pieces.add(piece=text, score=0.0, type=protocol.ModelProto.SentencePiece.USER_DEFINED)
+    marked = SentencePieceTokenizer(proto.SerializeToString())
+    assert marked.special_ids == {"<s>": 1, "</s>": 2, "<reserved_106>": 420, "<|im_start|>": 421}
+    text = "<reserved_106>hello<|im_start|> <b>"
+    assert not {420, 421} & set(marked.encode(text)) and marked.encode("x<b>")[-1] == 422
+    assert marked.decode([420, *marked.encode(text), 421]) == text
+    assert marked.encode("hello") == tokenizer.encode("hello")
 
 
 def test_half_a_character(tokenizer):
