@@ -90,6 +90,8 @@ class ModelConfig:
     window_sizes: tuple[int, ...] = ()  # one per layer, 0 = unlimited; () = no windows at all
     log_n: bool = False  # Qwen's log-n attention scaling beyond max_length; inference only
     dynamic_ntk: bool = False  # Qwen's larger rotary base beyond max_length; inference only
+    quantization: str = "none"  # of the weights; inference only
+    quantization_group: int = 0  # at most how many input features share a scale; 0 = all
     # Training.
     dropout_rate: float = 0.0
     init_std: float = 0.02  # ours; no report states it
@@ -103,6 +105,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         _positive(self, "ffn_size", "max_length", "rope_theta", "norm_eps", "init_std")
+        _non_negative(self, "quantization_group")
+        _one_of("ModelConfig.quantization", self.quantization, QUANTIZATIONS)
         _one_of("ModelConfig.position", self.position, POSITIONS)
         _one_of("ModelConfig.remat", self.remat, REMAT_POLICIES)
         _one_of("ModelConfig.attention", self.attention, ATTENTION_IMPLEMENTATIONS)
@@ -245,6 +249,11 @@ class TrainConfig:
         _positive(self, "steps", "microbatches", "log_every", "eval_batches")
         _non_negative(self, "seed", "eval_every", "profile_start", "profile_steps")
         require(
+            self.model.quantization == "none",
+            f"TrainConfig.model.quantization={self.model.quantization!r}: quantised weights cannot be trained; train "
+            "float ones and quantise the result",
+        )
+        require(
             self.data.batch_size % self.microbatches == 0,
             f"DataConfig.batch_size={self.data.batch_size} is not divisible by microbatches={self.microbatches}",
         )
@@ -264,7 +273,7 @@ class CorpusConfig:
     path: str = ""  # a file or folder of .txt, .jsonl, .jsonl.gz or .parquet
     text_field: str = "text"  # of .jsonl and .parquet records
     cache: str = ""  # where downloads are kept; "" = the user's cache folder
-    tokenizer: str = ""  # a SentencePiece model file
+    tokenizer: str = ""  # a tokenizer's file, or a folder with one
     output: str = ""  # the dataset's folder
     holdout_fraction: float = 0.01  # of every source's documents, chosen by hash
     workers: int = 0  # processes; 0 = one per core

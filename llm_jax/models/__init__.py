@@ -12,6 +12,7 @@ from llm_jax.models.decoder import (
     unstack,
 )
 from llm_jax.models.heads import unembed, unembedding
+from llm_jax.models.quantization import quantize, weight_bytes
 
 __all__ = [
     "Cache",
@@ -23,7 +24,9 @@ __all__ = [
     "is_stacked",
     "logical_axes",
     "logits",
+    "quantize",
     "unembed",
     "unembedding",
     "unstack",
+    "weight_bytes",
 ]

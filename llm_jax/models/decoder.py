@@ -93,7 +93,7 @@ def unstack(params: Params) -> Params:
 
 def count_parameters(config: ModelConfig) -> int:
     """How many parameters the model has, allocating nothing."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(dataclasses.replace(config, quantization="none"))))
 
 
 def _rotary(

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.config import ModelConfig
+from llm_jax.models import quantized
+from llm_jax.models.quantized import Quantized
 from llm_jax.parallel.rules import constrain, gather
 
 NORM_HEAD_EPS = 1e-12
@@ -23,8 +25,10 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         config, axes = self.config, ("vocab", "embed")
-        initializer = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), axes)
+        initializer = quantized.initializer(nn.initializers.normal(config.init_std), axes, (1,), config)
         kernel = self.param("kernel", initializer, (config.vocab_size, config.hidden_size), config.param_dtype)
+        if isinstance(kernel, Quantized):  # quantising normalises the rows
+            return quantized.gather(kernel, axes, jnp.dtype(config.compute_dtype))
         if not config.norm_head:
             return gather(kernel, axes, jnp.dtype(config.compute_dtype))
         return normalize_rows(gather(kernel, axes, jnp.dtype(jnp.float32))).astype(config.compute_dtype)
@@ -39,7 +43,8 @@ def normalize_rows(weight_VD: jax.Array) -> jax.Array:
 def unembedding(params: Any, config: ModelConfig) -> jax.Array:
     """The matrix [V, D] in the compute dtype with which the logits are `hidden @ unembedding.T`."""
     if config.tie_embeddings:
-        return gather(params["embedding"]["embedding"], ("vocab", "embed"), jnp.dtype(config.compute_dtype))
+        table_VD, dtype = params["embedding"]["embedding"], jnp.dtype(config.compute_dtype)
+        return (quantized.gather if isinstance(table_VD, Quantized) else gather)(table_VD, ("vocab", "embed"), dtype)
     weight_VD: Any = Head(config).apply({"params": params["head"]})
     return weight_VD
 
@@ -48,6 +53,10 @@ def unembed(params: Any, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Arra
     """Logits [B, T, V], float32, of final hidden states."""
     with jax.named_scope("head"):
         hidden_BTD = constrain(hidden_BTD, "batch", None, None)
+        stored_VD = params["embedding"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
+        if isinstance(stored_VD, Quantized):
+            logits_BTV = quantized.logits(hidden_BTD, stored_VD, ("vocab", "embed"))
+            return constrain(logits_BTV, "batch", None, "vocab")
         weight_VD = unembedding(params, config)
         # For one token, XLA's CPU product reads the matrix 1.5 times as fast with the vocabulary's rows in front.
         equation = "vd,btd->vbt" if hidden_BTD.shape[1] == 1 else "btd,vd->btv"

@@ -17,7 +17,7 @@ from llm_jax.config import ModelConfig
 from llm_jax.kernels.attention import attention
 from llm_jax.kernels.decode import decode_attention
 from llm_jax.kernels.mask import AttentionMask
-from llm_jax.models import positions
+from llm_jax.models import positions, quantized
 from llm_jax.models.cache import LayerCache
 from llm_jax.models.linear import linear, lookup, swiglu
 from llm_jax.parallel.rules import LogicalAxes, constrain, gather
@@ -37,7 +37,8 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.config.compute_dtype)
         shape = (*self.inputs, *self.outputs)
-        initializer = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
+        inputs = range(len(self.inputs))
+        initializer = quantized.initializer(nn.initializers.normal(self.std), tuple(self.axes), inputs, self.config)
         y = linear(x, self.param("kernel", initializer, shape, self.config.param_dtype), tuple(self.axes))
         if self.use_bias:
             axes = self.axes[len(self.inputs) :]
@@ -184,7 +185,7 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         config, axes = self.config, ("vocab", "embed")
-        initializer = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), axes)
+        initializer = quantized.initializer(nn.initializers.normal(config.init_std), axes, (1,), config)
         table = self.param("embedding", initializer, (config.vocab_size, config.hidden_size), config.param_dtype)
         x_BTD = lookup(table, tokens_BT, axes, jnp.dtype(config.compute_dtype))
         return constrain(x_BTD, "batch", "sequence", None)

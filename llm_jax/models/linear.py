@@ -18,6 +18,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from llm_jax.models import quantized
+from llm_jax.models.quantized import Quantized
 from llm_jax.parallel.rules import LogicalAxes, constrain, gather
 
 
@@ -25,12 +27,18 @@ def _contract(a: jax.Array, a_dims: range, b: jax.Array, b_dims: range, dtype: j
     return jax.lax.dot_general(a, b, ((tuple(a_dims), tuple(b_dims)), ((), ())), preferred_element_type=dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(x_BTI: jax.Array, kernel_IO: jax.Array, axes: LogicalAxes) -> jax.Array:
+def linear(x_BTI: jax.Array, kernel_IO: jax.Array | Quantized, axes: LogicalAxes) -> jax.Array:
     """`x @ kernel` over all of the input features: [B, T, *I] and [*I, *O] to [B, T, *O], in the dtype of `x`.
 
-    `axes` are the kernel's logical axes. Its gradient has its own dtype and layout.
+    `axes` are the kernel's logical axes. Its gradient has its own dtype and layout; a quantised one has none.
     """
+    if isinstance(kernel_IO, Quantized):
+        return quantized.linear(x_BTI, kernel_IO, axes)
+    return _linear(x_BTI, kernel_IO, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x_BTI: jax.Array, kernel_IO: jax.Array, axes: LogicalAxes) -> jax.Array:
     return _linear_forward(x_BTI, kernel_IO, axes)[0]
 
 
@@ -55,19 +63,25 @@ def _linear_backward(
     return dx_BTI, constrain(dkernel_IO, *axes).astype(kernel_IO.dtype)
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def lookup(table_VD: jax.Array | Quantized, tokens_BT: jax.Array, axes: LogicalAxes, dtype: jnp.dtype) -> jax.Array:
+    """Rows of the table by token id, [B, T, D] in `dtype`; gradients of one row's many uses add up in float32."""
+    if isinstance(table_VD, Quantized):
+        return quantized.lookup(table_VD, tokens_BT, axes, dtype)
+    return _lookup(table_VD, tokens_BT, axes, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def lookup(table_VD: jax.Array, tokens_BT: jax.Array, axes: LogicalAxes, dtype: jnp.dtype) -> jax.Array:
-    """Rows of the table by token id, [B, T, D] in `dtype`; gradients of one row's many uses add up in float32."""
+def _lookup(table_VD: jax.Array, tokens_BT: jax.Array, axes: LogicalAxes, dtype: jnp.dtype) -> jax.Array:
     return jnp.take(gather(table_VD, axes, dtype), tokens_BT, axis=0)
 
 
 def _lookup_forward(
     table_VD: jax.Array, tokens_BT: jax.Array, axes: LogicalAxes, dtype: jnp.dtype
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return lookup(table_VD, tokens_BT, axes, dtype), (table_VD, tokens_BT)
+    return _lookup(table_VD, tokens_BT, axes, dtype), (table_VD, tokens_BT)
 
 
 def _lookup_backward(
@@ -80,7 +94,7 @@ def _lookup_backward(
     return constrain(dtable_VD, *axes).astype(table_VD.dtype), None
 
 
-lookup.defvjp(_lookup_forward, _lookup_backward)
+_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 @jax.custom_vjp

@@ -1,0 +1,231 @@
+"""Weights of few bits, and the products with them: what `linear`, `lookup` and the heads do when a weight is quantised.
+
+Only weights are quantised: symmetrically, with one float32 scale for every group of a weight's input features (all of
+them, or a few). int8 weights are qwix's `QArray`. int4 weights are packed two to a byte, because XLA's CPU compiler
+reads its own int4 one element at a time; each half of the bytes is a `QArray` again.
+
+A product never makes a float copy of the whole model. On accelerators XLA converts inside the product. Its CPU compiler
+instead converts a matrix first, all of them before the first is needed, and out of any loop: there the products run in
+blocks that stay in cache, in a loop that keeps the conversion where it is.
+
+B batch, T length, I input features, O output features (each may be several dimensions), V vocabulary, D model,
+M = B T rows, K all input features, N all output features.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import qwix
+from qwix import QArray
+
+from llm_jax.config import ModelConfig
+from llm_jax.errors import require
+from llm_jax.parallel import rules
+from llm_jax.parallel.rules import LogicalAxes
+
+BLOCK_SIZE = 2**20  # weights that are converted at once on a CPU: their float32 copy stays in the last-level cache
+
+
+@flax.struct.dataclass
+class PackedArray:
+    """Two int4 arrays in one of int8: inputs 2i in the low and inputs 2i + 1 in the high bits of byte i.
+
+    `axis`, counted from the end, is the input dimension along which neighbours share a byte. A scale belongs to the
+    same input features as in a `QArray` of the unpacked values.
+    """
+
+    qvalue: jax.Array
+    scale: jax.Array
+    axis: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def pack(cls, array: QArray, axis: int) -> "PackedArray":
+        """The packed form of int4 values."""
+        values = array.qvalue.astype(jnp.int8)
+        low, high = (jax.lax.slice_in_dim(values, i, None, 2, axis % values.ndim) for i in (0, 1))
+        return cls(jnp.bitwise_or(jnp.bitwise_and(low, 15), jnp.left_shift(high, 4)), array.scale, axis)
+
+    def unpack(self) -> QArray:
+        """The same values one by one, as int8."""
+        axis = self.axis % self.qvalue.ndim
+        shape = [size * 2 if i == axis else size for i, size in enumerate(self.qvalue.shape)]
+        return QArray(jnp.stack(halves(self.qvalue), axis + 1).reshape(shape), self.scale, qtype=jnp.int8)
+
+
+Quantized: TypeAlias = QArray | PackedArray
+
+
+def halves(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The values, int8, in the low and in the high four bits of every byte."""
+    return jnp.right_shift(jnp.left_shift(packed, 4), 4), jnp.right_shift(packed, 4)
+
+
+def tile_shape(shape: Sequence[int], inputs: Sequence[int], kind: str, group: int) -> tuple[int, ...]:
+    """How many neighbours of a weight share a scale, in each of its dimensions.
+
+    Args:
+      shape: the weight's, without a layer axis.
+      inputs: the dimensions of its input features.
+      kind: "int8" or "int4".
+      group: at most how many features of the last input dimension share a scale; 0 = all input features share one.
+
+    Raises:
+      UserError: no suitable group divides the input features.
+    """
+    if not group:
+        return tuple(size if axis in inputs else 1 for axis, size in enumerate(shape))
+    return tuple(group_size(size, group, kind) if axis == inputs[-1] else 1 for axis, size in enumerate(shape))
+
+
+def group_size(features: int, group: int, kind: str) -> int:
+    """The largest divisor of `features` up to `group`, even for int4; `UserError` where it is below half of both."""
+    step = 2 if kind == "int4" else 1
+    sizes = [size for size in range(step, min(features, group) + 1, step) if features % size == 0]
+    size = max(sizes, default=0)
+    require(
+        2 * size >= min(features, group),
+        f"{kind} groups of up to {group} do not divide {features} input features (the nearest is {size}): "
+        "choose another quantization_group",
+    )
+    return size
+
+
+def quantize_array(weight: jax.Array, tiles: Sequence[int], packed_axis: int | None) -> Quantized:
+    """Quantise a weight with one scale for each tile: to int4 packed along an axis (from the end), or to int8."""
+    kind = jnp.int8 if packed_axis is None else jnp.int4
+    array = qwix.quantize(weight.astype(jnp.float32), kind, tiled_axes=dict(enumerate(tiles)))
+    return array if packed_axis is None else PackedArray.pack(array, packed_axis)
+
+
+def dequantize(weight: Quantized) -> jax.Array:
+    """The weight's values, float32."""
+    return qwix.dequantize(weight.unpack() if isinstance(weight, PackedArray) else weight)
+
+
+def initializer(init: Callable[..., jax.Array], axes: LogicalAxes, inputs: Sequence[int], config: ModelConfig) -> Any:
+    """An initialiser, with logical axes, of what the config makes of a weight: float as `init` gives it, or quantised.
+
+    `inputs` are the dimensions of the weight's input features. A scale has the weight's axes, except where one scale
+    serves a whole dimension.
+    """
+    kind, group = config.quantization, config.quantization_group
+    if kind == "none":
+        return nn.with_logical_partitioning(init, axes)
+
+    def quantized(key: jax.Array, shape: Sequence[int], dtype: str) -> Quantized:
+        packed_axis = inputs[-1] - len(shape) if kind == "int4" else None
+        array = quantize_array(init(key, shape, dtype), tile_shape(shape, inputs, kind, group), packed_axis)
+        return dataclasses.replace(
+            array,
+            qvalue=nn.LogicallyPartitioned(array.qvalue, axes),
+            scale=nn.LogicallyPartitioned(array.scale, _scale_axes(array, axes)),
+        )
+
+    return quantized
+
+
+def _scale_axes(weight: Quantized, axes: LogicalAxes) -> LogicalAxes:
+    return tuple(axis if size > 1 else None for axis, size in zip(axes, weight.scale.shape))
+
+
+def _gather(weight: Quantized, axes: LogicalAxes) -> Quantized:
+    return dataclasses.replace(
+        weight,
+        qvalue=rules.gather(weight.qvalue, axes, weight.qvalue.dtype),
+        scale=rules.gather(weight.scale, _scale_axes(weight, axes), weight.scale.dtype),
+    )
+
+
+def gather(weight: Quantized, axes: LogicalAxes, dtype: jnp.dtype) -> jax.Array:
+    """The whole weight as compute uses it, in `dtype`; what moves between devices are the few bits."""
+    return dequantize(_gather(weight, axes)).astype(dtype)
+
+
+def linear(x_BTI: jax.Array, kernel_IO: Quantized, axes: LogicalAxes) -> jax.Array:
+    """`x @ kernel` over all of the input features: [B, T, *I] and [*I, *O] to [B, T, *O], in the dtype of `x`."""
+    kernel_IO, inputs = _gather(kernel_IO, axes), x_BTI.ndim - 2
+    if not _in_blocks():
+        return _contract(x_BTI, kernel_IO, range(inputs)).astype(x_BTI.dtype)
+    rows, outputs = x_BTI.shape[:2], kernel_IO.qvalue.shape[inputs:]
+    kernel_KN = jax.tree.map(lambda part: part.reshape(-1, math.prod(outputs)), kernel_IO)
+    y_MN = _linear_in_blocks(x_BTI.reshape(math.prod(rows), -1).astype(jnp.float32), kernel_KN)
+    return y_MN.reshape(*rows, *outputs).astype(x_BTI.dtype)
+
+
+def logits(hidden_BTD: jax.Array, table_VD: Quantized, axes: LogicalAxes) -> jax.Array:
+    """`hidden @ table.T`, float32 [B, T, V]."""
+    table_VD = _gather(table_VD, axes)
+    if not _in_blocks():
+        return _contract(hidden_BTD, table_VD, (1,))
+    x_MK = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).astype(jnp.float32)
+    return _logits_in_blocks(x_MK, table_VD).reshape(*hidden_BTD.shape[:2], -1)
+
+
+def lookup(table_VD: Quantized, tokens_BT: jax.Array, axes: LogicalAxes, dtype: jnp.dtype) -> jax.Array:
+    """Rows of the table by token id, [B, T, D] in `dtype`; only the rows taken are dequantised."""
+    rows = jax.tree.map(lambda part: jnp.take(part, tokens_BT, axis=0), _gather(table_VD, axes))
+    return dequantize(rows).astype(dtype)
+
+
+def _in_blocks() -> bool:
+    """Whether to compute in blocks: on a CPU, and not on a mesh (a simulated one), whose shards blocks would cut."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
+
+
+def _pairs(x: jax.Array, weight: Quantized) -> list[tuple[jax.Array, QArray]]:
+    """Inputs and weights whose products add up to the product of `x` with the weight."""
+    if isinstance(weight, QArray):
+        return [(x, weight)]
+    values = halves(weight.qvalue)
+    return [(x[..., i::2], QArray(values[i], weight.scale, qtype=jnp.int8)) for i in (0, 1)]
+
+
+def _contract(x: jax.Array, weight: Quantized, inputs: Sequence[int]) -> jax.Array:
+    """The product over the trailing dimensions of `x` and the dimensions `inputs` of the weight, float32."""
+    contracted = tuple(range(x.ndim - len(inputs), x.ndim)), tuple(inputs)
+    products = (
+        qwix.dot_general(part, array.astype(x.dtype), (contracted, ((), ())), preferred_element_type=jnp.float32)
+        for part, array in _pairs(x, weight)
+    )
+    return functools.reduce(jnp.add, products)
+
+
+def _count_blocks(rows: int, size: int) -> int:
+    """Into how many equal parts to cut `rows`, so that `size` weights come in blocks: two at least, to be a loop."""
+    return next((n for n in range(2, rows) if rows % n == 0 and size <= n * BLOCK_SIZE), rows)
+
+
+def _linear_in_blocks(x_MK: jax.Array, kernel_KN: Quantized) -> jax.Array:
+    """`x @ kernel`, float32 [M, N]: the sum over blocks of input features, whole groups each."""
+    bytes_KN, scale_GN = kernel_KN.qvalue, kernel_KN.scale
+    groups = len(scale_GN) if len(scale_GN) > 1 else len(bytes_KN)
+    blocks = _count_blocks(groups, x_MK.shape[1] * scale_GN.shape[1])
+    if len(scale_GN) == 1:
+        scale_GN = jnp.broadcast_to(scale_GN, (blocks, scale_GN.shape[1]))
+    kernels = jax.tree.map(
+        lambda part: part.reshape(blocks, -1, part.shape[-1]), dataclasses.replace(kernel_KN, scale=scale_GN)
+    )
+
+    def add(sum_MN: jax.Array, block: tuple[jax.Array, Quantized]) -> tuple[jax.Array, None]:
+        return sum_MN + _contract(*block, (0,)), None
+
+    x_blocks = x_MK.reshape(len(x_MK), blocks, -1).swapaxes(0, 1)
+    sum_MN = jnp.zeros((len(x_MK), scale_GN.shape[1]), jnp.float32)
+    return jax.lax.scan(add, sum_MN, (x_blocks, kernels))[0]
+
+
+def _logits_in_blocks(x_MK: jax.Array, table_VK: Quantized) -> jax.Array:
+    """`x @ table.T`, float32 [M, V], from blocks of the table's rows."""
+    rows = len(table_VK.qvalue)
+    blocks = _count_blocks(rows, rows * x_MK.shape[1])
+    tables = jax.tree.map(lambda part: part.reshape(blocks, -1, part.shape[-1]), table_VK)
+    y_XMV = jax.lax.map(lambda block: _contract(x_MK, block, (1,)), tables)
+    return y_XMV.swapaxes(0, 1).reshape(len(x_MK), rows)
