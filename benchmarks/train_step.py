@@ -13,84 +13,14 @@ ratios say little, those of torch least of all, whose threads wait for each othe
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.shapes import SHAPES
+from benchmarks.peers.turns import Peer, speedup, summary, take_turns
 
-ROOT = Path(__file__).parents[1]
 IMPLEMENTATIONS = ("gemm", "ours", "plain_jax", "torch_llama", "tunix_llama")
 GEMM_FLOPS = 2 * 2048**3
-
-
-class Peer:
-    """A running implementation that takes its turns on request."""
-
-    def __init__(self, name: str, shape: str, python: str) -> None:
-        self.name = name
-        self.rounds: list[dict[str, float]] = []
-        self.problem = ""
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        self.process = subprocess.Popen(
-            [python, "-m", f"benchmarks.peers.{name}", shape],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-        self.about = self._read() or {}
-
-    def _read(self) -> Any:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        self.problem = f"exit status {self.process.wait()}; see its messages above"
-        return None
-
-    def turn(self, steps: int) -> None:
-        """Run `steps` steps and keep what the process reports."""
-        assert self.process.stdin is not None
-        start, busy = time.perf_counter(), machine_busy_seconds()
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        values = self._read()
-        capacity = (time.perf_counter() - start) * (os.cpu_count() or 1)
-        elsewhere = machine_busy_seconds() - busy - steps * values["processor_seconds"]
-        self.rounds.append(values | {"busy_elsewhere": max(0.0, elsewhere / capacity)})
-
-    def stop(self) -> None:
-        """End the process by closing its input."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def median(self, key: str) -> float:
-        """Over the rounds."""
-        return statistics.median(round_[key] for round_ in self.rounds)
-
-
-def machine_busy_seconds() -> float:
-    """Processor seconds that all programs together have used since boot; 0 where the system does not say."""
-    path = Path("/proc/stat")
-    if not path.exists():
-        return 0.0
-    user, nice, system, _, _, interrupts, soft_interrupts, *_ = map(int, path.read_text().split()[1:9])
-    return (user + nice + system + interrupts + soft_interrupts) / os.sysconf("SC_CLK_TCK")
-
-
-def speedup(peer: Peer, other: Peer | None) -> float | None:
-    """How many times faster `peer` is than `other`: the median over rounds."""
-    if other is None or other.problem:
-        return None
-    pairs = zip(peer.rounds, other.rounds, strict=True)
-    return round(statistics.median(theirs["seconds"] / ours["seconds"] for ours, theirs in pairs), 3)
 
 
 def report(name: str, peer: Peer, peers: dict[str, Peer]) -> dict[str, Any]:
@@ -99,9 +29,7 @@ def report(name: str, peer: Peer, peers: dict[str, Peer]) -> dict[str, Any]:
     if peer.problem:
         return line | {"skipped": peer.problem}
     shape, seconds = SHAPES[name], peer.median("seconds")
-    line |= {"rounds": len(peer.rounds), "median_ms": round(1e3 * seconds, 1)}
-    line["processor_ms"] = round(1e3 * peer.median("processor_seconds"), 1)
-    line["busy_elsewhere"] = round(peer.median("busy_elsewhere"), 3)
+    line |= summary(peer)
     if peer.name == "gemm":
         return line | {"gflops": round(GEMM_FLOPS / seconds / 1e9, 1)}
     gemm_rate = GEMM_FLOPS / peers["gemm"].median("seconds")
@@ -120,13 +48,10 @@ def measure(name: str, options: argparse.Namespace) -> None:
     pythons = {"torch_llama": options.torch_python, "tunix_llama": options.tunix_python}
     peers = {}
     for implementation in options.implementations.split(","):
-        peers[implementation] = Peer(implementation, name, pythons.get(implementation, sys.executable))
-    alive = [peer for peer in peers.values() if not peer.problem]
-    for _ in range(options.rounds):
-        for peer in alive:
-            peer.turn(options.steps)
+        python = pythons.get(implementation, sys.executable)
+        peers[implementation] = Peer(implementation, implementation, [name], python)
+    take_turns(peers.values(), options.rounds, options.steps)
     for peer in peers.values():
-        peer.stop()
         print(json.dumps(report(name, peer, peers)), flush=True)
 
 
