@@ -54,6 +54,7 @@ class ChatConfig:
     template: str = "auto"  # llama2, baichuan2, chatml, file; auto = the file's own, else chatml if it fits
     system: str = ""  # instructions; "" = the format's own
     dtype: str = ""  # of the parameters; "" = as stored
+    quantize: str = "none"  # int8 or int4: round the weights after loading
     max_new_tokens: int = 512  # of a reply; at most half of the context is kept for it
     temperature: float = -1.0  # 0 = greedy
     top_k: int = -1  # 0 = off
@@ -135,7 +136,8 @@ class Conversation:
 
 def run(config: ChatConfig, workdir: Path, model: str, prompt: str = "") -> Conversation:
     """Load a model and talk with whoever sits at the terminal, or answer a file of messages."""
-    conversation = begin(config, pretrained.load(model, dtype=config.dtype or None))
+    loaded = pretrained.load_to_generate(model, dtype=config.dtype or None, quantize=config.quantize)
+    conversation = begin(config, loaded)
     if prompt:
         _talk(conversation, workdir, [prompt])
     elif sys.stdin.isatty():

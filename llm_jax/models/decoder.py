@@ -80,14 +80,18 @@ def is_stacked(params: Params) -> bool:
     return isinstance(params["layers"], dict)
 
 
-def unstack(params: Params) -> Params:
+def unstack(params: Params, *, donate: bool = False) -> Params:
     """The same parameters with "layers" as a tuple, one tree for each layer: the form that decodes fastest.
 
     A scan takes each layer's weights out of the stack, which costs a decoding step about as much as using them. Every
-    function here takes either form. Of the given parameters only the stacks are copied, one at a time.
+    function here takes either form. Only the stacks are copied, one at a time; `donate` frees each after that.
     """
     leaves, structure = jax.tree.flatten(params["layers"])
-    split = [[leaf[i] for i in range(leaf.shape[0])] for leaf in leaves]
+    split = []
+    for leaf in leaves:
+        split.append(jax.block_until_ready([leaf[i] for i in range(leaf.shape[0])]))
+        if donate:
+            leaf.delete()
     return {**params, "layers": tuple(jax.tree.unflatten(structure, layer) for layer in zip(*split))}
 
 
@@ -178,7 +182,8 @@ def hidden_states(
       tokens: token ids [B, T], int32.
       positions: [B, T] int32; by default 0, 1, 2, ..., continuing after the cache's filled slots.
       segment_ids: [B, T] int32; a token sees only its own segment, and segment 0 is padding.
-      cache: keys and values of earlier tokens; needs T free slots (writing past the end is the caller's error).
+      cache: keys and values of earlier tokens; needs T free slots (writing past the end is the caller's error). With
+        dynamic NTK each row is one text, and its first call here, or `init_cache`, tells how long the prompt is.
       dropout_key: turns dropout on, at `config.dropout_rate`.
 
     Returns:

@@ -39,7 +39,7 @@ def model():
 @pytest.fixture
 def talk(model, monkeypatch, tmp_path, capsys):
     """Runs a chat on some lines; returns what it prints, what it notes, and the conversation."""
-    monkeypatch.setattr(pretrained, "load", lambda path, **options: model)
+    monkeypatch.setattr(pretrained, "load_to_generate", lambda path, **options: model)
 
     def run(lines, config=CONFIG):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -135,7 +135,7 @@ def typing(monkeypatch, *lines):
 
 
 def test_mistakes_at_a_terminal_are_said_and_forgotten(model, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(pretrained, "load", lambda path, **options: model)
+    monkeypatch.setattr(pretrained, "load_to_generate", lambda path, **options: model)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     typing(monkeypatch, "/sing", "one " * 200, "one", "/help")
     conversation = experiment.run(CONFIG, tmp_path, "a model")
@@ -152,7 +152,7 @@ def test_ctrl_c_stops_a_reply_and_then_leaves(model, monkeypatch, tmp_path, caps
         words.clear()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrained, "load", lambda path, **options: model)
+    monkeypatch.setattr(pretrained, "load_to_generate", lambda path, **options: model)
     monkeypatch.setattr(experiment, "generate", interrupted)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     typing(monkeypatch, "one", "again", KeyboardInterrupt, "never read")

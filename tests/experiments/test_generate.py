@@ -11,7 +11,7 @@ from llm_jax.config import CheckpointConfig, MeshConfig, ModelConfig, OptimizerC
 from llm_jax.errors import UserError
 from llm_jax.optim import adamw
 from llm_jax.parallel import mesh as mesh_lib
-from llm_jax.sampling.text import complete
+from llm_jax.sampling.text import complete, describe
 from llm_jax.tokenization import tokenizer as tokenizers
 from llm_jax.tokenization.train import train_on_texts
 from llm_jax.training import checkpoint
@@ -62,7 +62,7 @@ def test_a_step_and_the_configs_prompts(workdir):
     [
         (CONFIG, (), r'nothing to continue: give a --prompt="\.\.\."'),
         (dataclasses.replace(CONFIG, step=7), ("one",), r"no checkpoint of step 7; it has 1, 2"),
-        (dataclasses.replace(CONFIG, max_new_tokens=99), ("one",), r"passes the model's max_length of 64"),
+        (dataclasses.replace(CONFIG, max_new_tokens=99), ("one",), r"passes the room of 64"),
     ],
 )
 def test_mistakes(workdir, config, prompts, message):
@@ -71,13 +71,13 @@ def test_mistakes(workdir, config, prompts, message):
 
 
 def test_a_wrong_workdir(tmp_path, workdir):
-    with pytest.raises(UserError, match="is this the --workdir of a training run"):
+    with pytest.raises(UserError, match="is neither a run folder"):
         generate.run(CONFIG, tmp_path, ("one",))
 
 
 def test_a_run_without_its_tokenizer(tmp_path, workdir):
     (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
-    with pytest.raises(UserError, match="no tokenizer at"):
+    with pytest.raises(UserError, match="no tokenizer in"):
         generate.run(CONFIG, tmp_path, ("one",))
 
 
@@ -95,4 +95,4 @@ def test_the_configs_are_valid(name):
     ],
 )
 def test_settings_in_words(sampling, words):
-    assert generate.settings(sampling) == words
+    assert describe(sampling) == words

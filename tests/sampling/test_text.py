@@ -16,7 +16,7 @@ def tokenizer(request) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(train_on_texts(TEXTS, TokenizerConfig(vocab_size=285, style=request.param)))
 
 
-def completed(monkeypatch, tokenizer, prompts, continuations):
+def completed(monkeypatch, tokenizer, prompts, continuations, samples=1, **more):
     """What `complete` makes of continuations drawn by a stand-in for the model, and the prompts it was given."""
     given = {}
 
@@ -25,7 +25,8 @@ def completed(monkeypatch, tokenizer, prompts, continuations):
         return [Generation(tokens, [0.0] * len(tokens), "stop") for tokens in continuations]
 
     monkeypatch.setattr(text, "generate", generate)
-    return text.complete(None, ModelConfig(vocab_size=300), tokenizer, prompts, SamplingConfig()), given
+    sampling = SamplingConfig(num_samples=samples)
+    return text.complete(None, ModelConfig(vocab_size=300), tokenizer, prompts, sampling, **more), given
 
 
 def test_prompts_are_encoded_as_documents_begin(monkeypatch, tokenizer):
@@ -48,3 +49,17 @@ def test_a_completion_is_the_rest_of_the_text(monkeypatch, tokenizer, whole, cut
 def test_ids_beyond_the_tokenizer_print_as_nothing(monkeypatch, tokenizer):
     (sample,), _ = completed(monkeypatch, tokenizer, ["one"], [[299]])
     assert (sample.completion, sample.tokens) == ("", 1)
+
+
+def test_text_ends_before_a_stop_string(monkeypatch, tokenizer):
+    ids = tokenizer.encode(" two three")
+    options = {"stop_strings": ["thr", "o t"]}
+    (sample,), given = completed(monkeypatch, tokenizer, ["one"], [ids], **options)
+    assert sample.completion.strip() == "tw"
+    assert (given["stop_strings"], given["tokenizer"]) == (["thr", "o t"], tokenizer)
+
+
+def test_each_sample_belongs_to_its_prompt(monkeypatch, tokenizer):
+    prompts, ids = ["one ", "two "], [tokenizer.encode(word) for word in ("一", "二", "三", "one")]
+    samples, _ = completed(monkeypatch, tokenizer, prompts, ids, 2)
+    assert [sample.prompt for sample in samples] == ["one ", "one ", "two ", "two "]
