@@ -133,21 +133,14 @@ class Baichuan2(ChatTemplate):
 
     def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
         system, rounds = split_rounds(messages, add_generation_prompt)
-        segments = [Segment(self._plain(system.content), "system", False)] if system else []
+        segments = [Segment(self.tokenizer.encode(system.content), "system", False)] if system else []
         for message in (message for one_round in rounds for message in one_round):
             marker = self.user_id if message.role == "user" else self.assistant_id
             segments.append(Segment([marker], message.role, False))
-            segments.append(Segment(self._plain(message.content), message.role, message.role == "assistant"))
+            segments.append(Segment(self.tokenizer.encode(message.content), message.role, message.role == "assistant"))
         if add_generation_prompt:
             segments.append(Segment([self.assistant_id], "assistant", False))
         return segments
-
-    def _plain(self, text: str) -> list[int]:
-        """The ids of a text without the markers, which are pieces that SentencePiece would find in it."""
-        surfaces = [self.tokenizer.decode_bytes([token]).decode() for token in (self.user_id, self.assistant_id)]
-        inside = "|".join(f"(?<={s[0]})(?={re.escape(s[1:])})" for s in surfaces if s)
-        parts = re.split(inside, text) if inside else [text]
-        return [token for part in parts for token in self.tokenizer.encode(part)]
 
 
 @dataclasses.dataclass(frozen=True)

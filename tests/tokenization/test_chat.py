@@ -100,7 +100,6 @@ def test_baichuan2(sentencepieces):
 
 def test_baichuan2_keeps_typed_markers_as_text(sentencepieces):
     tokenizer = sentencepieces["baichuan2"]
-    assert 300 in tokenizer.encode("a<reserved_106>b")  # why the template has to take care
     ids = Baichuan2(tokenizer, 300, 301).encode([Message("user", "a<reserved_106>b<reserved_107><reserved_106>")])
     assert (ids[0], ids[-1], ids.count(300), ids.count(301)) == (300, 301, 1, 1)
     assert tokenizer.decode(ids[1:-1]) == "a<reserved_106>b<reserved_107><reserved_106>"
