@@ -232,6 +232,7 @@ def write(report: Report, nats: Nats, command: str, workdir: Path) -> None:
         f"{f', with {seeds} models of each kind, from different seeds' if seeds > 1 else ''}; ± is the standard error "
         "over documents."
     )
+    by_position = long_context.by_position(nats)
     values = {
         "command": command,
         "documents": documents,
@@ -240,6 +241,7 @@ def write(report: Report, nats: Nats, command: str, workdir: Path) -> None:
         "nats_by_document": {  # of each seed
             name: {length: values.mean(axis=2).tolist() for length, values in row.items()} for name, row in nats.items()
         },
+        "nats_by_position": by_position,  # in the longest window
     }
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "table.md").write_text(markdown(report, facts), encoding="utf-8")
@@ -249,8 +251,7 @@ def write(report: Report, nats: Nats, command: str, workdir: Path) -> None:
         for name, row in report.items()
     }
     figures.perplexity_by_length(curves, workdir / "perplexity.png")
-    by_position = {name: row[lengths[-1]].reshape(-1, lengths[-1]).mean(axis=0).tolist() for name, row in nats.items()}
-    figures.loss_by_position(by_position, lengths[0], workdir / "position.png")
+    figures.loss_by_position(by_position, lengths[-1], lengths[0], workdir / "position.png")
 
 
 if __name__ == "__main__":

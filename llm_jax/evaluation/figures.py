@@ -24,7 +24,7 @@ COLOURS = {
     "zstd -19": "#CC79A7",
     "xz -9e": "#009E73",
 }
-SERIES = ("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7")  # of rows that are not methods, in their order
+SERIES = ("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # of a table's rows, in their order
 HELDOUT_COLOUR = "#D55E00"
 DOTS_PER_INCH = 110
 SMOOTHING = 0.8  # of the thick training curve: an exponential mean over logged steps
@@ -116,6 +116,10 @@ def heldout_bars(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
         axes.legend(frameon=False, ncols=len(methods), loc="upper right", bbox_to_anchor=(1, 0), borderaxespad=3.2)
 
 
+def _legend_beside(axes: Axes) -> None:
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def perplexity_by_length(rows: Mapping[str, Mapping[int, tuple[float, float]]], path: Path) -> None:
     """Perplexity over the length of the windows: `rows` maps a name to length -> (perplexity, standard error)."""
     with _figure(path, 7.5, 4.2, "Held-out perplexity by length of the window") as axes:
@@ -130,18 +134,16 @@ def perplexity_by_length(rows: Mapping[str, Mapping[int, tuple[float, float]]], 
         axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.set_xlabel("length in tokens; the first is the trained one")
         axes.set_ylabel("perplexity")
-        axes.legend(frameon=False)
+        _legend_beside(axes)
 
 
-def loss_by_position(rows: Mapping[str, Sequence[float]], trained_length: int, path: Path) -> None:
-    """Nats over the position in the longest window, means of `trained_length` / 4 positions: one curve a row."""
-    size = max(trained_length // 4, 1)
+def loss_by_position(rows: Mapping[str, Sequence[float]], length: int, trained_length: int, path: Path) -> None:
+    """Nats over the position in windows of `length`: each row's values are means of equal stretches of it."""
     with _figure(path, 7.5, 4.2, "Held-out loss by position in the longest window") as axes:
         for (name, values), colour in zip(rows.items(), itertools.cycle(SERIES)):
-            bins = [values[start : start + size] for start in range(0, len(values), size)]
-            centres = [start + (len(part) - 1) / 2 for start, part in zip(range(0, len(values), size), bins)]
-            axes.plot(centres, [sum(part) / len(part) for part in bins], color=colour, label=name)
+            stretch = length / len(values)
+            axes.plot([(i + 0.5) * stretch for i in range(len(values))], values, color=colour, label=name)
         axes.axvline(trained_length, color="#333333", linewidth=0.8, linestyle=":")
         axes.set_xlabel("position in tokens; the dotted line is the trained length")
         axes.set_ylabel("cross-entropy (nats per token)")
-        axes.legend(frameon=False)
+        _legend_beside(axes)

@@ -141,3 +141,15 @@ def _change(before_SDN: np.ndarray, after_SDN: np.ndarray) -> Estimate:
     """The relative change of perplexity, as a mean over documents."""
     ratio = Estimate.of((after_SDN - before_SDN).mean(axis=(0, 2))).exponential()
     return Estimate(ratio.mean - 1.0, ratio.error)
+
+
+def by_position(nats: Nats) -> dict[str, list[float]]:
+    """Mean nats over seeds and documents by position in the longest window, in stretches of a quarter of the shortest.
+
+    Where that is not a whole number, position by position.
+    """
+    result = {}
+    for name, row in nats.items():
+        longest, stretch = max(row), min(row) // 4 if min(row) % 4 == 0 else 1
+        result[name] = row[longest].reshape(-1, longest // stretch, stretch).mean(axis=(0, 2)).tolist()
+    return result

@@ -93,5 +93,13 @@ def test_seeds_are_averaged_before_documents_are_compared():
     assert (cell.perplexity.mean, cell.perplexity.error) == pytest.approx((4.0, 0.0))
 
 
+def test_the_curve_over_positions_is_that_of_the_longest_windows():
+    nats_SDN = np.arange(32.0).reshape(1, 2, 16)  # two windows of 8 a document
+    curve = long_context.by_position({"ALiBi": {4: np.zeros((1, 2, 16)), 8: nats_SDN}})["ALiBi"]
+    assert curve == [12.0 + position for position in range(8)]
+    (mean,) = long_context.by_position({"ALiBi": {4: nats_SDN}})["ALiBi"][:1]
+    assert mean == np.mean([4 * window for window in range(8)])
+
+
 def test_one_document_has_no_error():
     assert np.isnan(Estimate.of(np.array([1.0])).error)
