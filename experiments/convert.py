@@ -79,7 +79,7 @@ def run(config: ConvertConfig, workdir: Path) -> Difference:
         against, ids_BT = f"{source} as loaded", _random_ids(config, model)
         expected_BTV = logits(params, model, ids_BT, mesh)
     with tempfile.TemporaryDirectory() as folder:
-        _write(config, workdir, model, params, *_companions(source, Path(folder), model))
+        _write(config, workdir, model, params, *companions(source, Path(folder), model))
     del params  # the result is loaded in their place
     model, params = pretrained.load_model(workdir, mesh=mesh)
     difference = compare(logits(params, model, ids_BT, mesh), expected_BTV)
@@ -170,7 +170,7 @@ def _random_ids(config: ConvertConfig, model: ModelConfig) -> np.ndarray:
     return np.random.default_rng(0).integers(0, model.vocab_size, (2, length))
 
 
-def _companions(source: Path, folder: Path, model: ModelConfig) -> tuple[list[Path], dict[str, int]]:
+def companions(source: Path, folder: Path, model: ModelConfig) -> tuple[list[Path], dict[str, int]]:
     """The files that go along, made in `folder` where the source is no folder; and ids for a config.json."""
     if source.is_dir():
         files = [source / name for name in COMPANIONS if (source / name).is_file()]
