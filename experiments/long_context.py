@@ -54,8 +54,8 @@ class LongContextConfig:
     shortest_window: int = 0  # of the first layer's attention; 0 = the trained length
     longest_window: int = 0  # of the last layer's; 0 = four times the trained length
     seeds: tuple[int, ...] = (0,)  # one training of each kind for every seed
-    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
-    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)  # for all; tokenizer and output are made
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)  # but for its corpus
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
