@@ -2,8 +2,8 @@
 
     python -m experiments.convert --config=configs/convert/import.py --workdir=runs/smollm2 --config.source=smollm2
 
-The source is a Hugging Face folder, a .gguf file or a name. SmolLM2-135M takes TIME on two cores; its checkpoint has
-its logits exactly.
+The source is a Hugging Face folder, a .gguf file or a name. SmolLM2-135M takes about ten seconds on two cores, and
+its checkpoint gives exactly its logits.
 """
 
 import ml_collections

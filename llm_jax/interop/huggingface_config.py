@@ -219,7 +219,7 @@ def inexpressible(config: ModelConfig, family_name: str) -> list[str]:
     family = FAMILIES[family_name]
     reasons = [
         f"{field} {getattr(config, field)!r} instead of {value!r}"
-        for field, value in family.fixed.items()
+        for field, value in {"quantization": "none", **family.fixed}.items()
         if getattr(config, field) != value
     ]
     if family.multi_head and config.num_kv_heads != config.num_heads:

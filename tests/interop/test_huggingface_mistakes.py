@@ -271,6 +271,7 @@ def test_baichuans_facts_come_from_the_caller_or_the_sizes(caplog):
         ("baichuan", {"num_kv_heads": 4, "head_dim": 8}, r"num_heads x head_dim 32 instead of 16"),
         ("qwen", {"num_kv_heads": 4}, r"qkv_bias False instead of True"),
         ("baichuan", {"num_kv_heads": 4, "rope_scaling": RopeScalingConfig("linear", 2.0)}, r"rope_scaling"),
+        ("llama", {"quantization": "int4"}, r"quantization 'int4' instead of 'none'"),
         ("lama", {}, r"family='lama' is not one of llama, qwen2, baichuan, qwen"),
     ],
 )
