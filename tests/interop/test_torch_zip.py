@@ -57,6 +57,14 @@ def test_a_file_that_torch_writes_now(tmp_path):
         assert read["b"].read().tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("HalfStorage", np.float16), ("BFloat16Storage", ml_dtypes.bfloat16)])
+def test_transposed_tensors_of_two_bytes(tmp_path, kind, dtype):
+    values = np.arange(6).astype(dtype)
+    entry = tensor(offset=1, shape=(2, 2), strides=(1, 3), kind=kind)
+    read = torch_zip.read(archive(tmp_path / "m.bin", dumps({"w": entry}), {"0": values.tobytes()}))
+    assert read["w"].read().tolist() == [[1, 4], [2, 5]] and read["w"].dtype == dtype
+
+
 class Storage:
     """A storage as torch's pickles refer to it: by a persistent id."""
 
@@ -165,6 +173,15 @@ def test_nothing_but_tensors_is_made(tmp_path, attack):
         torch_zip.read(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     assert not mark.exists() and "subprocess" not in set(sys.modules) - modules
+
+
+def test_the_refusal_says_what_was_asked_for(tmp_path):
+    path = archive(tmp_path / "model.bin", dumps(ATTACKS["a shell"](tmp_path)))
+    with pytest.raises(UserError, match=r"asks for os\.system, which no set of tensors needs; it may be an attack"):
+        torch_zip.read(path)
+    path = archive(tmp_path / "model.bin", dumps(ATTACKS["integers"](tmp_path)))
+    with pytest.raises(UserError, match="holds a LongStorage; only FloatStorage, HalfStorage, BFloat16Storage can be"):
+        torch_zip.read(path)
 
 
 def test_python_itself_would_have_run_it(tmp_path):
