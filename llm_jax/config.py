@@ -91,7 +91,7 @@ class ModelConfig:
     log_n: bool = False  # Qwen's log-n attention scaling beyond max_length; inference only
     dynamic_ntk: bool = False  # Qwen's larger rotary base beyond max_length; inference only
     quantization: str = "none"  # of the weights; inference only
-    quantization_group: int = 0  # at most how many input features share a scale; 0 = all
+    quantization_group: int = 0  # at most how many input features of a matrix share a scale; 0 = all
     # Training.
     dropout_rate: float = 0.0
     init_std: float = 0.02  # ours; no report states it

@@ -25,7 +25,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         config, axes = self.config, ("vocab", "embed")
-        initializer = quantized.initializer(nn.initializers.normal(config.init_std), axes, (1,), config)
+        initializer = quantized.table_initializer(nn.initializers.normal(config.init_std), axes, config)
         kernel = self.param("kernel", initializer, (config.vocab_size, config.hidden_size), config.param_dtype)
         if isinstance(kernel, Quantized):  # quantising normalises the rows
             return quantized.gather(kernel, axes, jnp.dtype(config.compute_dtype))

@@ -185,7 +185,7 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         config, axes = self.config, ("vocab", "embed")
-        initializer = quantized.initializer(nn.initializers.normal(config.init_std), axes, (1,), config)
+        initializer = quantized.table_initializer(nn.initializers.normal(config.init_std), axes, config)
         table = self.param("embedding", initializer, (config.vocab_size, config.hidden_size), config.param_dtype)
         x_BTD = lookup(table, tokens_BT, axes, jnp.dtype(config.compute_dtype))
         return constrain(x_BTD, "batch", "sequence", None)

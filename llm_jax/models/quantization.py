@@ -1,4 +1,4 @@
-"""Weight-only quantisation of a whole model: its matrices and tables get few bits, norms and biases stay float.
+"""Weight-only quantisation of a whole model: matrices and tables get few bits, norms and biases stay float.
 
 Which weights these are, and along which dimensions they share scales, the layers state with `quantized.initializer`.
 """
@@ -15,7 +15,7 @@ from llm_jax.models import decoder, heads
 from llm_jax.models.quantized import PackedArray, Quantized, dequantize, quantize_array
 from llm_jax.parallel import rules
 
-DEFAULT_GROUPS = {"int8": 0, "int4": 64}  # docs/quantization.md has what they cost
+DEFAULT_GROUPS = {"int8": 0, "int4": 32}  # docs/quantization.md has what they cost
 
 
 def quantize(
@@ -27,7 +27,7 @@ def quantize(
       params: float parameters, as from `init`: with layers on a leading axis.
       config: theirs.
       kind: "int8" or "int4".
-      group: at most how many input features share a scale, 0 = all of them; None = the kind's default.
+      group: at most how many of a matrix's input features share a scale, 0 = all; None = the kind's default.
       donate: free each float weight as soon as it is quantised.
 
     Returns:

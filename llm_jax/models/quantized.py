@@ -1,8 +1,9 @@
 """Weights of few bits, and the products with them: what `linear`, `lookup` and the heads do when a weight is quantised.
 
-Only weights are quantised: symmetrically, with one float32 scale for every group of a weight's input features (all of
-them, or a few). int8 weights are qwix's `QArray`. int4 weights are packed two to a byte, because XLA's CPU compiler
-reads its own int4 one element at a time; each half of the bytes is a `QArray` again.
+Only weights are quantised: symmetrically, with one scale for every group of a weight's input features (all of them,
+or a few). int8 weights are qwix's `QArray`. int4 weights are packed two to a byte, because XLA's CPU compiler reads its
+own int4 one element at a time; each half of the bytes is a `QArray` again. Tables, whose rows are looked up or turned
+into logits, stay at int8, where they cost next to nothing, while int4 costs them dear (docs/quantization.md).
 
 A product never makes a float copy of the whole model. On accelerators XLA converts inside the product. Its CPU compiler
 instead converts a matrix first, all of them before the first is needed, and out of any loop: there the products run in
@@ -47,9 +48,8 @@ class PackedArray:
 
     @classmethod
     def pack(cls, array: QArray, axis: int) -> "PackedArray":
-        """The packed form of int4 values."""
-        values = array.qvalue.astype(jnp.int8)
-        low, high = (jax.lax.slice_in_dim(values, i, None, 2, axis % values.ndim) for i in (0, 1))
+        """The packed form of values from -8 to 7."""
+        low, high = (jax.lax.slice_in_dim(array.qvalue, i, None, 2, axis % array.ndim) for i in (0, 1))
         return cls(jnp.bitwise_or(jnp.bitwise_and(low, 15), jnp.left_shift(high, 4)), array.scale, axis)
 
     def unpack(self) -> QArray:
@@ -98,24 +98,51 @@ def group_size(features: int, group: int, kind: str) -> int:
 
 
 def quantize_array(weight: jax.Array, tiles: Sequence[int], packed_axis: int | None) -> Quantized:
-    """Quantise a weight with one scale for each tile: to int4 packed along an axis (from the end), or to int8."""
-    kind = jnp.int8 if packed_axis is None else jnp.int4
-    array = qwix.quantize(weight.astype(jnp.float32), kind, tiled_axes=dict(enumerate(tiles)))
+    """Quantise a weight with one scale for each tile: to int4 packed along an axis (from the end), or to int8.
+
+    The weight of greatest magnitude in a tile becomes the most negative integer, exactly, by a scale of its sign: so
+    all integers are used. (`qwix.quantize` leaves that one out, and clips the greatest weights by half a step.) Scales
+    are float32 where they serve all input features, which is hardly any, and bfloat16 where they serve a group.
+    """
+    lowest = jnp.iinfo(jnp.int8 if packed_axis is None else jnp.int4).min
+    split = weight.astype(jnp.float32).reshape([n for size, t in zip(weight.shape, tiles) for n in (size // t, t)])
+    inside = tuple(range(1, split.ndim, 2))
+    highs, lows = jnp.max(split, inside, keepdims=True), jnp.min(split, inside, keepdims=True)
+    scales = jnp.where(highs > -lows, highs, lows) / lowest
+    scales = jnp.where(scales == 0, 1.0, scales).astype(jnp.bfloat16 if _grouped(weight.shape, tiles) else jnp.float32)
+    values = jnp.clip(jnp.round(split / scales.astype(jnp.float32)), lowest, -lowest - 1).astype(jnp.int8)
+    array = QArray(values.reshape(weight.shape), scales.squeeze(inside), qtype=jnp.int8)
     return array if packed_axis is None else PackedArray.pack(array, packed_axis)
+
+
+def _grouped(shape: Sequence[int], tiles: Sequence[int]) -> bool:
+    """Whether some dimension has more than one scale for its several features."""
+    return any(1 < tile < size for size, tile in zip(shape, tiles))
 
 
 def dequantize(weight: Quantized) -> jax.Array:
     """The weight's values, float32."""
-    return qwix.dequantize(weight.unpack() if isinstance(weight, PackedArray) else weight)
+    array = weight.unpack() if isinstance(weight, PackedArray) else weight
+    return qwix.dequantize(array.astype(jnp.float32))
 
 
 def initializer(init: Callable[..., jax.Array], axes: LogicalAxes, inputs: Sequence[int], config: ModelConfig) -> Any:
-    """An initialiser, with logical axes, of what the config makes of a weight: float as `init` gives it, or quantised.
+    """An initialiser, with logical axes, of what the config makes of a kernel: float as `init` gives it, or quantised.
 
-    `inputs` are the dimensions of the weight's input features. A scale has the weight's axes, except where one scale
+    `inputs` are the dimensions of the kernel's input features. A scale has the kernel's axes, except where one scale
     serves a whole dimension.
     """
-    kind, group = config.quantization, config.quantization_group
+    return _initializer(init, axes, inputs, config.quantization, config.quantization_group)
+
+
+def table_initializer(init: Callable[..., jax.Array], axes: LogicalAxes, config: ModelConfig) -> Any:
+    """`initializer` for a table [V, D]: in a quantised model int8, with a scale for each row."""
+    return _initializer(init, axes, (1,), "none" if config.quantization == "none" else "int8", 0)
+
+
+def _initializer(
+    init: Callable[..., jax.Array], axes: LogicalAxes, inputs: Sequence[int], kind: str, group: int
+) -> Any:
     if kind == "none":
         return nn.with_logical_partitioning(init, axes)
 
