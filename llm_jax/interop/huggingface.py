@@ -294,8 +294,14 @@ def _torch_tensor(tensor: Expected, config: ModelConfig, params: Any, dtype: np.
     rows = []
     for part in tensor.parts:
         array = functools.reduce(lambda tree, key: tree[key], part.split("/"), params)
-        values = jax.device_get(array if tensor.layer is None else array[tensor.layer])
+        values = jax.device_get(array if tensor.layer is None else _layer(array, tensor.layer))
         ours, torchs = families.LAYOUTS[part]
         ordered = values.transpose([ours.index(axis) for axis in torchs.replace(" ", "")])
         rows.append(ordered.reshape(families.torch_shape([part], config)).astype(dtype, copy=False))
     return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+@jax.jit
+def _layer(stacked: jax.Array, index: int) -> jax.Array:
+    """One layer of a parameter; compiled once for all of them, which indexing is not."""
+    return jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False)
