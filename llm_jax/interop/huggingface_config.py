@@ -49,7 +49,7 @@ def family_of(values: Mapping[str, Any], where: Path) -> str:
     for name, family in FAMILIES.items():
         if any(architecture in family.architectures for architecture in named):
             return name
-    if not named and values.get("model_type") in FAMILIES:
+    if not named and str(values.get("model_type")) in FAMILIES:
         return str(values["model_type"])
     known = ", ".join(family.architectures[0] for family in FAMILIES.values())
     got = f"architecture {named[0]!r}" if named else f"model_type {values.get('model_type')!r}"
@@ -78,7 +78,7 @@ def to_model(
     fields = {field: value for field, value in fields.items() if value is not None}
     fields["ffn_size"] = _true_width(fields["ffn_size"], family, where)
     fields.setdefault("num_kv_heads", fields["num_heads"])
-    fields.setdefault("head_dim", fields["hidden_size"] // fields["num_heads"])
+    fields.setdefault("head_dim", fields["hidden_size"] // max(1, fields["num_heads"]))
     fields |= family.fixed
     if "rope_scaling" not in family.fixed:
         fields |= _rope(values, where)
@@ -134,7 +134,7 @@ def _rope(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     key = next((key for key in ("rope_parameters", "rope_scaling") if values.get(key)), "rope_scaling")
     stated = values.get(key) or {}
     require(isinstance(stated, Mapping), f"{where}: {key} must be an object, got {stated!r}")
-    kind = stated.get("rope_type", stated.get("type", "default"))
+    kind = str(stated.get("rope_type", stated.get("type", "default")))
     require(kind in ROPE_KINDS, f"{where}: {key} of kind {kind!r} is not supported, only {', '.join(ROPE_KINDS)}")
     partial = stated.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     require(partial == 1.0, f"{where}: partial_rotary_factor={partial!r} is not supported, only 1.0")
@@ -146,7 +146,7 @@ def _rope(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
             numbers["original_length"] = int(numbers["original_length"])
         scaling = RopeScalingConfig(ROPE_KINDS[kind], **numbers)
         base = {"rope_theta": float(stated["rope_theta"])} if "rope_theta" in stated else {}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: {key} of kind {kind!r} lacks a usable {error}") from None
     return {"rope_scaling": scaling, **base}
 
@@ -157,10 +157,11 @@ def _windows(values: Mapping[str, Any], layers: int, where: Path) -> tuple[int, 
     if not values.get("use_sliding_window") or window is None:
         return ()
     first = values.get("max_window_layers", 0)
+    for key, value in (("sliding_window", window), ("max_window_layers", first)):
+        require(type(value) is int, f"{where}: {key} must be int, got {value!r}")
     kinds = values.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(layers)]
     require(
-        len(kinds) == layers,
-        f"{where}: layer_types has {len(kinds)} entries for {layers} layers",
+        isinstance(kinds, list) and len(kinds) == layers, f"{where}: layer_types must be a list with {layers} entries"
     )
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     return windows if any(windows) else ()

@@ -116,6 +116,32 @@ def test_configs_that_contradict_the_weights_or_make_no_sense(folder, changes, m
     refused(folder, message)
 
 
+JUNK = [None, True, -1, 0, 7, 10**30, 0.5, float("inf"), float("nan"), "", "x", [], [1], {}, {"a": 1}]
+FULL = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True, "window_sizes": (0, 4)},
+    "qwen": {"qkv_bias": True, "num_kv_heads": 4, "log_n": True},
+    "baichuan": {"num_kv_heads": 4},
+}
+
+
+@pytest.mark.parametrize("family", FULL)
+def test_no_value_of_a_config_ends_in_another_error(family):
+    good = huggingface_config.from_model(ModelConfig(**{**vars(CONFIG), **FULL[family]}), family)
+    nested = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    nested["original_max_position_embeddings"] = 8192
+    cases = [{**good, key: value} for key in [*good, "rope_scaling", "quantization_config"] for value in JUNK]
+    cases += [{**good, "rope_parameters": {**nested, key: value}} for key in nested for value in JUNK]
+    refusals = 0
+    for case in cases:
+        try:
+            huggingface_config.to_model(case, "here")
+        except UserError as error:
+            refusals += 1
+            assert "here" in str(error) and "\n" not in str(error)
+    assert refusals > len(cases) / 3
+
+
 def test_options_that_contradict_the_folder(folder):
     refused(folder, r"position='alibi' was asked for, but every llama model has 'rope'", position="alibi")
     refused(folder, r"norm_head=True was asked for, but every llama", norm_head=True)
