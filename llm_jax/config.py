@@ -91,6 +91,7 @@ class ModelConfig:
     log_n: bool = False  # Qwen's log-n attention scaling beyond max_length; inference only
     dynamic_ntk: bool = False  # Qwen's larger rotary base beyond max_length; inference only
     quantization: str = "none"  # of the weights; inference only
+    decoding_layout: bool = False  # parameters as `models.for_decoding` lays them out; inference only
     quantization_group: int = 0  # at most how many input features of a matrix share a scale; 0 = all
     # Training.
     dropout_rate: float = 0.0
@@ -253,6 +254,7 @@ class TrainConfig:
             f"TrainConfig.model.quantization={self.model.quantization!r}: quantised weights cannot be trained; train "
             "float ones and quantise the result",
         )
+        require(not self.model.decoding_layout, "TrainConfig.model.decoding_layout is for generation: leave it off")
         require(
             self.data.batch_size % self.microbatches == 0,
             f"DataConfig.batch_size={self.data.batch_size} is not divisible by microbatches={self.microbatches}",

@@ -9,7 +9,6 @@ from benchmarks.peers.serve import serve
 from benchmarks.peers.shapes import GENERATIONS, Generation
 from llm_jax import models
 from llm_jax.config import ModelConfig, SamplingConfig
-from llm_jax.models.quantization import quantize
 from llm_jax.sampling.generate import generate
 
 
@@ -34,8 +33,8 @@ def main(name: str, kind: str) -> None:
     config = model_config(shape)
     params = models.init(config, jax.random.key(0))
     if kind in ("int8", "int4"):
-        config, params = quantize(params, config, kind)
-    params = models.unstack(params)
+        config, params = models.quantize(params, config, kind)
+    config, params = models.for_decoding(params, config)
     cache_dtype = "int8" if kind == "int8_cache" else ""
     sampling = SamplingConfig(max_new_tokens=shape.new_tokens, temperature=0.0, cache_dtype=cache_dtype)
     prompts = np.random.default_rng(0).integers(3, shape.vocabulary, (shape.batch, shape.prompt)).tolist()

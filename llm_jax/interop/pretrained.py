@@ -55,7 +55,8 @@ def load_to_generate(path: str | Path, *, quantize: str = "none", **arguments: A
     config, params = loaded.config, loaded.params
     if quantize != "none":
         config, params = models.quantize(params, config, quantize, donate=True)
-    return loaded._replace(config=config, params=models.unstack(params, donate=True))
+    config, params = models.for_decoding(params, config, donate=True)
+    return loaded._replace(config=config, params=params)
 
 
 def load_model(

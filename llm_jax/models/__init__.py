@@ -9,8 +9,8 @@ from llm_jax.models.decoder import (
     is_stacked,
     logical_axes,
     logits,
-    unstack,
 )
+from llm_jax.models.decoding import for_decoding
 from llm_jax.models.heads import unembed, unembedding
 from llm_jax.models.quantization import quantize, weight_bytes
 
@@ -18,6 +18,7 @@ __all__ = [
     "Cache",
     "abstract",
     "count_parameters",
+    "for_decoding",
     "hidden_states",
     "init",
     "init_cache",
@@ -27,6 +28,5 @@ __all__ = [
     "quantize",
     "unembed",
     "unembedding",
-    "unstack",
     "weight_bytes",
 ]

@@ -61,8 +61,8 @@ class Cache(NamedTuple):
     """Keys and values of all layers, segment ids [B, S] int32 of the slots, and how many are filled, int32 [].
 
     `layers` follows the parameters: one `LayerCache` with a leading layer axis, or a tuple with one for each layer
-    where the parameters are unstacked. `context_length`, int32 [B], is the length of each row's prompt, by which
-    dynamic NTK fixes the rotary base; 0 = not known yet.
+    where the parameters are laid out for decoding. `context_length`, int32 [B], is the length of each row's prompt, by
+    which dynamic NTK fixes the rotary base; 0 = not known yet.
     """
 
     layers: LayerCache | tuple[LayerCache, ...]
@@ -101,7 +101,7 @@ def init_cache(
       dtype: of keys and values, by default the compute dtype; "int8" adds a scale to each vector.
       context_length: int32 [B], the lengths of prompts that come in several calls; by default the first call is taken
         for the whole prompt.
-      stacked: whether the parameters are; false for those that `unstack` gave.
+      stacked: whether the parameters' layers are; false for those that `for_decoding` gave.
     """
     shape = (batch_size, config.num_kv_heads, length, config.head_dim)
 

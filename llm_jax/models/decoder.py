@@ -1,7 +1,7 @@
 """The decoder as pure functions over a parameter pytree: the layers of `layers.py`, stacked and scanned.
 
-`params` is a dict with "embedding", "layers" (every leaf with a leading layer axis, or see `unstack`), "final_norm"
-and "head" (absent when the embeddings are tied).
+`params` is a dict with "embedding", "layers" (every leaf with a leading layer axis, or see `for_decoding`),
+"final_norm" and "head" (absent when the embeddings are tied).
 
 B batch, T length, S cache length, D model, V vocabulary, L layers.
 """
@@ -78,21 +78,6 @@ def logical_axes(config: ModelConfig) -> Params:
 def is_stacked(params: Params) -> bool:
     """Whether the layers' parameters lie on a leading axis, as `init` makes them, and not layer by layer."""
     return isinstance(params["layers"], dict)
-
-
-def unstack(params: Params, *, donate: bool = False) -> Params:
-    """The same parameters with "layers" as a tuple, one tree for each layer: the form that decodes fastest.
-
-    A scan takes each layer's weights out of the stack, which costs a decoding step about as much as using them. Every
-    function here takes either form. Only the stacks are copied, one at a time; `donate` frees each after that.
-    """
-    leaves, structure = jax.tree.flatten(params["layers"])
-    split = []
-    for leaf in leaves:
-        split.append(jax.block_until_ready([leaf[i] for i in range(leaf.shape[0])]))
-        if donate:
-            leaf.delete()
-    return {**params, "layers": tuple(jax.tree.unflatten(structure, layer) for layer in zip(*split))}
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -86,9 +86,7 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         config = self.config
-        q_BTNH = self._project(config.num_heads, "heads", "query")(x_BTD)
-        k_BTKH = self._project(config.num_kv_heads, "kv_heads", "key")(x_BTD)
-        v_BTKH = self._project(config.num_kv_heads, "kv_heads", "value")(x_BTD)
+        q_BTNH, k_BTKH, v_BTKH = self._queries_keys_values(x_BTD)
         if rotary is not None:
             q_BTNH, k_BTKH = positions.rotate(q_BTNH, rotary), positions.rotate(k_BTKH, rotary)
         q_BTNH = constrain(q_BTNH, "batch", None, "heads", None)
@@ -101,6 +99,13 @@ class Attention(nn.Module):
         elif not self.is_initializing():
             out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, implementation=config.attention)
         return self._output()(out_BTNH), cache
+
+    def _queries_keys_values(self, x_BTD: jax.Array) -> Sequence[jax.Array]:
+        N, K = self.config.num_heads, self.config.num_kv_heads
+        if self.config.decoding_layout:
+            return jnp.split(self._project(N + 2 * K, "heads", "query_key_value")(x_BTD), (N, N + K), axis=2)
+        heads = ((N, "heads", "query"), (K, "kv_heads", "key"), (K, "kv_heads", "value"))
+        return [self._project(*head)(x_BTD) for head in heads]
 
     def _project(self, heads: int, axis: str, name: str) -> Projection:
         config = self.config
@@ -131,12 +136,17 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         config = self.config
-        wide = (config.hidden_size,), (config.ffn_size,), ("embed", "ffn"), config.init_std, config
         narrow = (config.ffn_size,), (config.hidden_size,), ("ffn", "embed"), residual_std(config), config
-        gate_BTF = Projection(*wide, name="gate")(x_BTD)
-        up_BTF = Projection(*wide, name="up")(x_BTD)
+        if config.decoding_layout:
+            gate_BTF, up_BTF = jnp.split(self._widen(2 * config.ffn_size, "gate_up")(x_BTD), 2, axis=-1)
+        else:
+            gate_BTF, up_BTF = (self._widen(config.ffn_size, name)(x_BTD) for name in ("gate", "up"))
         hidden_BTF = constrain(swiglu(gate_BTF, up_BTF), "batch", None, "ffn")
         return Projection(*narrow, name="down")(hidden_BTF)
+
+    def _widen(self, size: int, name: str) -> Projection:
+        config = self.config
+        return Projection((config.hidden_size,), (size,), ("embed", "ffn"), config.init_std, config, name=name)
 
 
 class Block(nn.Module):

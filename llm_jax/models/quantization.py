@@ -39,7 +39,7 @@ def quantize(
     kinds = ", ".join(QUANTIZATIONS[1:])
     require(kind in QUANTIZATIONS[1:], f"quantize={kind!r} is not one of {kinds}")
     require(config.quantization == "none", f"the model's weights are {config.quantization} already: load its original")
-    require(decoder.is_stacked(params), "quantize the parameters before they are unstacked")
+    require(decoder.is_stacked(params), "quantize the parameters before they are laid out for decoding")
     group = DEFAULT_GROUPS[kind] if group is None else group
     config = dataclasses.replace(config, quantization=kind, quantization_group=group)
     target, axes = decoder.abstract(config), decoder.logical_axes(config)

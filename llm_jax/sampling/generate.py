@@ -87,7 +87,7 @@ def generate(
     prompts, not on the padding. A prompt alone continues as it does in a batch if it is given the same stream.
 
     Args:
-        params: the model's parameters; those of `models.unstack` decode fastest.
+        params: the model's parameters; those of `models.for_decoding` decode fastest.
         config: the model.
         prompts: token ids; an empty prompt starts from `bos_id`.
         sampling: the processors, the temperature (0 = greedy), the lengths, the number of samples and the seed.

@@ -64,7 +64,8 @@ def test_a_padded_batch_with_a_cache(name):
 def test_greedy_continuations(name):
     config, params, rows = case(name)
     prompts = [tokens[:length].tolist() for length, tokens, _ in rows]
-    got = generate(models.unstack(params), config, prompts, GREEDY)
+    decoding, laid_out = models.for_decoding(params, config)
+    got = generate(laid_out, decoding, prompts, GREEDY)
     assert [result.tokens for result in got] == [tokens[length:].tolist() for length, tokens, _ in rows]
 
 

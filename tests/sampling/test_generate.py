@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,9 @@ BASE = ModelConfig(
 )
 VARIANTS = {
     "rope": {},
+    "tied": {"tie_embeddings": True},
     "alibi": {"position": "alibi", "window_sizes": (3, 0)},
-    "grouped": {"num_kv_heads": 2, "norm_head": True},
+    "grouped": {"num_kv_heads": 2, "norm_head": True, "qkv_bias": True},
 }
 RANDOM = np.random.default_rng(0)
 PROMPTS = [RANDOM.integers(3, 61, length).tolist() for length in (5, 1, 17, 9, 2)]
@@ -194,10 +196,18 @@ class Letters:
         return bytes(ids)
 
 
-def test_unstacked_parameters_give_the_same():
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_parameters_laid_out_for_decoding_give_the_same(quantization):
     for name in VARIANTS:
         params, config = build(name)
-        stacked, apart = (generate(p, config, PROMPTS, WARM) for p in (params, models.unstack(params)))
+        if quantization != "none":
+            config, params = models.quantize(params, config, quantization)
+        stacked = generate(params, config, PROMPTS, WARM)
+        decoding, laid_out = models.for_decoding(params, config)
+        assert decoding.decoding_layout and not models.is_stacked(laid_out)
+        shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (laid_out, models.abstract(decoding))]
+        assert sum(map(math.prod, shapes[0])) == sum(map(math.prod, shapes[1]))
+        apart = generate(laid_out, decoding, PROMPTS, WARM)
         assert [row.tokens for row in apart] == [row.tokens for row in stacked]
         for row, other in zip(apart, stacked):
             np.testing.assert_allclose(row.logprobs, other.logprobs, rtol=1e-4, atol=1e-4)
