@@ -4,6 +4,8 @@ Which weights these are, and along which dimensions they share scales, the layer
 """
 
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -42,14 +44,16 @@ def quantize(
     require(decoder.is_stacked(params), "quantize the parameters before they are laid out for decoding")
     group = DEFAULT_GROUPS[kind] if group is None else group
     config = dataclasses.replace(config, quantization=kind, quantization_group=group)
-    target, axes = decoder.abstract(config), decoder.logical_axes(config)
+    target = decoder.abstract(config)
     structure: Any
-    flat, structure = jax.tree_util.tree_flatten_with_path(target, is_leaf=_is_quantized)
-    weights, layouts = structure.flatten_up_to(params), structure.flatten_up_to(_layout(params, axes, target))
+    flat, structure = jax.tree_util.tree_flatten_with_path(target, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    weights, layouts = structure.flatten_up_to(params), itertools.repeat(None)
+    mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+    if mesh is not None:
+        layouts = structure.flatten_up_to(rules.shardings(decoder.logical_axes(config), target, mesh))
     for i, ((path, wanted), layout) in enumerate(zip(flat, layouts)):
         if isinstance(wanted, Quantized):
-            stacked, norm_head = path[0].key == "layers", config.norm_head and path[0].key == "head"
-            weight, weights[i] = weights[i], _quantize_leaf(weights[i], wanted, layout, stacked, norm_head)
+            weight, weights[i] = weights[i], _quantize(weights[i], path[0].key, config.norm_head, wanted, layout)
             if donate:
                 weight.delete()
     return config, jax.tree.unflatten(structure, weights)
@@ -60,33 +64,31 @@ def weight_bytes(params: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, Quantized)
-
-
-def _layout(params: Any, axes: Any, target: Any) -> Any:
-    """The sharding of every new parameter on the mesh of the old ones; None for all where they are on no mesh."""
-    mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
-    if mesh is not None:
-        return rules.shardings(axes, target, mesh)
-    return jax.tree.map(lambda _: None, target)
-
-
-def _quantize_leaf(weight: jax.Array, wanted: Quantized, layout: Any, stacked: bool, norm_head: bool) -> Quantized:
-    """A weight in the form of `wanted`, one layer at a time where layers are stacked."""
+def _quantize(weight: jax.Array, part: str, norm_head: bool, wanted: Quantized, layout: Any) -> Quantized:
+    """A weight in the form of `wanted`, whose values are shapes, in a layout (None = where it is)."""
+    tiles = tuple(size // scales for size, scales in zip(weight.shape, wanted.scale.shape))
     packed_axis = wanted.axis if isinstance(wanted, PackedArray) else None
-    tiles = [size // scales for size, scales in zip(weight.shape, wanted.scale.shape)]
-
-    def quantize(weight: jax.Array) -> Quantized:
-        if stacked:
-            return jax.lax.map(lambda layer: quantize_array(layer, tiles[1:], packed_axis), weight)
-        array = quantize_array(weight, tiles, packed_axis)
-        return _with_unit_rows(array) if norm_head else array
-
-    return jax.jit(quantize, out_shardings=layout)(weight)
+    if part == "layers":
+        return _quantize_layers(weight, tiles[1:], packed_axis, wanted.scale.dtype, layout)
+    return _quantize_table(weight, tiles, wanted.scale.dtype, norm_head and part == "head", layout)
 
 
-def _with_unit_rows(table_VD: Quantized) -> Quantized:
-    """The table with its rows' L2 norms divided out of the scales, as NormHead divides them out of the rows."""
-    norms_V1 = jnp.sqrt(jnp.sum(jnp.square(dequantize(table_VD)), axis=1, keepdims=True))
-    return dataclasses.replace(table_VD, scale=table_VD.scale / jnp.maximum(norms_V1, heads.NORM_HEAD_EPS))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize_layers(
+    stack: jax.Array, tiles: tuple[int, ...], packed_axis: int | None, scale_dtype: jnp.dtype, layout: Any
+) -> Quantized:
+    """One layer after the other: the float32 in which this is computed is that of one."""
+    array = jax.lax.map(lambda weight: quantize_array(weight, tiles, packed_axis, scale_dtype), stack)
+    return array if layout is None else jax.lax.with_sharding_constraint(array, layout)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize_table(
+    table_VD: jax.Array, tiles: tuple[int, ...], scale_dtype: jnp.dtype, unit_rows: bool, layout: Any
+) -> Quantized:
+    """With `unit_rows`, the rows' L2 norms are divided out of the scales, as NormHead divides them out of the rows."""
+    array = quantize_array(table_VD, tiles, None, scale_dtype)
+    if unit_rows:
+        norms_V1 = jnp.sqrt(jnp.sum(jnp.square(dequantize(array)), axis=1, keepdims=True))
+        array = dataclasses.replace(array, scale=array.scale / jnp.maximum(norms_V1, heads.NORM_HEAD_EPS))
+    return array if layout is None else jax.lax.with_sharding_constraint(array, layout)

@@ -97,27 +97,23 @@ def group_size(features: int, group: int, kind: str) -> int:
     return size
 
 
-def quantize_array(weight: jax.Array, tiles: Sequence[int], packed_axis: int | None) -> Quantized:
+def quantize_array(
+    weight: jax.Array, tiles: Sequence[int], packed_axis: int | None, scale_dtype: jnp.dtype
+) -> Quantized:
     """Quantise a weight with one scale for each tile: to int4 packed along an axis (from the end), or to int8.
 
     The weight of greatest magnitude in a tile becomes the most negative integer, exactly, by a scale of its sign: so
-    all integers are used. (`qwix.quantize` leaves that one out, and clips the greatest weights by half a step.) Scales
-    are float32 where they serve all input features, which is hardly any, and bfloat16 where they serve a group.
+    all integers are used. (`qwix.quantize` leaves that one out, and clips the greatest weights by half a step.)
     """
     lowest = jnp.iinfo(jnp.int8 if packed_axis is None else jnp.int4).min
     split = weight.astype(jnp.float32).reshape([n for size, t in zip(weight.shape, tiles) for n in (size // t, t)])
     inside = tuple(range(1, split.ndim, 2))
     highs, lows = jnp.max(split, inside, keepdims=True), jnp.min(split, inside, keepdims=True)
     scales = jnp.where(highs > -lows, highs, lows) / lowest
-    scales = jnp.where(scales == 0, 1.0, scales).astype(jnp.bfloat16 if _grouped(weight.shape, tiles) else jnp.float32)
+    scales = jnp.where(scales == 0, 1.0, scales).astype(scale_dtype)
     values = jnp.clip(jnp.round(split / scales.astype(jnp.float32)), lowest, -lowest - 1).astype(jnp.int8)
     array = QArray(values.reshape(weight.shape), scales.squeeze(inside), qtype=jnp.int8)
     return array if packed_axis is None else PackedArray.pack(array, packed_axis)
-
-
-def _grouped(shape: Sequence[int], tiles: Sequence[int]) -> bool:
-    """Whether some dimension has more than one scale for its several features."""
-    return any(1 < tile < size for size, tile in zip(shape, tiles))
 
 
 def dequantize(weight: Quantized) -> jax.Array:
@@ -130,7 +126,7 @@ def initializer(init: Callable[..., jax.Array], axes: LogicalAxes, inputs: Seque
     """An initialiser, with logical axes, of what the config makes of a kernel: float as `init` gives it, or quantised.
 
     `inputs` are the dimensions of the kernel's input features. A scale has the kernel's axes, except where one scale
-    serves a whole dimension.
+    serves a whole dimension. Scales of groups, of which there are many, are bfloat16; others are float32.
     """
     return _initializer(init, axes, inputs, config.quantization, config.quantization_group)
 
@@ -148,7 +144,10 @@ def _initializer(
 
     def quantized(key: jax.Array, shape: Sequence[int], dtype: str) -> Quantized:
         packed_axis = inputs[-1] - len(shape) if kind == "int4" else None
-        array = quantize_array(init(key, shape, dtype), tile_shape(shape, inputs, kind, group), packed_axis)
+        scale_dtype = jnp.dtype(jnp.bfloat16 if group else jnp.float32)
+        array = quantize_array(
+            init(key, shape, dtype), tile_shape(shape, inputs, kind, group), packed_axis, scale_dtype
+        )
         return dataclasses.replace(
             array,
             qvalue=nn.LogicallyPartitioned(array.qvalue, axes),
