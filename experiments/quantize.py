@@ -37,6 +37,7 @@ from llm_jax.evaluation.long_context import Estimate, streams
 from llm_jax.interop import pretrained, released
 from llm_jax.models.quantization import DEFAULT_GROUPS
 from llm_jax.tokenization import tokenizer as tokenizers
+from llm_jax.tokenization.tokenizer import Tokenizer
 from llm_jax.training import checkpoint
 
 REFERENCE = "float32"
@@ -94,9 +95,7 @@ def run(config: QuantizeConfig, workdir: Path) -> Report:
     variants = {name: make(name, reference) for name in config.variants}
     if config.save:
         save(variants[config.save], source, workdir)
-    documents_DN = streams(
-        encode(tokenizers.load(source), heldout_texts(config.corpus)), config.tokens, config.documents
-    )
+    documents_DN = read(config, tokenizers.load(source))
     found = measure(reference, variants, documents_DN)
     everything = {REFERENCE: reference, **variants}
     report = {name: summarise(everything[name], values) for name, values in found.items()}
@@ -135,6 +134,17 @@ def save(model: Model, source: Path, workdir: Path) -> None:
 def _logits(config: ModelConfig, params: Any, tokens_T: jax.Array) -> jax.Array:
     logits_TV: jax.Array = models.logits(params, config, tokens_T[None])[0]
     return logits_TV
+
+
+def read(config: QuantizeConfig, tokenizer: Tokenizer) -> np.ndarray:
+    """The beginnings of held-out documents, int32 [D, N+1]."""
+    documents = encode(tokenizer, heldout_texts(config.corpus))
+    require(
+        any(len(document) > config.tokens for document in documents),
+        f"none of {len(documents)} held-out documents has {config.tokens + 1} tokens: lower config.tokens or raise "
+        "config.corpus.holdout_fraction",
+    )
+    return streams(documents, config.tokens, config.documents)
 
 
 def measure(reference: Model, variants: dict[str, Model], documents_DN: np.ndarray) -> dict[str, Divergence]:
