@@ -10,6 +10,7 @@ from benchmarks.peers.shapes import GENERATIONS, Generation
 from llm_jax import models
 from llm_jax.config import ModelConfig, SamplingConfig
 from llm_jax.sampling.generate import generate
+from llm_jax.training.host_memory import keep_freed_memory
 
 
 def model_config(shape: Generation) -> ModelConfig:
@@ -28,7 +29,8 @@ def model_config(shape: Generation) -> ModelConfig:
 
 
 def main(name: str, kind: str) -> None:
-    """Serve generations of the shape called `name`."""
+    """Serve generations of the shape called `name`, set up as experiments.runner sets up an experiment."""
+    keep_freed_memory()
     shape = GENERATIONS[name]
     config = model_config(shape)
     params = models.init(config, jax.random.key(0))
