@@ -92,7 +92,7 @@ def _progress(total: int) -> Iterator[OnTokens | None]:
 
 
 def _print(sample: Completion) -> None:
-    end = "[end of document]" if sample.finished == "stop" else "[...]"
+    end = "[stop]" if sample.finished == "stop" else "[...]"
     text = Text.assemble((sample.prompt, "bold"), sample.completion, (f" {end}", "dim"))
     Console(highlight=False).print(text, "", soft_wrap=True)
 

@@ -58,7 +58,8 @@ def layer_windows(num_layers: int, shortest: int, longest: int) -> tuple[int, ..
 
 
 def variants(config: ModelConfig, windows: tuple[int, ...]) -> dict[str, ModelConfig]:
-    """The rows of the table that a trained model can give."""
+    """The rows of the table that a trained model can give, whatever extensions its own config turns on."""
+    config = dataclasses.replace(config, dynamic_ntk=False, log_n=False, window_sizes=())  # the checkpoint may say so
     if config.position == "alibi":
         return {ALIBI: config}
     values = {"dynamic_ntk": True, "log_n": True, "window_sizes": windows}

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llm_jax import models
 from llm_jax.config import ModelConfig
 from llm_jax.errors import UserError, require
 from llm_jax.interop import families, huggingface_config, placement, safetensors_file, torch_zip
@@ -238,6 +239,7 @@ def save(
       UserError: the folder has something in it, or the family cannot express the model.
     """
     folder = Path(path)
+    require(models.is_stacked(params), "parameters laid out for decoding are not exported: take what they were made of")
     family = family or families.default_for(config)
     require(family in FAMILIES, f"family={family!r} is not one of {', '.join(FAMILIES)}")
     dtype = dtype or config.param_dtype

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from llm_jax import models
@@ -48,9 +49,12 @@ def load(path: str | Path, *, mesh: Mesh | None = None, step: int | None = None,
 def load_to_generate(path: str | Path, *, quantize: str = "none", **arguments: Any) -> Pretrained:
     """`load`, with the parameters rounded ("int8", "int4") if asked for and in the form that decodes fastest.
 
-    The float parameters are freed as this goes. The other arguments and the errors are those of `load`.
+    The float parameters are freed as this goes. The other arguments and the errors are those of `load`. On a CPU the
+    dtypes are float32 where none is stated: XLA's compiler would convert 16-bit weights at every call.
     """
     require(quantize in QUANTIZATIONS, f"quantize={quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
+    if jax.default_backend() == "cpu" and not arguments.get("dtype"):
+        arguments |= {"dtype": "float32", "compute_dtype": arguments.get("compute_dtype", "float32")}
     loaded = load(path, **arguments)
     config, params = loaded.config, loaded.params
     if quantize != "none":

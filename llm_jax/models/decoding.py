@@ -25,27 +25,47 @@ def for_decoding(params: Any, config: ModelConfig, *, donate: bool = False) -> t
     Args:
       params: the parameters, with layers on a leading axis.
       config: theirs.
-      donate: free what is laid out anew, stack by stack.
+      donate: free what is laid out anew, as this goes.
 
     Returns:
-      The configuration that describes the new parameters, and the parameters.
+      The configuration with which to use the new parameters, and the parameters. They are for use, not for saving.
     """
     require(decoder.is_stacked(params), "the parameters are laid out for decoding already")
-    layers = _unstack(params["layers"], donate)
     mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
     if mesh is not None and mesh.shape.get("tensor", 1) > 1:
-        return config, {**params, "layers": layers}
-    params = {**params, "layers": tuple(_fuse(layer) for layer in layers)}
+        return config, {**params, "layers": _unstack(params["layers"], donate)}
+    params = {**params, "layers": _unstack(_fuse(params["layers"], donate), donate)}
     if not config.tie_embeddings and config.quantization == "none":
-        params["head"] = {"kernel": _head(params, config)}
+        params["head"] = _transpose_head(params, config, donate)
         config = dataclasses.replace(config, norm_head=False)
     return dataclasses.replace(config, decoding_layout=True), params
 
 
-def _head(params: Any, config: ModelConfig) -> jax.Array:
-    """The head's matrix [D, V] in the parameters' dtype; in float32 where it is normalised."""
-    dtype = "float32" if config.norm_head else config.param_dtype
-    return jnp.asarray(heads.unembedding(params, dataclasses.replace(config, compute_dtype=dtype)).T)
+def _transpose_head(params: Any, config: ModelConfig, donate: bool) -> Any:
+    """The head's matrix as [D, V] in the parameters' dtype; in the compute dtype where it is normalised."""
+    dtype = config.compute_dtype if config.norm_head else config.param_dtype
+    kernel_DV = jnp.asarray(heads.unembedding(params, dataclasses.replace(config, compute_dtype=dtype)).T)
+    if donate:
+        jax.block_until_ready(kernel_DV)
+        _free(params["head"])
+    return {"kernel": kernel_DV}
+
+
+def _fuse(layers: Any, donate: bool) -> Any:
+    """Stacked layers with the projections of the same input as one, along their heads or features."""
+    attention, ffn = dict(layers["attention"]), dict(layers["ffn"])
+    attention["query_key_value"] = _join([attention.pop(name) for name in ("query", "key", "value")], -2, donate)
+    ffn["gate_up"] = _join([ffn.pop(name) for name in ("gate", "up")], -1, donate)
+    return {**layers, "attention": attention, "ffn": ffn}
+
+
+def _join(projections: list[Any], axis: int, donate: bool) -> Any:
+    """Kernels and biases, or their quantised values and scales, end to end."""
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis), *projections)
+    if donate:
+        jax.block_until_ready(joined)
+        _free(projections)
+    return joined
 
 
 def _unstack(stacked: Any, donate: bool) -> tuple[Any, ...]:
@@ -59,14 +79,6 @@ def _unstack(stacked: Any, donate: bool) -> tuple[Any, ...]:
     return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*split))
 
 
-def _fuse(layer: Any) -> Any:
-    """A layer with the projections of the same input as one, along their heads or features."""
-    attention, ffn = dict(layer["attention"]), dict(layer["ffn"])
-    attention["query_key_value"] = _join([attention.pop(name) for name in ("query", "key", "value")], axis=-2)
-    ffn["gate_up"] = _join([ffn.pop(name) for name in ("gate", "up")], axis=-1)
-    return {**layer, "attention": attention, "ffn": ffn}
-
-
-def _join(projections: list[Any], axis: int) -> Any:
-    """Kernels and biases, or their quantised values and scales, end to end."""
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis), *projections)
+def _free(arrays: Any) -> None:
+    for leaf in jax.tree.leaves(arrays):
+        leaf.delete()

@@ -80,6 +80,8 @@ def tile_shape(shape: Sequence[int], inputs: Sequence[int], kind: str, group: in
       UserError: no suitable group divides the input features.
     """
     if not group:
+        last = shape[inputs[-1]]
+        require(kind != "int4" or last % 2 == 0, f"int4 packs two inputs to a byte: {last} input features are odd")
         return tuple(size if axis in inputs else 1 for axis, size in enumerate(shape))
     return tuple(group_size(size, group, kind) if axis == inputs[-1] else 1 for axis, size in enumerate(shape))
 

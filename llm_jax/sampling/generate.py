@@ -109,6 +109,7 @@ def generate(
     """
     streams = list(range(len(prompts))) if streams is None else list(streams)
     require(len(streams) == len(prompts), f"generate: {len(streams)} streams for {len(prompts)} prompts")
+    require(all(0 <= stream < 2**32 for stream in streams), "generate: streams must be from 0 to 2^32 - 1")
     if not prompts:
         return []
     rows = Rows(len(prompts) * sampling.num_samples, stop_ids, stop_strings, tokenizer, on_tokens)
@@ -117,7 +118,7 @@ def generate(
     processors = Processors.of(sampling)
     shape, chunks = _shape(sampling, max(map(len, filled)))
     tokens_BP, segment_ids_BP = _pad_left(filled, pad_id, shape.chunk * chunks)
-    _announce(config, shape, tokens_BP.shape, tuple(processors.names()))
+    before = _programs()
     draws = _Draws(processors, _row_keys(sampling, streams, len(tokens_BP)), _stop_array(stop_ids))
     state = _prefill(params, config, shape, draws, tokens_BP, segment_ids_BP)
     block = LISTENING_BLOCK if on_tokens is not None else TEXT_BLOCK if stop_strings else sampling.max_new_tokens
@@ -126,6 +127,8 @@ def generate(
         limit = min(limit + block, sampling.max_new_tokens)
         state = _decode(params, config, draws, state, rows.done(len(state.done_R)), jnp.int32(limit))
         rows.update(*jax.device_get((state.step, state.tokens_RN, state.logprobs_RN)))
+    if _programs() != before:
+        _announce(config, shape, tokens_BP.shape, processors)
     return rows.generations()
 
 
@@ -264,17 +267,22 @@ def _shape(sampling: SamplingConfig, longest: int) -> tuple[_Shape, int]:
     return shape, width // chunk
 
 
-@functools.cache
-def _announce(config: ModelConfig, shape: _Shape, tokens: tuple[int, ...], processors: tuple[str, ...]) -> None:
-    """Log what is about to be compiled; the cache makes it once for each program."""
+def _programs() -> tuple[int, ...]:
+    """How many programs have been compiled."""
+    functions: tuple[Any, ...] = (_prefill, _decode)
+    return tuple(function._cache_size() for function in functions)
+
+
+def _announce(config: ModelConfig, shape: _Shape, tokens: tuple[int, ...], processors: Processors) -> None:
+    """Log what was compiled."""
     logger.info(
-        "generate: compiling for a batch of %d prompts x %d samples, prompts up to %d, %d new tokens, cache %s; %s",
+        "generate: compiled for a batch of %d prompts x %d samples, prompts up to %d, %d new tokens, cache %s; %s",
         tokens[0],
         shape.samples,
         tokens[1],
         shape.new_tokens,
         shape.cache_dtype or config.compute_dtype,
-        ", ".join(processors),
+        ", ".join(processors.names()),
     )
 
 

@@ -21,7 +21,7 @@ class Processors(NamedTuple):
     repetition_penalty: jax.Array | None
     temperature: jax.Array | None  # None = greedy
     top_k: jax.Array | None
-    top_p: jax.Array | None
+    top_p_rest: jax.Array | None  # 1 - p
 
     @classmethod
     def of(cls, sampling: SamplingConfig) -> "Processors":
@@ -31,7 +31,7 @@ class Processors(NamedTuple):
             jnp.float32(sampling.repetition_penalty) if sampling.repetition_penalty != 1 else None,
             None if greedy else jnp.float32(sampling.temperature),
             None if greedy or sampling.top_k == 0 else jnp.int32(sampling.top_k),
-            None if greedy or sampling.top_p == 1 else jnp.float32(sampling.top_p),
+            None if greedy or sampling.top_p == 1 else jnp.float32(1 - sampling.top_p),  # rounded once, at the end
         )
 
     def names(self) -> list[str]:
@@ -47,8 +47,8 @@ def process(logits_BV: jax.Array, seen_BV: jax.Array, processors: Processors) ->
         logits_BV = logits_BV / processors.temperature
     if processors.top_k is not None:
         logits_BV = top_k(logits_BV, processors.top_k)
-    if processors.top_p is not None:
-        logits_BV = top_p(logits_BV, processors.top_p)
+    if processors.top_p_rest is not None:
+        logits_BV = top_p(logits_BV, processors.top_p_rest)
     return logits_BV
 
 
@@ -70,14 +70,14 @@ def top_k(logits_BV: jax.Array, k: jax.Array | int) -> jax.Array:
     return jnp.where(kept_BV, logits_BV, -jnp.inf)
 
 
-def top_p(logits_BV: jax.Array, p: jax.Array | float) -> jax.Array:
+def top_p(logits_BV: jax.Array, rest: jax.Array | float) -> jax.Array:
     """Keep the fewest most likely tokens whose probability reaches p, and at least one (Holtzman et al. 2020, eq. 2).
 
-    As Hugging Face counts it: the least likely tokens go as long as what goes has at most probability 1 - p. Of equally
-    likely tokens at the border those of the lowest ids go, as many as that allows.
+    As Hugging Face counts it: the least likely tokens go as long as what goes has at most probability `rest` = 1 - p,
+    a float32. Of equally likely tokens at the border those of the lowest ids go, as many as that allows.
     """
     probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
-    allowed = 1.0 - jnp.asarray(p, jnp.float32)
+    allowed = jnp.asarray(rest, jnp.float32)
 
     def removed(kept_BV: jax.Array) -> jax.Array:
         return jnp.sum(probabilities_BV, axis=-1, where=~kept_BV)

@@ -33,6 +33,8 @@ class Rows:
         self._stop_ids = frozenset(stop_ids)
         self._stop_bytes = [text.encode() for text in stop_strings]
         self._tokenizer = tokenizer
+        # Behind a text, a token keeps the space that it begins with.
+        self._before = tokenizer.encode("x") if tokenizer is not None and stop_strings else []
         self._on_tokens = on_tokens
         self._tokens: list[list[int]] = [[] for _ in range(count)]
         self._logprobs: list[list[float]] = [[] for _ in range(count)]
@@ -75,5 +77,7 @@ class Rows:
     def _holds_stop(self, tokens: list[int]) -> bool:
         if self._tokenizer is None or not self._stop_bytes:
             return False
-        text = self._tokenizer.decode_bytes(tokens)
+        # A model's vocabulary may be padded beyond the tokenizer's: such ids stand for no text.
+        known = [token for token in tokens if token < self._tokenizer.vocab_size]
+        text = self._tokenizer.decode_bytes([*self._before, *known])[1:]
         return any(stop in text for stop in self._stop_bytes)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm_jax.config import ModelConfig, SamplingConfig
+from llm_jax.errors import require
 from llm_jax.sampling.generate import OnTokens, generate
 from llm_jax.sampling.rows import Generation
 from llm_jax.tokenization.tokenizer import Tokenizer
@@ -34,11 +35,13 @@ def complete(
 
     Prompts are encoded as training documents are: after bos, where the tokenizer has one. A continuation also ends
     before the first of `stop_strings`. `sampling.num_samples` completions of the first prompt come first. `on_tokens`
-    and what is raised are those of `generate`.
+    and what is raised are those of `generate`; an empty prompt is refused where the tokenizer has no bos.
     """
     start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
     stop = [tokenizer.eos_id] if tokenizer.eos_id >= 0 else []
     encoded = tokenizer.encode_batch(prompts)
+    empty = [i for i, ids in enumerate(encoded) if not start and not ids]
+    require(not empty, f"prompt {empty[0] if empty else ''} is empty, and this tokenizer has no bos to begin with")
     generations = generate(
         params,
         config,
@@ -73,6 +76,7 @@ def _decode(
     """Decode the whole text and take the prompt off: alone, a continuation could lose its first space."""
     # A model's vocabulary may be padded beyond the tokenizer's: such ids stand for no text.
     ids = [token for token in generation.tokens if token < tokenizer.vocab_size]
-    text = tokenizer.decode_bytes(prompt_ids + ids)[len(prompt.encode()) :].decode(errors="replace")
+    start = len(tokenizer.decode_bytes(prompt_ids))  # not the prompt's own length: a tokenizer may normalise it
+    text = tokenizer.decode_bytes(prompt_ids + ids)[start:].decode(errors="replace")
     ends = [text.find(stop) for stop in stop_strings if stop in text]
     return Completion(prompt, text[: min(ends, default=None)], len(generation.tokens), generation.finished)

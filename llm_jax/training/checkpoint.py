@@ -112,9 +112,10 @@ def _check_architecture(saved: ModelConfig, wanted: ModelConfig, where: str) -> 
 def save_model(workdir: Path, config: ModelConfig, params: Any) -> None:
     """Write a model that no run of ours has trained, as the checkpoint of step 0; returns when it is whole on disk.
 
-    Raises `UserError` if the folder has checkpoints already.
+    Raises `UserError` if the folder has checkpoints already, or for parameters laid out for decoding.
     """
     folder = (workdir / FOLDER).absolute()
+    require(models.is_stacked(params), "parameters laid out for decoding are not saved: save those they were made of")
     require(not folder.exists() or not any(folder.iterdir()), f"{folder} has checkpoints already: choose a new folder")
     with ocp.CheckpointManager(folder) as manager:
         model = ocp.args.JsonSave(dataclasses.asdict(config))

@@ -113,6 +113,7 @@ def test_the_loop_ends_when_every_row_is_done(monkeypatch):
     steps = []
     compiled = module._decode
     monkeypatch.setattr(module, "_decode", lambda *args: steps.append(compiled(*args)) or steps[-1])
+    monkeypatch.setattr(module, "_programs", tuple)
     params, config = build()
     free = generate(params, config, PROMPTS, GREEDY)
     stop_ids = [row.tokens[2] for row in free]
@@ -174,7 +175,7 @@ def compiled() -> tuple[int, int]:
 
 def test_only_another_shape_or_processor_compiles_anew_and_the_log_says_so(caplog):
     caplog.set_level("INFO", "llm_jax.sampling.generate")
-    module._announce.cache_clear()
+    jax.clear_caches()
     params, config = build()
     generate(params, config, PROMPTS, WARM)
     before = compiled()
@@ -184,13 +185,19 @@ def test_only_another_shape_or_processor_compiles_anew_and_the_log_says_so(caplo
     generate(params, config, [[4] * 20, *([[5, 6]] * 7)], other, stop_ids=[1, 2, 3])
     assert compiled() == before and not caplog.text
     generate(params, config, PROMPTS, dataclasses.replace(other, top_k=0))
-    assert compiled() == (before[0] + 1, before[1] + 1) and "compiling" in caplog.text
+    assert compiled() == (before[0] + 1, before[1] + 1) and "compiled" in caplog.text
+    caplog.clear()
+    generate(params, config, PROMPTS, dataclasses.replace(other, top_k=0), stop_ids=[1, 2, 3, 4, 5])
+    assert compiled()[1] == before[1] + 2 and "compiled" in caplog.text
 
 
 class Letters:
     """A tokenizer whose every id is one byte, for the ends that text makes."""
 
-    vocab_size = 61
+    vocab_size = 60  # one less than the model's
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
 
     def decode_bytes(self, ids):
         return bytes(ids)
@@ -211,6 +218,17 @@ def test_parameters_laid_out_for_decoding_give_the_same(quantization):
         assert [row.tokens for row in apart] == [row.tokens for row in stacked]
         for row, other in zip(apart, stacked):
             np.testing.assert_allclose(row.logprobs, other.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_laying_out_for_decoding_frees_what_it_replaces():
+    params, config = build("grouped")
+    given = jax.tree.map(jnp.copy, params)
+    decoding, laid_out = models.for_decoding(given, config, donate=True)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((given["layers"], given["head"])))
+    other, kept = models.for_decoding(params, config)
+    assert generate(laid_out, decoding, PROMPTS, GREEDY) == generate(kept, other, PROMPTS, GREEDY)
+    with pytest.raises(UserError, match="laid out for decoding already"):
+        models.for_decoding(laid_out, decoding)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -311,6 +329,7 @@ def test_sharded_parameters_generate_the_same():
         ([[5], [5] * 21], {}, r"prompt 1 has 21 tokens: with 12 new ones it passes the room of 32"),
         ([[5, 61]], {}, r"prompt 0 holds token 61, the model's vocabulary is 61"),
         ([[5], [6]], {"streams": [1]}, r"1 streams for 2 prompts"),
+        ([[5]], {"streams": [-1]}, r"streams must be from 0"),
         ([[5]], {"stop_strings": ["x"]}, r"stop strings need the tokenizer"),
         ([[5]], {"stop_strings": [""], "tokenizer": Letters()}, r"a stop string is empty"),
     ],

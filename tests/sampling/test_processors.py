@@ -57,7 +57,7 @@ def nucleus(logits_V: np.ndarray, p: float) -> set[int]:
 @settings(max_examples=200, deadline=None)
 @given(logits, st.sampled_from([1e-9, 0.1, 0.33333, 0.7, 0.95]))
 def test_top_p_drops_the_least_likely(logits_BV, p):
-    ours_BV = np.asarray(top_p(logits_BV, p))
+    ours_BV = np.asarray(top_p(logits_BV, 1 - p))
     for logits_V, ours_V in zip(logits_BV, ours_BV):
         allowed = [nucleus(logits_V, p + error) for error in (-2e-6, 0, 2e-6)]  # float32 may round to either side
         kept = set(np.flatnonzero(ours_V > -np.inf).tolist())
@@ -65,17 +65,21 @@ def test_top_p_drops_the_least_likely(logits_BV, p):
         np.testing.assert_array_equal(ours_V[list(kept)], logits_V[list(kept)])
 
 
+# Equal logits, p, and how many transformers 5.23 keeps.
+TIES = [(9, 0.1, 1), (9, 0.3, 3), (9, 0.5, 5), (9, 0.95, 9), (5, 0.8, 4), (10, 0.8, 8), (10, 0.6, 6), (5, 0.6, 3)]
+
+
 def test_of_equal_logits_top_p_keeps_as_many_as_hugging_face():
-    for p, count in [(0.1, 1), (0.3, 3), (0.5, 5), (0.95, 9)]:  # counted with transformers 5.23
-        kept_BV = ~np.isneginf(top_p(np.zeros((1, 9), np.float32), p))
-        assert kept_BV.tolist() == [[False] * (9 - count) + [True] * count]
+    for size, p, count in TIES:
+        kept_BV = ~np.isneginf(top_p(np.zeros((1, size), np.float32), 1 - p))
+        assert kept_BV.tolist() == [[False] * (size - count) + [True] * count]
 
 
 def test_top_p_after_top_k_counts_only_what_is_left():
     logits_BV = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32))
-    both_BV = top_p(top_k(logits_BV, 2), 0.5)  # 0.4 is 4/7 of what top-k leaves
+    both_BV = top_p(top_k(logits_BV, 2), 1 - 0.5)  # 0.4 is 4/7 of what top-k leaves
     assert np.isneginf(both_BV).tolist() == [[False, True, True, True]]
-    assert np.isneginf(top_p(logits_BV, 0.5)).tolist() == [[False, False, True, True]]
+    assert np.isneginf(top_p(logits_BV, 1 - 0.5)).tolist() == [[False, False, True, True]]
 
 
 def test_the_penalty_only_touches_what_was_seen():

@@ -1,8 +1,11 @@
 """Continuing text: the ids on either side, and what is printed is the text that was drawn."""
 
+import unicodedata
+
 import pytest
 
 from llm_jax.config import ModelConfig, SamplingConfig, TokenizerConfig
+from llm_jax.errors import UserError
 from llm_jax.sampling import text
 from llm_jax.sampling.generate import Generation
 from llm_jax.tokenization.sentencepiece_model import SentencePieceTokenizer
@@ -63,3 +66,20 @@ def test_each_sample_belongs_to_its_prompt(monkeypatch, tokenizer):
     prompts, ids = ["one ", "two "], [tokenizer.encode(word) for word in ("一", "二", "三", "one")]
     samples, _ = completed(monkeypatch, tokenizer, prompts, ids, 2)
     assert [sample.prompt for sample in samples] == ["one ", "one ", "two ", "two "]
+
+
+def test_a_normalised_prompt_takes_nothing_off_the_completion(monkeypatch, tokenizer):
+    class Composing:
+        bos_id = eos_id = pad_id = -1
+        vocab_size = 256
+
+        def encode_batch(self, texts):
+            return [list(unicodedata.normalize("NFC", text).encode()) for text in texts]
+
+        def decode_bytes(self, ids):
+            return bytes(ids)
+
+    (sample,), _ = completed(monkeypatch, Composing(), ["cafe\u0301"], [list(b" is nice")])
+    assert sample.completion == " is nice"
+    with pytest.raises(UserError, match="prompt 1 is empty, and this tokenizer has no bos"):
+        completed(monkeypatch, Composing(), ["a", ""], [[1], [1]])
