@@ -127,7 +127,7 @@ def _entries(path: Path) -> tuple[dict[str, tuple[int, int]], str]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise UserError(
             f"{path} is not a whole zip archive, as torch writes it since version 1.6 ({error}): it is cut short, or "
             "must be saved again by a newer torch"
@@ -138,6 +138,7 @@ def _entries(path: Path) -> tuple[dict[str, tuple[int, int]], str]:
             plain = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
             require(plain and not info.flag_bits & 1, f"{path} is refused: its entry {info.filename!r} is compressed")
             require(info.filename not in entries, f"{path} is refused: it has two entries {info.filename!r}")
+            require(info.header_offset >= 0, f"{path} is damaged: its entry {info.filename!r} begins before the file")
             file.seek(info.header_offset)
             header = file.read(LOCAL_HEADER.size)
             require(len(header) == LOCAL_HEADER.size, f"{path} is cut short")
@@ -222,6 +223,12 @@ class _Description:
             )
         self._stack.append(NAMES[name])
 
+    def _stacked_name(self) -> None:
+        module, name = self._stack.pop(-2), self._stack.pop()
+        if not isinstance(module, str) or not isinstance(name, str):  # nested tuples can be longer than any memory
+            raise TypeError("it asks for a name that is no text")
+        self._name(f"{module} {name}")
+
     def _call(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
         if not any(function is known for known in NAMES.values()) or isinstance(function, np.dtype):
@@ -237,11 +244,12 @@ class _Description:
     def _storage(self) -> None:
         """The storage that ("storage", type, key, device, number of elements) describes."""
         kind, dtype, key, _, count = self._stack.pop()
-        if kind != "storage" or not isinstance(dtype, np.dtype):
+        texts = isinstance(kind, str) and kind == "storage" and isinstance(key, str)
+        if not texts or not isinstance(dtype, np.dtype):
             raise ValueError("it refers to something that is no storage")
-        start, size = self._entries.get(f"{self._folder}{key}", (0, -1)) if isinstance(key, str) else (0, -1)
+        start, size = self._entries.get(f"{self._folder}{key}", (0, -1))
         if type(count) is not int or not 0 <= count * dtype.itemsize <= size:
-            raise ValueError(f"its storage {str(key)[:40]!r} is missing or cut short")
+            raise ValueError(f"its storage {key[:40]!r} is missing or cut short")
         self._stack.append(_Storage(start, count, dtype))
 
 
@@ -271,7 +279,7 @@ STEPS: Mapping[str, Callable[[_Description, Any], None]] = {
     "BINGET": _Description._recall,
     "LONG_BINGET": _Description._recall,
     "GLOBAL": _Description._name,
-    "STACK_GLOBAL": lambda d, _: d._name(f"{d._stack.pop(-2)} {d._stack.pop()}"),
+    "STACK_GLOBAL": lambda d, _: d._stacked_name(),
     "REDUCE": lambda d, _: d._call(),
     "BUILD": lambda d, _: d._drop_attributes(),
     "BINPERSID": lambda d, _: d._storage(),

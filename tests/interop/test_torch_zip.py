@@ -3,6 +3,7 @@
 import pickle
 import struct
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -216,6 +217,27 @@ def test_senseless_pickles(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (b"", b"X\x01\x00\x00\x00a\x93.", "asks for a name that is no text"),
+        (b"X\x01\x00\x00\x00a", b"\x93.", "asks for a name that is no text"),
+        (b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n", b"NK\x01tQ.", "refers to something that is no storage"),
+    ],
+)
+def test_a_value_that_is_long_only_when_written_out_never_is(tmp_path, before, after, message):
+    """Every pair of a pair doubles the text: a few hundred bytes of file would fill any memory."""
+    doubled = b"X\x01\x00\x00\x00aq\x00" + b"h\x00\x86q\x00" * 18
+    path = archive(tmp_path / "model.bin", b"\x80\x04" + before + doubled + after)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=message):
+            torch_zip.read(path)
+        assert tracemalloc.get_traced_memory()[1] < 500_000
+    finally:
+        tracemalloc.stop()
+
+
 def damaged(path, kind):
     """A file with something wrong around the pickle."""
     data = dumps({"w": tensor()})
@@ -240,6 +262,11 @@ def damaged(path, kind):
     whole = archive(path, data).read_bytes()
     if kind == "cut short":
         path.write_bytes(whole[:-30])
+    record = whole.index(b"PK\1\2")
+    if kind == "a later version":
+        path.write_bytes(whole[: record + 6] + struct.pack("<H", 200) + whole[record + 8 :])
+    if kind == "a cut in the middle":
+        path.write_bytes(whole[:40] + whole[140:])
     if kind == "a moved entry":
         path.write_bytes(whole.replace(b"PK\3\4", b"PK\3\5"))
     return path
@@ -256,6 +283,8 @@ def damaged(path, kind):
         ("a legacy file", r"not a whole zip archive, as torch writes it since version 1\.6"),
         ("a storage less", "storage '0' is missing or cut short"),
         ("cut short", "not a whole zip archive"),
+        ("a later version", "not a whole zip archive"),
+        ("a cut in the middle", "is damaged: its entry .* begins before the file"),
         ("a moved entry", "is not where the archive says"),
     ],
 )
