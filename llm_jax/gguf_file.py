@@ -28,6 +28,7 @@ MAX_DIMENSIONS = 4
 CHUNK_BYTES = 1 << 23  # dequantised at once: small beside any matrix of a model
 Kind = gguf.GGMLQuantizationType
 FLOATS = {Kind.F32: "<f4", Kind.F16: "<f2", Kind.F64: "<f8"}
+READABLE = {*FLOATS, *gguf.quants._type_traits}  # the package has no public list of what it dequantises
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +167,7 @@ def _tensor(
         kind = Kind(code)
     except ValueError:
         raise UserError(f"{path}: tensor {name} has the unknown type {code}") from None
+    require(kind in READABLE, f"{path}: tensor {name} is of type {kind.name}, which cannot be dequantised")
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     require(
         bool(shape) and shape[-1] % block == 0,

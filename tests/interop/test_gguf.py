@@ -282,6 +282,8 @@ def test_metadata_is_what_the_package_reads(tmp_path):
             {"blk.2.attn_norm.weight": np.ones(64, np.float32)},
             r"blk\.2\.attn_norm\.weight is not one of a Llama with 2",
         ),
+        ({"blk.0.attn_q.weight": np.ones((64, 64), np.int8)}, r"tensor blk\.0\.attn_q\.weight is of type I8, which"),
+        ({"blk.0.attn_q.weight": np.ones((64, 64), np.int32)}, r"tensor blk\.0\.attn_q\.weight is of type I32, which"),
         ({"blk.0.attn_q.bias": np.ones(64, np.float32)}, r"tensor blk\.1\.attn_q\.bias is missing"),
     ],
 )
