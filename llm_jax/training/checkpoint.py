@@ -91,7 +91,7 @@ class Checkpointer:
 def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
-    except (ValueError, KeyError, FileNotFoundError) as error:
+    except Exception as error:  # Orbax raises `Exception` itself for data that is cut short
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"checkpoint {manager.directory}/{step} cannot be read ({first_line}); if it is damaged, move that folder "

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from llm_jax import models
@@ -92,6 +93,17 @@ def test_a_damaged_checkpoint_is_one_line(copy):
     with pytest.raises(UserError, match=r"checkpoint .*/7 cannot be read .* move that folder away") as caught:
         checkpoint.load_model(copy)
     assert "\n" not in str(caught.value)
+
+
+def test_any_error_of_the_reader_is_one_line(copy, monkeypatch):
+    """Data that is cut short in other places raises `Exception` itself."""
+
+    def fail(*_, **__):
+        raise Exception("one\ntwo")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(UserError, match=r"checkpoint .*/7 cannot be read \(one\)"):
+        checkpoint.load_model(copy)
 
 
 def test_an_unfinished_checkpoint_is_not_seen(copy):
