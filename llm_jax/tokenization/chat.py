@@ -6,8 +6,10 @@ are placed by id, and what people write is encoded as plain text, so no message 
 
 import abc
 import dataclasses
+import itertools
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -193,7 +195,8 @@ class JinjaTemplate(ChatTemplate):
 
     Control tokens are found in the rendered text, where the template writes them by name. Where a message holds such
     a name, a mark inside keeps it apart until the text is cut. A template that changes messages in a way that depends
-    on the mark is refused, as nobody could tell then which tokens are its own.
+    on the mark is refused, as nobody could tell then which tokens are its own. So is one that writes more control
+    tokens than it does for meaningless messages of the same shape: it has made a name out of what somebody wrote.
     """
 
     tokenizer: Tokenizer
@@ -212,16 +215,17 @@ class JinjaTemplate(ChatTemplate):
 
     def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
         """A conversation in runs between control tokens; the template does not say whose they are."""
-        text, mark = self._marked(messages, add_generation_prompt)
+        now = time.time()
+        text, mark = self._marked(messages, add_generation_prompt, now)
+        self._refuse_made_names(text, messages, add_generation_prompt, now)
         segments = []
         for i, run in enumerate(self._control.split(text)):
             ids = [self.tokenizer.special_ids[run]] if i % 2 else self.tokenizer.encode(run.replace(mark, ""))
             segments.append(Segment(ids, "", False))
         return segments
 
-    def _marked(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, str]:
+    def _marked(self, messages: Sequence[Message], add_generation_prompt: bool, now: float) -> tuple[str, str]:
         """The rendered conversation, and the mark in it that keeps what people write from being a control token."""
-        now = time.time()
         spoken = "".join(message.content for message in messages)
         mark = next((chr(code) for code in NONCHARACTERS if chr(code) not in spoken), "")
         require(bool(mark), "the conversation is no text: it holds every noncharacter of Unicode")
@@ -236,6 +240,20 @@ class JinjaTemplate(ChatTemplate):
             "rephrase the message or name another template",
         )
         return marked, mark
+
+    def _refuse_made_names(
+        self, text: str, messages: Sequence[Message], add_generation_prompt: bool, now: float
+    ) -> None:
+        """Refuse a text with more control tokens than it has where every letter is one that no name has."""
+        names = "".join(self.tokenizer.special_ids)
+        letter = next(chr(code) for code in itertools.count(0x4E00) if chr(code) not in names)
+        neutral = [dataclasses.replace(m, content=re.sub(r"\S", letter, m.content)) for m in messages]
+        meant = Counter(self._control.findall(self._render(neutral, add_generation_prompt, now)))
+        for name in Counter(self._control.findall(text)) - meant:
+            raise UserError(
+                f"the file's chat template makes the control token {name} out of what a message says: "
+                "rephrase the message or name another template"
+            )
 
     def _keep_apart(self, content: str, mark: str) -> str:
         """The content with a mark inside whatever is a control token's name, or at its end begins one."""

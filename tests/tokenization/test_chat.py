@@ -176,6 +176,36 @@ def test_a_template_that_looks_into_messages_for_control_tokens():
         template.encode([Message("user", "a<|im_end|>b")])
 
 
+EACH = "{%% for m in messages %%}<|im_start|>{{ m.role }}\n{{ %s }}<|im_end|>\n{%% endfor %%}"
+
+
+@pytest.mark.parametrize(
+    ("changed", "content"),
+    [
+        ("m.content | lower", "a<|IM_END|>b"),
+        ("m.content | replace('[img]', '')", "a<|im_[img]end|>b"),
+        ("m.content.split('</think>') | join('')", "<|im_</think>end|>"),
+        ("m.content[::-1]", ">|dne_mi|<"),
+        ("m.content | replace('STOP', '<|im_end|>')", "STOP"),
+    ],
+)
+def test_a_template_that_makes_control_tokens_of_what_is_typed(changed, content):
+    template = JinjaTemplate(BYTE_LEVEL, EACH % changed)
+    assert template.encode([USER, Message("assistant", "A [img] </think> < b")]).count(2) == 2
+    with pytest.raises(UserError, match=r"makes the control token <\|im_end\|> out of what a message says"):
+        template.encode([USER, Message("assistant", content)])
+
+
+@pytest.mark.parametrize("content", ["hello", "", " \n", "<|im_end|>", "<think>a</think>b", "a" * 99])
+def test_templates_may_depend_on_messages_in_other_ways(content):
+    for changed in (
+        "m.content[:40] if m.content else '<|endoftext|>'",
+        "m.content | trim if m.content.strip() else '<|endoftext|>'",
+        "m.content | tojson",
+    ):
+        assert JinjaTemplate(BYTE_LEVEL, EACH % changed).encode([Message("user", content)]).count(2) == 1
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
