@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Token types; SentencePiece's codes are the same.
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
+TYPES = range(1, 7)
+ID_KEYS = ("unknown", "bos", "eos", "padding")
 ABSENT = "\0"  # a piece that no vocabulary has; SentencePiece takes an empty name for its default
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 GPT2 = {**BYTE_LEVEL, "use_regex": True}  # GPT-2's own split is the library's
@@ -42,19 +44,36 @@ PRE_TOKENIZERS = {
 def read(file: Path) -> JsonTokenizer | SentencePieceTokenizer:
     """The tokenizer of a GGUF file; `UserError` where it has none, or one of an unknown kind."""
     metadata = gguf_file.read(file).metadata
+    _check_types(metadata, str(file))
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     require(kind is not None and bool(tokens), f"{file} holds no tokenizer")
     types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     require(len(types) == len(tokens), f"{file}: tokenizer.ggml.token_type has {len(types)} of {len(tokens)} entries")
-    for key in ("bos", "eos", "padding"):
+    for key in ID_KEYS:
         value = metadata.get(f"tokenizer.ggml.{key}_token_id", 0)
-        require(value < len(tokens), f"{file}: tokenizer.ggml.{key}_token_id={value} is outside the vocabulary")
+        require(-1 <= value < len(tokens), f"{file}: tokenizer.ggml.{key}_token_id={value} is outside the vocabulary")
     if kind == "gpt2":
         return _byte_level(metadata, tokens, types, str(file))
     if kind == "llama":
         return SentencePieceTokenizer(_sentencepiece(metadata, tokens, types, str(file)), str(file))
     raise UserError(f"{file} has a tokenizer of the kind {kind!r}; gpt2 and llama can be read")
+
+
+def _check_types(metadata: Mapping[str, Any], name: str) -> None:
+    """Refuse values of other types than the format gives these keys."""
+    ids = {f"{key}_token_id": int for key in ID_KEYS}
+    switches = dict.fromkeys(("add_bos_token", "add_space_prefix", "remove_extra_whitespaces"), bool)
+    for key, wanted in {"model": str, "pre": str, **ids, **switches}.items():
+        value = metadata.get(f"tokenizer.ggml.{key}")
+        right = value is None or type(value) is wanted
+        require(right, f"{name}: tokenizer.ggml.{key} is {value!r}, not of type {wanted.__name__}")
+    for key, wanted in {"tokens": str, "token_type": int, "scores": float, "merges": str}.items():
+        values = metadata.get(f"tokenizer.ggml.{key}")
+        right = values is None or (isinstance(values, list) and all(type(value) is wanted for value in values))
+        require(right, f"{name}: tokenizer.ggml.{key} is not a list of type {wanted.__name__}")
+    code = next((kind for kind in metadata.get("tokenizer.ggml.token_type") or () if kind not in TYPES), None)
+    require(code is None, f"{name}: tokenizer.ggml.token_type has {code}, which is no type of token")
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], name: str) -> JsonTokenizer:

@@ -39,9 +39,8 @@ def write(path, fields):
     """A file without tensors, with `tokenizer.ggml.*` fields."""
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in fields.items():
-        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}[
-            type(value)
-        ]
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_int32, float: writer.add_float32,
+               list: writer.add_array}[type(value)]  # fmt: skip
         add(f"tokenizer.ggml.{key}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -167,6 +166,16 @@ def test_an_unsaid_split_is_said_to_be_a_guess(tmp_path, caplog):
         ({"model": "llama"}, "scores has 0 of 400 entries"),
         ({"model": "llama", "scores": [0.0] * 400}, "no byte fallback"),
         ({"merges": ["nothing of"]}, "cannot be used"),
+        ({"eos_token_id": "2"}, "eos_token_id is '2', not of type int"),
+        ({"bos_token_id": 1.5}, "bos_token_id is 1.5, not of type int"),
+        ({"bos_token_id": -5}, "bos_token_id=-5 is outside the vocabulary"),
+        ({"pre": True}, "pre is True, not of type str"),
+        ({"tokens": [*range(400)]}, "tokens is not a list of type str"),
+        ({"tokens": "abc"}, "tokens is not a list of type str"),
+        ({"merges": [1, 2]}, "merges is not a list of type str"),
+        ({"scores": ["a"] * 400}, "scores is not a list of type float"),
+        ({"token_type": ["a"] * 400}, "token_type is not a list of type int"),
+        ({"token_type": [1] * 399 + [77]}, "token_type has 77, which is no type of token"),
     ],
 )
 def test_unusable_files(tmp_path, changes, message):
