@@ -1,5 +1,6 @@
 """What the rest of the project needs of a tokenizer, and opening whichever kind a file or folder holds."""
 
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,12 @@ from typing import Protocol
 
 from llm_jax.errors import UserError, require
 from llm_jax.tokenization import gguf_vocabulary, sentencepiece_model, tiktoken_file, tokenizer_json
+
+logger = logging.getLogger(__name__)
+
+# Rows of a model that its tokenizer has no ids for: with more than both of these it may be another model's.
+MAX_PADDING = 1024
+MAX_PADDING_SHARE = 0.1
 
 
 class Tokenizer(Protocol):
@@ -97,12 +104,18 @@ def copy(file: Path, folder: Path) -> None:
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
     """Raise `UserError` if the tokenizer has ids that the model called `name` does not.
 
-    A model may well have more rows than its tokenizer has ids: vocabularies are padded to round sizes.
+    A model may well have more rows than its tokenizer has ids: vocabularies are padded to round sizes. Where it has
+    many more than that explains, a warning says so.
     """
     require(
         tokenizer.vocab_size <= vocab_size,
         f"the tokenizer does not belong to {name}: it has {tokenizer.vocab_size:,} ids, the model only {vocab_size:,}",
     )
+    if vocab_size - tokenizer.vocab_size > max(MAX_PADDING, MAX_PADDING_SHARE * tokenizer.vocab_size):
+        logger.warning(
+            "does the tokenizer belong to %s? It has %d ids, and the model has %d: more than padding explains",
+            name, tokenizer.vocab_size, vocab_size,
+        )  # fmt: skip
 
 
 READERS: dict[str, Callable[[Path], Tokenizer]] = {

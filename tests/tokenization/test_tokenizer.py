@@ -1,6 +1,7 @@
 """Opening whichever tokenizer a folder has, and one that belongs to the model."""
 
 import json
+import types
 
 import pytest
 import sentencepiece
@@ -74,6 +75,20 @@ def test_a_tokenizer_has_no_ids_that_its_model_lacks(trained):
     tokenizer.check_vocabulary(trained, 512, "runs/demo")
     with pytest.raises(UserError, match="does not belong to runs/demo: it has 390 ids, the model only 389"):
         tokenizer.check_vocabulary(trained, 389, "runs/demo")
+
+
+@pytest.mark.parametrize(("extra", "warned"), [(1024, False), (1025, True)])
+def test_a_model_with_many_more_ids_than_padding_explains(trained, caplog, extra, warned):
+    tokenizer.check_vocabulary(trained, 390 + extra, "runs/demo")
+    assert ("does the tokenizer belong to runs/demo? It has 390 ids" in caplog.text) is warned
+
+
+def test_padding_in_proportion_to_a_large_vocabulary(caplog):
+    large = types.SimpleNamespace(vocab_size=100_000)
+    tokenizer.check_vocabulary(large, 110_000, "runs/demo")
+    assert not caplog.text
+    tokenizer.check_vocabulary(large, 110_001, "runs/demo")
+    assert "the model has 110001" in caplog.text
 
 
 @pytest.mark.slow
