@@ -64,6 +64,11 @@ class ChatConfig:
     cache_dtype: str = ""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_k"):
+            value = getattr(self, name)
+            require(value == -1 or value >= 0, f"{name}={value} must be 0 or more, or -1 for the format's own")
+
 
 class Reply(NamedTuple):
     """What the model answered."""

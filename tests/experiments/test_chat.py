@@ -199,6 +199,13 @@ def test_what_is_not_set_is_the_formats(model):
     assert (chosen.max_new_tokens, chosen.max_context) == (10, 20)
 
 
+@pytest.mark.parametrize("change", [{"temperature": -2.0}, {"temperature": -0.5}, {"top_k": -5}])
+def test_numbers_below_those_that_mean_something(change):
+    ((name, value),) = change.items()
+    with pytest.raises(UserError, match=f"^{name}={value} must be 0 or more, or -1"):
+        ChatConfig(**change)
+
+
 def test_a_model_cannot_do_things_to_the_terminal():
     assert experiment.visible("a\x1b[2Jb\n\tc\x07\r\x9b") == "a[2Jb\n\tc"
 
