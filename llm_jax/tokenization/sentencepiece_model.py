@@ -29,6 +29,7 @@ SPACE_MARK = "\u2581"
 UNKNOWN_SURFACE = " \u2047 "  # what SentencePiece itself prints for an unknown piece
 # Pieces that SentencePiece would make of any text that spells them, although chat formats mark roles with them.
 MARKER = re.compile(r"<reserved_\d+>|<\|\w+\|>")
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 Message = Any  # of SentencePiece's protocol: its classes are made at run time, so they have no static types
 TABLE_BITS = 22  # pairs of characters are looked up by hash in a table of this many bits of address
 MAX_ATOMS = 1 << 18  # remembered at once, about 50 MB
@@ -48,7 +49,7 @@ class SentencePieceTokenizer:
                 piece.type = piece.CONTROL
         self._prefix = " " if proto.normalizer_spec.add_dummy_prefix else ""
         proto.normalizer_spec.add_dummy_prefix = False  # `encode` puts the prefix before a text's first atom
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self._processor = _processor(proto, name)
         self._atoms = self._no_atoms()
 
     def __reduce__(self) -> tuple[type["SentencePieceTokenizer"], tuple[bytes, str]]:
@@ -174,12 +175,22 @@ def _parse(model: bytes, name: str) -> Message:
     proto: Message = protocol.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(model)
-    except DecodeError:
-        raise UserError(f"{name} is not a SentencePiece model (corrupt or cut short)") from None
+        whole = all(isinstance(piece.piece, str) for piece in proto.pieces)  # what is no UTF-8 is given as bytes
+    except (DecodeError, UnicodeDecodeError):
+        whole = False
+    require(whole, f"{name} is not a SentencePiece model (corrupt or cut short)")
     require(len(proto.pieces) > 0, f"{name} is not a SentencePiece model (it has no pieces)")
     for wrong in _unsupported(proto):
         raise UserError(f"{name} cannot be used: {wrong}")
     return proto
+
+
+def _processor(proto: Message, name: str) -> sentencepiece.SentencePieceProcessor:
+    """The library's own object, which checks the pieces more closely."""
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    except Exception as error:  # the library raises RuntimeError, and whatever decoding strings does
+        raise UserError(f"{name} cannot be used: {' '.join(str(error).split())}") from None
 
 
 def _unsupported(proto: Message) -> Iterator[str]:
@@ -188,6 +199,9 @@ def _unsupported(proto: Message) -> Iterator[str]:
         yield f"it has {len(proto.pieces)} pieces of {trainer.vocab_size}; the file is cut short"
     if trainer.model_type != trainer.BPE:
         yield "it is not a BPE model"
+    damaged = next((p.piece for p in proto.pieces if p.type == p.BYTE and not BYTE.fullmatch(p.piece)), None)
+    if damaged is not None:
+        yield f"its byte piece {damaged!r} is not written <0xNN>"
     if not trainer.byte_fallback:
         yield "it has no byte fallback, so it would lose characters"
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:

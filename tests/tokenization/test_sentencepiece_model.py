@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+import random
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -128,6 +129,28 @@ def test_a_damaged_file(models, tmp_path, damage):
     with pytest.raises(UserError, match=r"damaged\.model") as caught:
         load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_damage_anywhere_ends_in_one_line(models):
+    generator = random.Random(0)
+    for _ in range(150):
+        damaged = bytearray(models["llama2"][: generator.choice([None, generator.randrange(1, 3000)])])
+        for _ in range(3):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+        try:
+            SentencePieceTokenizer(bytes(damaged), "it").decode_bytes([5])
+        except UserError as error:
+            assert "\n" not in str(error) and str(error).startswith(("it ", "id 5"))
+
+
+def test_pieces_that_the_library_refuses(models):
+    model = protocol.ModelProto.FromString(models["llama2"])
+    model.pieces[300].piece = model.pieces[301].piece
+    with pytest.raises(UserError, match=r"^it cannot be used: .*already defined"):
+        SentencePieceTokenizer(model.SerializeToString(), "it")
+    model.pieces[300].piece, model.pieces[300].type = "<0xZZ>", model.pieces[300].BYTE
+    with pytest.raises(UserError, match="its byte piece '<0xZZ>' is not written <0xNN>"):
+        SentencePieceTokenizer(model.SerializeToString(), "it")
 
 
 @pytest.mark.parametrize(
