@@ -6,6 +6,7 @@ Here control tokens are taken out before encoding, so that no text can speak in 
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -16,6 +17,8 @@ import tokenizers
 
 from llm_jax.errors import UserError, require
 from llm_jax.tokenization.vocabulary import check_text, join_bytes
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -135,14 +138,28 @@ def read_json(file: Path) -> dict[str, Any]:
 def _special_id(kind: str, config: Mapping[str, Any], ids: Mapping[str, int], folder: Path) -> int:
     """The id of the bos, eos or pad token: by name in the tokenizer's config, else by id in the model's."""
     if f"{kind}_token" in config:
-        token = config[f"{kind}_token"]
-        token = token["content"] if isinstance(token, dict) else token
-        return ids.get(token, -1) if token is not None else -1
+        return _named_id(f"{kind}_token", config[f"{kind}_token"], ids, folder / CONFIG_NAME)
     for name in MODEL_CONFIGS:
         value = read_json(folder / name).get(f"{kind}_token_id")
         if value is not None:
-            return value[0] if isinstance(value, list) else value
+            first = value[0] if isinstance(value, list) and value else value
+            require(
+                type(first) is int and first >= -1, f"{folder / name}: {kind}_token_id is {value!r}, which is no id"
+            )
+            return first
     return -1
+
+
+def _named_id(key: str, value: Any, ids: Mapping[str, int], file: Path) -> int:
+    """The id of a token that a file names, as text or as an object; -1 where it names none that there is."""
+    if value is None:
+        return -1
+    token = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(token, str):
+        raise UserError(f"{file}: {key} is {value!r}, which names no token")
+    if token not in ids:
+        logger.warning("%s: %s is %r, which is not in the vocabulary; going on without", file, key, token)
+    return ids.get(token, -1)
 
 
 def _parse(definition: str, name: str) -> dict[str, Any]:
@@ -153,10 +170,31 @@ def _parse(definition: str, name: str) -> dict[str, Any]:
         kind = model.get("type", "BPE")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{name} is not a tokenizer.json (damaged or cut short)") from None
+    _check_shape(content, name)
     require(kind == "BPE", f"{name} cannot be used: it is a {kind} model, and only BPE is supported")
     lossless = "ByteLevel" in _types(content.get("decoder")) or model.get("byte_fallback")
     require(bool(lossless), f"{name} cannot be used: it has neither byte-level tokens nor byte fallback")
-    return content
+    return {"decoder": None, **content}
+
+
+def _check_shape(content: Mapping[str, Any], name: str) -> None:
+    """Refuse a vocabulary or added tokens of another shape than the format gives them."""
+    vocabulary, added = content["model"].get("vocab"), content.get("added_tokens") or []
+    kind = content["model"].get("type", "BPE")
+    whole = isinstance(vocabulary, dict) and bool(vocabulary) and all(map(_is_id, vocabulary.values()))
+    require(whole or kind != "BPE", f"{name} is damaged: model.vocab is not an object of ids by token")
+    shape = {"content": str, "special": bool}
+    whole = isinstance(added, list) and all(
+        isinstance(token, dict)
+        and _is_id(token.get("id"))
+        and all(type(token.get(key)) is wanted for key, wanted in shape.items())
+        for token in added
+    )
+    require(whole, f"{name} is damaged: added_tokens is not a list of tokens with id, content and special")
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _build(content: Mapping[str, Any], name: str) -> tokenizers.Tokenizer:

@@ -189,6 +189,12 @@ def test_saving_and_opening_again(tmp_path, loaded, kind):
         (lambda d: json.dumps({**d, "model": {**d["model"], "type": "WordPiece"}}), "is a WordPiece model"),
         (lambda d: json.dumps({**d, "decoder": None}), "neither byte-level tokens nor byte fallback"),
         (lambda d: json.dumps({**d, "model": {**d["model"], "merges": [["q", "nothing"]]}}), "cannot be used"),
+        (lambda d: json.dumps({**d, "model": {**d["model"], "vocab": ["a"]}}), "model.vocab is not an object of ids"),
+        (lambda d: json.dumps({**d, "model": {**d["model"], "vocab": {"a": "0"}}}), "model.vocab is not an object"),
+        (lambda d: json.dumps({**d, "model": {**d["model"], "vocab": {"a": -1}}}), "model.vocab is not an object"),
+        (lambda d: json.dumps({**d, "model": {"type": "BPE", "merges": []}}), "model.vocab is not an object of ids"),
+        (lambda d: json.dumps({**d, "added_tokens": "abc"}), "added_tokens is not a list of tokens"),
+        (lambda d: json.dumps({**d, "added_tokens": [{"id": 1, "content": "a"}]}), "added_tokens is not a list"),
     ],
 )
 def test_unusable_files(tmp_path, definitions, change, message):
@@ -196,6 +202,27 @@ def test_unusable_files(tmp_path, definitions, change, message):
     with pytest.raises(UserError, match=message) as caught:
         tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value) and "tokenizer.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ({"generation_config": {"eos_token_id": []}}, r"generation_config.json: eos_token_id is \[\], which is no id"),
+        ({"config": {"eos_token_id": "7"}}, "config.json: eos_token_id is '7', which is no id"),
+        ({"config": {"eos_token_id": -7}}, "eos_token_id is -7, which is no id"),
+        ({"tokenizer_config": {"eos_token": {}}}, "tokenizer_config.json: eos_token is {}, which names no token"),
+        ({"tokenizer_config": {"eos_token": ["</s>"]}}, r"eos_token is \['</s>'\], which names no token"),
+    ],
+)
+def test_specials_of_the_wrong_type(tmp_path, definitions, configs, message):
+    with pytest.raises(UserError, match=message):
+        tokenizer.load(write(tmp_path, definitions["byte_level"], **configs))
+
+
+def test_a_special_that_the_vocabulary_lacks_is_said_to_be_missing(tmp_path, definitions, caplog):
+    loaded = tokenizer.load(write(tmp_path, definitions["byte_level"], tokenizer_config={"eos_token": "<|nothing|>"}))
+    assert loaded.eos_id == -1
+    assert "eos_token is '<|nothing|>', which is not in the vocabulary" in caplog.text
 
 
 def test_wrong_ids(tmp_path, definitions, loaded):
