@@ -159,8 +159,14 @@ FAMILIES: dict[str, Family] = {
         },
         fixed={**_OLDER, "rope_theta": 1e4, "qkv_bias": False, "log_n": False, "dynamic_ntk": False},
         multi_head=True,
-        written={"hidden_act": "silu"},
-        refused={"hidden_act": ("silu",)},
+        written={"hidden_act": "silu", "tie_word_embeddings": False},
+        refused={
+            "hidden_act": ("silu",),
+            "tie_word_embeddings": (False,),
+            "rope_theta": (1e4, None),
+            "rope_scaling": (None,),
+            "rope_parameters": (None,),
+        },
     ),
     "qwen": Family(
         architectures=("QWenLMHeadModel",),

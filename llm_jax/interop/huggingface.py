@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -95,6 +96,10 @@ def load(
     file = folder / huggingface_config.FILE
     family, config = huggingface_config.to_model(huggingface_config.read(folder), file, position, norm_head)
     stored = _open(folder)
+    require(  # before a name is made for each
+        config.num_layers <= len(stored),
+        f"{file} says {config.num_layers} layers, more than there are tensors in {folder}: {len(stored)}",
+    )
     wanted = expected(config, family)
     stored = _checked(stored, wanted, config, folder)
     dtype = dtype or _dtype_of(stored.values())
@@ -132,8 +137,11 @@ def _open_shards(index: Path, reader: Any) -> dict[str, StoredTensor]:
         require(Path(shard).name == shard, f"{index} names {shard!r}, which is not a file beside it")
         require(path.is_file(), f"{path} is missing: {index.name} names it")
         opened = reader(path)
-        missing = next((name for name, file in weight_map.items() if file == shard and name not in opened), None)
+        mapped = {name for name, file in weight_map.items() if file == shard}
+        missing = min(mapped - opened.keys(), default=None)
+        extra = next((name for name in opened if name not in mapped and not IGNORED.search(name)), None)
         require(missing is None, f"tensor {missing} is missing from {path}, where {index.name} has it")
+        require(extra is None, f"tensor {extra} is in {path}, where {index.name} does not have it")
         tensors |= opened
     return tensors
 
@@ -238,8 +246,7 @@ def save(
     Raises:
       UserError: the folder has something in it, or the family cannot express the model.
     """
-    folder = Path(path)
-    require(models.is_stacked(params), "parameters laid out for decoding are not exported: take what they were made of")
+    folder = Path(path).resolve()
     family = family or families.default_for(config)
     require(family in FAMILIES, f"family={family!r} is not one of {', '.join(FAMILIES)}")
     dtype = dtype or config.param_dtype
@@ -250,16 +257,33 @@ def save(
         f"{folder} is not empty: choose another folder for the export",
     )
     values = huggingface_config.from_model(dataclasses.replace(config, param_dtype=dtype), family) | dict(extra or {})
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    require(models.is_stacked(params), "parameters laid out for decoding are not exported: take what they were made of")
+    partial = _new_partial(folder)
     try:
         _write_shards(partial, config, params, family, dtype, shard_bytes)
         (partial / huggingface_config.FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         for file in files:
             shutil.copyfile(file, partial / file.name)
-        partial.replace(folder)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    try:
+        partial.replace(folder)
+    except OSError as error:
+        raise UserError(f"the export is whole in {partial}, but cannot be renamed to {folder}: {error}") from None
+
+
+def _new_partial(folder: Path) -> Path:
+    """A new folder beside the one to write, of the same access as any other that is made."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}") from None
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o777 & ~umask)
+    return partial
 
 
 def _write_shards(folder: Path, config: ModelConfig, params: Any, family: str, dtype: str, shard_bytes: int) -> None:

@@ -18,6 +18,7 @@ LLAMA3_KEYS = {
     "high_frequency_factor": "high_freq_factor",
     "original_length": "original_max_position_embeddings",
 }
+MAX_SIZE, MAX_LENGTH = 2**24, 2**31 - 1  # of an axis of the weights, and of a text: far above any model's
 # Baichuan's code, not its config, says which model it is.
 BAICHUAN_ROPE_HIDDEN = 4096
 BAICHUAN_NORM_HEAD_VOCABULARY = 125_696
@@ -36,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object. `UserError` where it holds anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     require(isinstance(values, dict), f"{path} does not hold a JSON object")
     return dict(values)
@@ -118,6 +119,8 @@ def _value(field: str, keys: tuple[str, ...], values: Mapping[str, Any], where: 
     if kind is float and type(value) is int:
         value = float(value)
     require(type(value) is kind, f"{where}: {key} must be {kind.__name__}, got {value!r}")
+    limit = MAX_LENGTH if field == "max_length" else MAX_SIZE
+    require(kind is not int or 0 < value <= limit, f"{where}: {key} must be positive and at most {limit}")
     return value
 
 
@@ -179,7 +182,7 @@ def _baichuan_facts(
     for field, stated in (("position", position), ("norm_head", norm_head)):
         facts[field] = fields.get(field, by_size[field]) if stated is None else stated
         if stated is None and field not in fields:
-            log.info(
+            log.warning(
                 "%s does not state its %s: taken to be %r from %s; say %s=... if that is wrong",
                 where,
                 field,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from llm_jax import models
 from llm_jax.config import QUANTIZATIONS, ModelConfig
 from llm_jax.errors import UserError, require
-from llm_jax.interop import gguf, huggingface, released
+from llm_jax.interop import gguf, huggingface, huggingface_config, released
 from llm_jax.tokenization import tokenizer as tokenizer_lib
 from llm_jax.training import checkpoint
 
@@ -129,16 +128,20 @@ def chat_template(path: Path) -> str:
         return gguf.chat_template(path)
     file = path / TEMPLATE_FILE
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return _text(file)
     file = path / "tokenizer_config.json"
     if not file.is_file():
         return ""
-    try:
-        template = json.loads(file.read_text(encoding="utf-8")).get("chat_template") or ""
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is not a JSON object: {error}") from None
+    template = huggingface_config.read_json(file).get("chat_template") or ""
     if isinstance(template, list):  # several by name, as [{"name": ..., "template": ...}]
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default", "")
+        named = [(entry.get("name"), entry.get("template")) for entry in template if isinstance(entry, dict)]
+        template = next((text for name, text in named if name == "default"), "")
     require(isinstance(template, str), f"chat_template in {file} is neither a text nor a list of named texts")
     return str(template)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not a text in UTF-8: {error}") from None

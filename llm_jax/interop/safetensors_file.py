@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, StoredTensor]:
         entries = json.loads(header)
         require(isinstance(entries, dict), "the header is no object")
         entries.pop("__metadata__", None)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from None
     return {name: _entry(path, name, entry, 8 + length, size) for name, entry in entries.items()}
 
@@ -42,13 +42,11 @@ def read(path: Path) -> dict[str, StoredTensor]:
 def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> StoredTensor:
     """One tensor of the header, checked against the file's size."""
     try:
-        code, shape, (begin, end) = (
-            str(entry["dtype"]),
-            tuple(map(int, entry["shape"])),
-            map(int, entry["data_offsets"]),
-        )
+        code, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: the header's entry of tensor {name} makes no sense") from None
+    whole = all(type(number) is int and abs(number) < 2**63 for number in (begin, end, *shape))
+    require(whole, f"{path}: the header's entry of tensor {name} makes no sense")
     known = ", ".join(NAMES)
     require(code in NAMES, f"{path}: tensor {name} has dtype {code}; only {known} can be read")
     dtype = DTYPES[NAMES[code]]

@@ -115,8 +115,8 @@ def save_model(workdir: Path, config: ModelConfig, params: Any) -> None:
     Raises `UserError` if the folder has checkpoints already, or for parameters laid out for decoding.
     """
     folder = (workdir / FOLDER).absolute()
-    require(models.is_stacked(params), "parameters laid out for decoding are not saved: save those they were made of")
     require(not folder.exists() or not any(folder.iterdir()), f"{folder} has checkpoints already: choose a new folder")
+    require(models.is_stacked(params), "parameters laid out for decoding are not saved: save those they were made of")
     with ocp.CheckpointManager(folder) as manager:
         model = ocp.args.JsonSave(dataclasses.asdict(config))
         manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params), config=model))

@@ -1,5 +1,6 @@
 """What a checkpoint folder can have wrong with it: one line that names the tensor or the field, and the file."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -94,6 +95,9 @@ def test_tables_that_follow_from_the_config_are_ignored(folder, good):
         ({"num_key_value_heads": 3}, r"config\.json: .*num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"tie_word_embeddings": True}, r"lm_head\.weight in .* is not the embedding, although the config ties them"),
         ({"hidden_size": ...}, r"config\.json has no hidden_size"),
+        ({"vocab_size": 2**39}, r"config\.json: vocab_size must be positive and at most 16777216"),
+        ({"head_dim": 10**30}, r"config\.json: head_dim must be positive and at most 16777216"),
+        ({"num_hidden_layers": 10**7}, r"10000000 layers, more than there are tensors in .*model: 21"),
         ({"hidden_size": "16"}, r"config\.json: hidden_size must be int, got '16'"),
         ({"rms_norm_eps": True}, r"config\.json: rms_norm_eps must be float, got True"),
         ({"hidden_act": "gelu"}, r"config\.json: hidden_act='gelu' is not supported, only 'silu'"),
@@ -157,6 +161,8 @@ def test_missing_and_broken_files(folder, tmp_path):
     refused(folder, r"config\.json is not valid JSON")
     (folder / "config.json").write_bytes(b"\xff\xfe")
     refused(folder, r"config\.json is not valid JSON")
+    (folder / "config.json").write_text("[" * 200_000)
+    refused(folder, r"config\.json is not valid JSON")
     (folder / "config.json").write_text("[]")
     refused(folder, r"config\.json does not hold a JSON object")
     (folder / "other.json").rename(folder / "config.json")
@@ -183,6 +189,10 @@ def headed(header, size=64):
         (headed([]), "is not a safetensors file: the header is no object"),
         (headed({"a": 3}), "entry of tensor a makes no sense"),
         (headed({"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}), "entry of tensor a makes no sense"),
+        (headed({"a": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 0]}}), "entry of tensor a makes no sense"),
+        (headed({"a": {"dtype": "F32", "shape": "12", "data_offsets": [0, 8]}}), "entry of tensor a makes no sense"),
+        (headed({"a": {"dtype": "F32", "shape": [], "data_offsets": "04"}}), "entry of tensor a makes no sense"),
+        (headed(b"[" * 100_000), "is not a safetensors file"),
         (
             headed({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}),
             r"a has 4 bytes, which its shape \[2\]",
@@ -221,6 +231,16 @@ def test_shards_with_an_index(good, tmp_path):
     refused(folder, r"index\.json names '\.\./good/model\.safetensors', which is not a file beside it")
     path.write_text(json.dumps({"weight_map": [1]}))
     refused(folder, r"has no weight_map from tensors to files")
+
+
+def test_a_tensor_that_the_index_has_elsewhere(good, tmp_path):
+    """What an earlier export left in a shard must not take the place of the tensor that the index means."""
+    folder = tmp_path / "shards"
+    huggingface.save(folder, *huggingface.load(good), shard_bytes=4000)
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    other = folder / max(set(weight_map.values()) - {weight_map[Q]})
+    save_file({**load_file(other), Q: np.zeros((16, 16), np.float32)}, other)
+    refused(folder, rf"tensor {Q} is in .*{other.name}, where model\.safetensors\.index\.json does not have it")
 
 
 def test_torch_files_in_shards(good, tmp_path):
@@ -269,7 +289,7 @@ def test_baichuans_facts_come_from_the_caller_or_the_sizes(caplog):
         "architectures": ["BaichuanForCausalLM"], "vocab_size": 125696, "hidden_size": 4096, "num_hidden_layers": 32,
         "num_attention_heads": 32, "intermediate_size": 11008, "rms_norm_eps": 1e-6, "model_max_length": 4096,
     }  # fmt: skip
-    with caplog.at_level(logging.INFO, "llm_jax"):
+    with caplog.at_level(logging.WARNING, "llm_jax"):
         _, seven = huggingface_config.to_model(values, "here")
     assert (seven.position, seven.norm_head) == ("rope", True)
     assert "does not state its position: taken to be 'rope' from hidden_size=4096; say position=..." in caplog.text
@@ -279,6 +299,22 @@ def test_baichuans_facts_come_from_the_caller_or_the_sizes(caplog):
     assert (other.position, other.norm_head) == ("alibi", False)
     _, stated = huggingface_config.to_model(thirteen, "here", position="rope", norm_head=True)
     assert (stated.position, stated.norm_head) == ("rope", True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_theta", 1e6),
+        ("rope_scaling", {"type": "linear", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 1e6}),
+        ("tie_word_embeddings", True),
+    ],
+)
+def test_a_baichuan_that_none_of_the_released_ones_is(key, value):
+    values = huggingface_config.from_model(dataclasses.replace(CONFIG, num_kv_heads=4), "baichuan")
+    assert huggingface_config.to_model({**values, "rope_theta": 10_000, "rope_scaling": None}, "here")
+    with pytest.raises(UserError, match=rf"here: {key}=.* is not supported, only"):
+        huggingface_config.to_model({**values, key: value}, "here")
 
 
 @pytest.mark.parametrize(
@@ -319,6 +355,34 @@ def test_an_export_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(KeyError):
         huggingface.save(tmp_path / "export", CONFIG, params)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["empty", "link", "."])
+def test_an_export_into_an_empty_folder(tmp_path, monkeypatch, place):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    huggingface.save(place if place == "." else tmp_path / place, CONFIG, models.init(CONFIG, jax.random.key(0)))
+    assert huggingface.load(tmp_path / "empty")[0] == CONFIG and (tmp_path / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "link"}
+
+
+def test_an_export_to_where_no_folder_can_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/sub cannot be written: ") as caught:
+        huggingface.save(tmp_path / "file/sub", CONFIG, {"layers": {}})
+    assert "\n" not in str(caught.value)
+
+
+def test_an_export_that_cannot_be_renamed_is_kept(tmp_path, monkeypatch):
+    def fail(*_):
+        raise PermissionError("no")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(UserError, match=r"the export is whole in .*\.partial, but cannot be renamed to .*export: no"):
+        huggingface.save(tmp_path / "export", CONFIG, models.init(CONFIG, jax.random.key(0)))
+    (kept,) = tmp_path.iterdir()
+    assert huggingface.load(kept)[0] == CONFIG
 
 
 KILLED = """

@@ -85,7 +85,19 @@ def test_the_files_of_a_chat_template(tmp_path, files, template):
     assert pretrained.chat_template(tmp_path) == template
 
 
-@pytest.mark.parametrize("content", ["[]", "{", json.dumps({"chat_template": 3})])
+def test_a_template_with_a_senseless_name_is_passed_over(tmp_path):
+    named = [{"name": ["tool"], "template": "t"}, {"name": "default", "template": "d"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert pretrained.chat_template(tmp_path) == "d"
+
+
+def test_a_template_that_is_no_text(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(UserError, match=r"chat_template\.jinja is not a text in UTF-8"):
+        pretrained.chat_template(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 200_000, json.dumps({"chat_template": 3})])
 def test_broken_chat_templates(tmp_path, content):
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer_config\.json"):
