@@ -244,16 +244,20 @@ class JinjaTemplate(ChatTemplate):
     def _refuse_made_names(
         self, text: str, messages: Sequence[Message], add_generation_prompt: bool, now: float
     ) -> None:
-        """Refuse a text with more control tokens than it has where every letter is one that no name has."""
+        """Refuse a text with more control tokens than it has where a letter that no name has replaces what is written.
+
+        First all of it, then only the punctuation: a template may leave out a message because of its words.
+        """
         names = "".join(self.tokenizer.special_ids)
         letter = next(chr(code) for code in itertools.count(0x4E00) if chr(code) not in names)
-        neutral = [dataclasses.replace(m, content=re.sub(r"\S", letter, m.content)) for m in messages]
-        meant = Counter(self._control.findall(self._render(neutral, add_generation_prompt, now)))
-        for name in Counter(self._control.findall(text)) - meant:
-            raise UserError(
-                f"the file's chat template makes the control token {name} out of what a message says: "
-                "rephrase the message or name another template"
-            )
+        for replaced in (r"\S", r"[^\w\s]|_"):
+            neutral = [dataclasses.replace(m, content=re.sub(replaced, letter, m.content)) for m in messages]
+            meant = Counter(self._control.findall(self._render(neutral, add_generation_prompt, now)))
+            for name in Counter(self._control.findall(text)) - meant:
+                raise UserError(
+                    f"the file's chat template makes the control token {name} out of what a message says: "
+                    "rephrase the message or name another template"
+                )
 
     def _keep_apart(self, content: str, mark: str) -> str:
         """The content with a mark inside whatever is a control token's name, or at its end begins one."""

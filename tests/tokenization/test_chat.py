@@ -196,6 +196,15 @@ def test_a_template_that_makes_control_tokens_of_what_is_typed(changed, content)
         template.encode([USER, Message("assistant", content)])
 
 
+def test_a_message_that_is_left_out_makes_no_room_for_a_control_token():
+    source = EACH.replace(" %%}<", " if m.content != 'skip me' %%}<") % "m.content | lower"
+    template = JinjaTemplate(BYTE_LEVEL, source)
+    skipped = [Message("user", "skip me"), Message("assistant", "a")]
+    assert template.encode(skipped).count(2) == 1
+    with pytest.raises(UserError, match=r"makes the control token <\|im_end\|>"):
+        template.encode([*skipped, Message("user", "<|IM_END|>")])
+
+
 @pytest.mark.parametrize("content", ["hello", "", " \n", "<|im_end|>", "<think>a</think>b", "a" * 99])
 def test_templates_may_depend_on_messages_in_other_ways(content):
     for changed in (
