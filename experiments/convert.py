@@ -11,6 +11,7 @@ those of the source, or from a stored reference, by more than config.tolerance.
 
 import dataclasses
 import logging
+import math
 import shutil
 import tempfile
 import zipfile
@@ -26,16 +27,18 @@ from llm_jax import models
 from llm_jax.config import MeshConfig, ModelConfig
 from llm_jax.errors import UserError, require
 from llm_jax.interop import huggingface, pretrained, released
+from llm_jax.interop.families import FAMILIES
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import rules
 from llm_jax.tokenization import tokenizer as tokenizers
 from llm_jax.training import checkpoint
 
 TARGETS = ("run", "huggingface")
-# What a Hugging Face folder may have beside its weights and their config.
+TOKENIZERS = ("tokenizer.model", "tokenizer.json", "*.tiktoken")  # those that can be loaded
+# What else a Hugging Face folder may have beside its weights and their config.
 COMPANIONS = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "qwen.tiktoken", "chat_template.jinja", "generation_config.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 
 log = logging.getLogger("llm_jax.convert")
@@ -71,10 +74,14 @@ def run(config: ConvertConfig, workdir: Path) -> Difference:
     """Convert, load the result again and compare its logits."""
     _check(config)
     source, mesh = released.locate(config.source), mesh_lib.build(config.mesh)
+    require(not config.step or pretrained.is_run(source), f"config.step={config.step}: {source} is no run folder")
     check_target(config, workdir)
+    if config.reference:
+        ids_BT, expected_BTV = read_reference(Path(config.reference))
     model, params = pretrained.load_model(source, mesh=mesh, step=config.step or None, **_options(config))
     if config.reference:
-        against, (ids_BT, expected_BTV) = config.reference, read_reference(Path(config.reference), model)
+        against = config.reference
+        check_reference(Path(config.reference), ids_BT, expected_BTV, model)
     else:
         against, ids_BT = f"{source} as loaded", _random_ids(config, model)
         expected_BTV = logits(params, model, ids_BT, mesh)
@@ -97,8 +104,13 @@ def run(config: ConvertConfig, workdir: Path) -> Difference:
 
 
 def compare(logits_BTV: np.ndarray, expected_BTV: np.ndarray) -> Difference:
-    """How far logits are from the expected ones, in float64; NaN where either has NaN."""
+    """How far logits are from the expected ones, in float64.
+
+    NaN where only one of them has NaN: weights that make both so are copied as exactly as others.
+    """
     actual_BTV, expected_BTV = logits_BTV.astype(np.float64), expected_BTV.astype(np.float64)
+    same_BTV = (np.isnan(actual_BTV) & np.isnan(expected_BTV)) | (actual_BTV == expected_BTV)
+    actual_BTV, expected_BTV = (np.where(same_BTV & ~np.isfinite(x), 0, x) for x in (actual_BTV, expected_BTV))
     actual_logprobs, expected_logprobs = map(_log_softmax, (actual_BTV, expected_BTV))
     kl_BT = np.sum(np.exp(expected_logprobs) * (expected_logprobs - actual_logprobs), axis=-1)
     return Difference(float(np.max(np.abs(actual_BTV - expected_BTV))), float(np.mean(kl_BT)))
@@ -119,22 +131,33 @@ def logits(params: Any, model: ModelConfig, ids_BT: np.ndarray, mesh: Mesh) -> n
         return np.asarray(jax.jit(models.logits, static_argnums=1)(params, model, padded_BT))[:rows]
 
 
-def read_reference(path: Path, model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The ids and logits of an .npz file. `UserError` where they are missing or of another model."""
+def read_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The ids and logits of an .npz file. `UserError` where they are missing or no numbers."""
     require(path.is_file(), f"no reference {path}")
     try:
-        with np.load(path) as file:
-            ids_BT, logits_BTV = file["ids"], file["logits"]
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not an .npz file with ids [B, T] and logits [B, T, V]: {error}") from None
+        with zipfile.ZipFile(path), np.load(path) as file:
+            ids_BT, logits_BTV = np.asarray(file["ids"]), np.asarray(file["logits"])
+    except (KeyError, ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not an .npz file with ids [B, T] and logits [B, T, V]: {reason}") from None
+    shapes = f"{path} has ids {list(ids_BT.shape)} and logits {list(logits_BTV.shape)}"
+    matched = ids_BT.ndim == 2 and logits_BTV.ndim == 3 and logits_BTV.shape[:2] == ids_BT.shape
+    require(matched and logits_BTV.size > 0, f"{shapes}; they must be [B, T] and [B, T, V], and not empty")
+    require(bool(np.issubdtype(ids_BT.dtype, np.integer)), f"{path} has ids of {ids_BT.dtype}, not whole numbers")
+    real = logits_BTV.dtype.kind == "f" and bool(np.isfinite(logits_BTV).all())
+    require(real, f"{path} has logits of {logits_BTV.dtype} that are no finite real numbers")
+    return ids_BT, logits_BTV
+
+
+def check_reference(path: Path, ids_BT: np.ndarray, logits_BTV: np.ndarray, model: ModelConfig) -> None:
+    """Raise `UserError` where a reference is another model's."""
     require(
-        ids_BT.ndim == 2 and logits_BTV.shape == (*ids_BT.shape, model.vocab_size),
+        logits_BTV.shape[-1] == model.vocab_size,
         f"{path} has ids {list(ids_BT.shape)} and logits {list(logits_BTV.shape)}; with this model's vocabulary they "
         f"must be [B, T] and [B, T, {model.vocab_size}]",
     )
-    inside = np.issubdtype(ids_BT.dtype, np.integer) and ids_BT.min() >= 0 and ids_BT.max() < model.vocab_size
+    inside = ids_BT.min() >= 0 and ids_BT.max() < model.vocab_size
     require(bool(inside), f"{path} has ids outside the vocabulary of {model.vocab_size}")
-    return ids_BT, logits_BTV
 
 
 def check_target(config: ConvertConfig, workdir: Path) -> None:
@@ -149,7 +172,11 @@ def _check(config: ConvertConfig) -> None:
     require(config.source != "", "set --config.source to what is to be converted")
     require(config.to in TARGETS, f"config.to={config.to!r} is not one of {', '.join(TARGETS)}")
     require(config.norm_head in ("", "yes", "no"), f"config.norm_head={config.norm_head!r} is neither yes nor no")
-    require(config.shard_gigabytes > 0, f"config.shard_gigabytes={config.shard_gigabytes} must be positive")
+    known = ("", *FAMILIES)
+    require(config.family in known, f"config.family={config.family!r} is not one of {', '.join(FAMILIES)}")
+    sized = math.isfinite(config.shard_gigabytes) and config.shard_gigabytes > 0
+    require(sized, f"config.shard_gigabytes={config.shard_gigabytes} must be positive and finite")
+    require(config.step >= 0, f"config.step={config.step} must not be negative")
     require(config.tolerance >= 0, f"config.tolerance={config.tolerance} must not be negative")
     require(config.check_tokens > 0, f"config.check_tokens={config.check_tokens} must be positive")
 
@@ -173,10 +200,11 @@ def _random_ids(config: ConvertConfig, model: ModelConfig) -> np.ndarray:
 def companions(source: Path, folder: Path, model: ModelConfig) -> tuple[list[Path], dict[str, int]]:
     """The files that go along, made in `folder` where the source is no folder; and ids for a config.json."""
     if source.is_dir():
-        files = [source / name for name in COMPANIONS if (source / name).is_file()]
-        if not files:
+        vocabularies = [file for pattern in TOKENIZERS for file in source.glob(pattern) if file.is_file()]
+        files = [*vocabularies, *(source / name for name in COMPANIONS if (source / name).is_file())]
+        if not vocabularies:
             log.warning("%s has no tokenizer: the result will have none", source)
-            return [], {}
+            return files, {}
     tokenizer = tokenizers.load(source)
     tokenizers.check_vocabulary(tokenizer, model.vocab_size, str(source))
     if source.is_file():

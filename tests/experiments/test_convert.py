@@ -110,7 +110,16 @@ def test_a_difference_in_two_numbers():
     difference = convert.compare(actual, expected)
     assert difference.kl == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))
     assert difference.largest == pytest.approx(2 + np.log(2))
-    assert np.isnan(convert.compare(np.full((1, 1, 3), np.nan), expected).largest)
+    nothing = np.full((1, 1, 3), np.nan)
+    assert np.isnan(convert.compare(nothing, expected).largest) and np.isnan(convert.compare(expected, nothing).largest)
+    assert convert.compare(nothing, nothing) == convert.Difference(0.0, 0.0)
+
+
+def test_weights_that_are_no_numbers_are_copied_like_others(tmp_path, params):
+    broken = {**params, "final_norm": {"scale": params["final_norm"]["scale"].at[3].set(np.nan)}}
+    huggingface.save(tmp_path / "model", MODEL, broken)
+    config = convert.ConvertConfig(source=str(tmp_path / "model"), mesh=ONE)
+    assert convert.run(config, tmp_path / "run") == convert.Difference(0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +137,8 @@ def test_a_difference_in_two_numbers():
         ({"family": "qwen", "to": "huggingface"}, r"a qwen checkpoint cannot express this model: qkv_bias False"),
         ({"reference": "nothing.npz"}, r"no reference nothing\.npz"),
         ({"shard_gigabytes": 0.0}, r"shard_gigabytes=0\.0 must be positive"),
+        ({"shard_gigabytes": float("inf")}, r"shard_gigabytes=inf must be positive and finite"),
+        ({"step": 3}, r"config\.step=3: .*model is no run folder"),
         ({"check_tokens": 0}, r"check_tokens=0 must be positive"),
     ],
 )
@@ -152,7 +163,12 @@ def test_nothing_is_overwritten(source, run_folder):
         ({"ids": np.zeros((1, 2), int)}, "is not an .npz file with ids"),
         ({"ids": np.zeros((1, 2), int), "logits": np.zeros((1, 2, 9))}, r"ids \[1, 2\] and logits \[1, 2, 9\]; with"),
         ({"ids": np.full((1, 1), 296), "logits": np.zeros((1, 1, 296))}, "ids outside the vocabulary of 296"),
-        ({"ids": np.zeros((1, 1)), "logits": np.zeros((1, 1, 296))}, "ids outside the vocabulary"),
+        ({"ids": np.zeros((1, 1)), "logits": np.zeros((1, 1, 296))}, "ids of float64, not whole numbers"),
+        ({"ids": np.zeros((0, 4), int), "logits": np.zeros((0, 4, 296))}, "must be .* and not empty"),
+        ({"ids": np.zeros((1, 2), int), "logits": np.zeros((1, 3, 296))}, r"must be \[B, T\] and \[B, T, V\]"),
+        ({"ids": np.zeros((1, 1), int), "logits": np.full((1, 1, 296), np.nan)}, "no finite real numbers"),
+        ({"ids": np.zeros((1, 1), int), "logits": np.full((1, 1, 296), "a")}, "no finite real numbers"),
+        (np.zeros(3), "is not an .npz file with ids"),
         ({"ids": np.array([[object()]]), "logits": np.zeros((1, 1, 296))}, "is not an .npz file with ids"),
         (None, "is not an .npz file with ids"),
     ],
@@ -160,11 +176,29 @@ def test_nothing_is_overwritten(source, run_folder):
 def test_unusable_references(tmp_path, arrays, message):
     path = tmp_path / "reference.npz"
     path.write_bytes(b"PK no zip")
-    if arrays is not None:
+    if isinstance(arrays, np.ndarray):
+        with path.open("wb") as file:
+            np.save(file, arrays)
+    elif arrays is not None:
         np.savez(path, **arrays)
     with pytest.raises(UserError, match=message) as caught:
-        convert.read_reference(path, MODEL)
+        convert.check_reference(path, *convert.read_reference(path), MODEL)
     assert "\n" not in str(caught.value)
+
+
+def test_an_unusable_reference_is_found_before_anything_is_loaded(source, tmp_path, monkeypatch):
+    monkeypatch.delattr(pretrained, "load_model")
+    (tmp_path / "empty.npz").touch()
+    config = convert.ConvertConfig(source=str(source), reference=str(tmp_path / "empty.npz"), mesh=ONE)
+    with pytest.raises(UserError, match=r"is not an \.npz file with ids"):
+        convert.run(config, tmp_path / "run")
+
+
+def test_other_files_make_no_tokenizer(source, tmp_path, params, caplog):
+    huggingface.save(tmp_path / "bare", MODEL, params, files=[source / "generation_config.json"])
+    convert.run(convert.ConvertConfig(source=str(tmp_path / "bare"), mesh=ONE), tmp_path / "run")
+    assert "has no tokenizer: the result will have none" in caplog.text
+    assert (tmp_path / "run/generation_config.json").is_file()
 
 
 def test_a_folder_without_tokenizer_and_a_tokenizer_of_another_model(source, tmp_path, params, caplog):

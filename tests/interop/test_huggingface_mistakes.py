@@ -189,7 +189,10 @@ def headed(header, size=64):
         (headed([]), "is not a safetensors file: the header is no object"),
         (headed({"a": 3}), "entry of tensor a makes no sense"),
         (headed({"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}), "entry of tensor a makes no sense"),
-        (headed({"a": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 0]}}), "entry of tensor a makes no sense"),
+        (
+            headed({"a": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 0]}}),
+            "entry of tensor a makes no sense",
+        ),
         (headed({"a": {"dtype": "F32", "shape": "12", "data_offsets": [0, 8]}}), "entry of tensor a makes no sense"),
         (headed({"a": {"dtype": "F32", "shape": [], "data_offsets": "04"}}), "entry of tensor a makes no sense"),
         (headed(b"[" * 100_000), "is not a safetensors file"),
