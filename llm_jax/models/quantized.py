@@ -187,7 +187,7 @@ def linear(x_BTI: jax.Array, kernel_IO: Quantized, axes: LogicalAxes) -> jax.Arr
     return y_MN.reshape(*rows, *outputs).astype(x_BTI.dtype)
 
 
-def logits(hidden_BTD: jax.Array, table_VD: Quantized, axes: LogicalAxes) -> jax.Array:
+def logits(hidden_BTD: jax.Array, table_VD: QArray, axes: LogicalAxes) -> jax.Array:
     """`hidden @ table.T`, float32 [B, T, V]."""
     table_VD = _gather(table_VD, axes)
     if not _in_blocks():
@@ -250,10 +250,11 @@ def _linear_in_blocks(x_MK: jax.Array, kernel_KN: Quantized) -> jax.Array:
     return jax.lax.scan(add, sum_MN, (x_blocks, kernels))[0]
 
 
-def _logits_in_blocks(x_MK: jax.Array, table_VK: Quantized) -> jax.Array:
+def _logits_in_blocks(x_MK: jax.Array, table_VK: QArray) -> jax.Array:
     """`x @ table.T`, float32 [M, V], from blocks of the table's rows."""
     rows = len(table_VK.qvalue)
     blocks = _count_blocks(rows, rows * x_MK.shape[1])
     tables = jax.tree.map(lambda part: part.reshape(blocks, -1, part.shape[-1]), table_VK)
-    y_XMV = jax.lax.map(lambda block: _contract(x_MK, block, (1,)), tables)
-    return y_XMV.swapaxes(0, 1).reshape(len(x_MK), rows)
+    # XLA's CPU product reads a matrix [V, K] faster if it comes first.
+    y_VM = jax.lax.map(lambda table: qwix.dot_general(table, x_MK, (((1,), (1,)), ((), ()))), tables)
+    return y_VM.reshape(rows, len(x_MK)).T
