@@ -5,8 +5,8 @@ or a few). int8 weights are qwix's `QArray`. int4 weights are packed two to a by
 own int4 one element at a time; each half of the bytes is a `QArray` again. Tables, whose rows are looked up or turned
 into logits, stay at int8, where they cost next to nothing, while int4 costs them dear (docs/quantization.md).
 
-A product never makes a float copy of the whole model. On accelerators XLA converts inside the product. Its CPU compiler
-instead converts a matrix first, all of them before the first is needed, and out of any loop: there the products run in
+A product never makes a float copy of the whole model. On accelerators the conversion is left to XLA. Its CPU compiler
+converts a matrix first, all of them before the first is needed, and out of any loop: there the products run in
 blocks that stay in cache, in a loop that keeps the conversion where it is.
 
 B batch, T length, I input features, O output features (each may be several dimensions), V vocabulary, D model,
