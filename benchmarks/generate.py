@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.peers import copy
 from benchmarks.peers.shapes import GENERATIONS
-from benchmarks.peers.turns import Peer, summary, take_turns
+from benchmarks.peers.turns import Peer, options_parser, summary, take_turns
 
 IMPLEMENTATIONS = {
     "copy": ("copy", ()),
@@ -85,13 +85,8 @@ def measure(name: str, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str]) -> None:
     """Measure every shape asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(GENERATIONS), help="of " + ", ".join(GENERATIONS))
-    parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="the copy's rate is needed")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = options_parser(str(__doc__), GENERATIONS, list(IMPLEMENTATIONS))
     parser.add_argument("--steps", type=int, default=1, help="generations in a turn; its time is their median")
-    parser.add_argument("--torch_python", default=sys.executable, help="an interpreter that has torch, transformers")
-    parser.add_argument("--tunix_python", default=sys.executable, help="an interpreter that has google-tunix")
     options = parser.parse_args(arguments)
     for name in options.shapes.split(","):
         measure(name, options)

@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from benchmarks.peers.shapes import SHAPES
-from benchmarks.peers.turns import Peer, speedup, summary, take_turns
+from benchmarks.peers.turns import Peer, options_parser, speedup, summary, take_turns
 
 IMPLEMENTATIONS = ("gemm", "ours", "plain_jax", "torch_llama", "tunix_llama")
 GEMM_FLOPS = 2 * 2048**3
@@ -57,13 +57,8 @@ def measure(name: str, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str]) -> None:
     """Measure every shape asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="of " + ", ".join(SHAPES))
-    parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="the GEMM rate is needed")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = options_parser(str(__doc__), SHAPES, IMPLEMENTATIONS)
     parser.add_argument("--steps", type=int, default=3, help="steps in a turn; its time is their median")
-    parser.add_argument("--torch_python", default=sys.executable, help="an interpreter that has torch, transformers")
-    parser.add_argument("--tunix_python", default=sys.executable, help="an interpreter that has google-tunix")
     options = parser.parse_args(arguments)
     for name in options.shapes.split(","):
         measure(name, options)

@@ -3,6 +3,7 @@
 Ratios are medians of the ratios within a round, so that a slow moment of the machine hurts all of them alike.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -91,6 +92,19 @@ def take_turns(peers: Iterable[Peer], rounds: int, steps: int) -> None:
                 peer.turn(steps)
     for peer in peers:
         peer.stop()
+
+
+def options_parser(about: str, shapes: Iterable[str], implementations: Sequence[str]) -> argparse.ArgumentParser:
+    """The flags of a benchmark that lets `implementations` take turns; the first of them is the machine's own rate."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(shapes)
+    parser.add_argument("--shapes", default=",".join(names), help="of " + ", ".join(names))
+    needed = f"{implementations[0]} is needed"
+    parser.add_argument("--implementations", default=",".join(implementations), help=needed)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--torch_python", default=sys.executable, help="an interpreter that has torch, transformers")
+    parser.add_argument("--tunix_python", default=sys.executable, help="an interpreter that has google-tunix")
+    return parser
 
 
 def summary(peer: Peer) -> dict[str, Any]:

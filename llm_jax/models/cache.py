@@ -77,10 +77,9 @@ class Cache(NamedTuple):
 
     def repeat(self, count: int) -> "Cache":
         """Every row `count` times, one after the other: one prompt's keys and values for several continuations."""
-        axis = 0 if isinstance(self.layers, tuple) and not isinstance(self.layers, LayerCache) else 1
+        axis = 1 if isinstance(self.layers, LayerCache) else 0
         layers = jax.tree.map(lambda slots: jnp.repeat(slots, count, axis), self.layers)
-        rows = (jnp.repeat(array, count, 0) for array in (self.segment_ids, self.context_length))
-        segment_ids, context_length = rows
+        segment_ids, context_length = (jnp.repeat(array, count, 0) for array in (self.segment_ids, self.context_length))
         return Cache(layers, segment_ids, self.length, context_length)
 
 
