@@ -29,19 +29,22 @@ QUANTIZATIONS = ("none", "int8", "int4")
 CACHE_DTYPES = ("", "int8", *DTYPES)
 
 
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `UserError`, naming the nearest allowed value, unless `value` is one of `allowed`."""
     near = difflib.get_close_matches(value, allowed, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     require(value in allowed, f"{field}={value!r} is not one of {', '.join(allowed)}{hint}")
 
 
-def _positive(owner: object, *fields: str) -> None:
+def positive(owner: object, *fields: str) -> None:
+    """Raise `UserError` unless these fields of a config are above 0."""
     for field in fields:
         value = getattr(owner, field)
         require(value > 0, f"{type(owner).__name__}.{field}={value} must be positive")
 
 
-def _non_negative(owner: object, *fields: str) -> None:
+def non_negative(owner: object, *fields: str) -> None:
+    """Raise `UserError` unless these fields of a config are 0 or above."""
     for field in fields:
         value = getattr(owner, field)
         require(value >= 0, f"{type(owner).__name__}.{field}={value} must not be negative")
@@ -58,8 +61,8 @@ class RopeScalingConfig:
     original_length: int = 8192
 
     def __post_init__(self) -> None:
-        _one_of("RopeScalingConfig.kind", self.kind, ROPE_SCALINGS)
-        _positive(self, "factor", "low_frequency_factor", "high_frequency_factor", "original_length")
+        one_of("RopeScalingConfig.kind", self.kind, ROPE_SCALINGS)
+        positive(self, "factor", "low_frequency_factor", "high_frequency_factor", "original_length")
         require(
             self.kind != "llama3" or self.low_frequency_factor < self.high_frequency_factor,
             f"RopeScalingConfig.low_frequency_factor={self.low_frequency_factor} must be below "
@@ -104,15 +107,15 @@ class ModelConfig:
     scan_layers: bool = True
 
     def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        _positive(self, "ffn_size", "max_length", "rope_theta", "norm_eps", "init_std")
-        _non_negative(self, "quantization_group")
-        _one_of("ModelConfig.quantization", self.quantization, QUANTIZATIONS)
-        _one_of("ModelConfig.position", self.position, POSITIONS)
-        _one_of("ModelConfig.remat", self.remat, REMAT_POLICIES)
-        _one_of("ModelConfig.attention", self.attention, ATTENTION_IMPLEMENTATIONS)
-        _one_of("ModelConfig.param_dtype", self.param_dtype, DTYPES)
-        _one_of("ModelConfig.compute_dtype", self.compute_dtype, DTYPES)
+        positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        positive(self, "ffn_size", "max_length", "rope_theta", "norm_eps", "init_std")
+        non_negative(self, "quantization_group")
+        one_of("ModelConfig.quantization", self.quantization, QUANTIZATIONS)
+        one_of("ModelConfig.position", self.position, POSITIONS)
+        one_of("ModelConfig.remat", self.remat, REMAT_POLICIES)
+        one_of("ModelConfig.attention", self.attention, ATTENTION_IMPLEMENTATIONS)
+        one_of("ModelConfig.param_dtype", self.param_dtype, DTYPES)
+        one_of("ModelConfig.compute_dtype", self.compute_dtype, DTYPES)
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"ModelConfig.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
@@ -153,8 +156,8 @@ class LossConfig:
     max_z_loss: float = 0.0  # coefficient of max(logits)^2; Baichuan-2 equation 1 uses 2e-4
 
     def __post_init__(self) -> None:
-        _positive(self, "chunk_size")
-        _non_negative(self, "z_loss", "max_z_loss")
+        positive(self, "chunk_size")
+        non_negative(self, "z_loss", "max_z_loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +176,9 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # 0 = no clip
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate", "eps")
-        _non_negative(self, "warmup_steps", "decay_steps", "weight_decay", "clip_norm")
-        _one_of("OptimizerConfig.schedule", self.schedule, SCHEDULES)
+        positive(self, "learning_rate", "eps")
+        non_negative(self, "warmup_steps", "decay_steps", "weight_decay", "clip_norm")
+        one_of("OptimizerConfig.schedule", self.schedule, SCHEDULES)
         for field in ("b1", "b2"):
             value = getattr(self, field)
             require(0 <= value < 1, f"OptimizerConfig.{field}={value} must be in [0, 1)")
@@ -193,7 +196,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        _positive(self, "replica", "tensor")
+        positive(self, "replica", "tensor")
         require(self.data == -1 or self.data > 0, f"MeshConfig.data={self.data} must be positive, or -1 for the rest")
 
 
@@ -209,7 +212,7 @@ class DataConfig:
     prefetch: int = 8  # batches prepared ahead in the background
 
     def __post_init__(self) -> None:
-        _positive(self, "sequence_length", "batch_size", "prefetch")
+        positive(self, "sequence_length", "batch_size", "prefetch")
         require(all(w >= 0 for w in self.weights.values()), "DataConfig.weights must not be negative")
         require(not self.weights or sum(self.weights.values()) > 0, "DataConfig.weights are all zero")
 
@@ -223,8 +226,8 @@ class CheckpointConfig:
     keep_every_tokens: int = 0  # also keep one for every so many tokens seen; 0 = none
 
     def __post_init__(self) -> None:
-        _positive(self, "every_steps", "keep_last")
-        _non_negative(self, "keep_every_tokens")
+        positive(self, "every_steps", "keep_last")
+        non_negative(self, "keep_every_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,8 +250,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "microbatches", "log_every", "eval_batches")
-        _non_negative(self, "seed", "eval_every", "profile_start", "profile_steps")
+        positive(self, "steps", "microbatches", "log_every", "eval_batches")
+        non_negative(self, "seed", "eval_every", "profile_start", "profile_steps")
         require(
             self.model.quantization == "none",
             f"TrainConfig.model.quantization={self.model.quantization!r}: quantised weights cannot be trained; train "
@@ -281,8 +284,8 @@ class CorpusConfig:
     workers: int = 0  # processes; 0 = one per core
 
     def __post_init__(self) -> None:
-        _one_of("CorpusConfig.profile", self.profile, CORPUS_PROFILES)
-        _non_negative(self, "workers")
+        one_of("CorpusConfig.profile", self.profile, CORPUS_PROFILES)
+        non_negative(self, "workers")
         require(
             0 < self.holdout_fraction < 1, f"CorpusConfig.holdout_fraction={self.holdout_fraction} must be in (0, 1)"
         )
@@ -302,9 +305,9 @@ class TokenizerConfig:
     workers: int = 0  # threads; 0 = one per core
 
     def __post_init__(self) -> None:
-        _positive(self, "vocab_size")
-        _non_negative(self, "sample_bytes", "seed", "workers")
-        _one_of("TokenizerConfig.style", self.style, TOKENIZER_STYLES)
+        positive(self, "vocab_size")
+        non_negative(self, "sample_bytes", "seed", "workers")
+        one_of("TokenizerConfig.style", self.style, TOKENIZER_STYLES)
         require(
             0 <= self.character_coverage <= 1,
             f"TokenizerConfig.character_coverage={self.character_coverage} must be in [0, 1]",
@@ -327,9 +330,9 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "max_new_tokens", "repetition_penalty", "num_samples", "prefill_chunk")
-        _non_negative(self, "temperature", "top_k", "max_context", "seed")
-        _one_of("SamplingConfig.cache_dtype", self.cache_dtype, CACHE_DTYPES)
+        positive(self, "max_new_tokens", "repetition_penalty", "num_samples", "prefill_chunk")
+        non_negative(self, "temperature", "top_k", "max_context", "seed")
+        one_of("SamplingConfig.cache_dtype", self.cache_dtype, CACHE_DTYPES)
         require(0 < self.top_p <= 1, f"SamplingConfig.top_p={self.top_p} must be in (0, 1]")
 
 
@@ -364,7 +367,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return {str(k): float(v) for k, v in value.items()}
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{key} must be a list, got {value!r}")
-        return tuple(value)
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(item, v, f"{key}[{i}]") for i, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     require(type(value) is hint, f"{key} must be {hint.__name__}, got {value!r}")
