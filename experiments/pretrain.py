@@ -24,10 +24,10 @@ from llm_jax.config import TrainConfig
 from llm_jax.data import loader
 from llm_jax.errors import require
 from llm_jax.evaluation import perplexity
-from llm_jax.models.flops import training_flops_per_token
 from llm_jax.optim import adamw, schedules
 from llm_jax.parallel import distributed
 from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.scaling.flops import training_flops_per_token
 from llm_jax.tokenization import tokenizer as tokenizers
 from llm_jax.training import language_model, metrics, state, step
 from llm_jax.training.checkpoint import Checkpointer

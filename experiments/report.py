@@ -27,8 +27,8 @@ from llm_jax.errors import UserError, require
 from llm_jax.evaluation import baselines, figures, perplexity
 from llm_jax.evaluation import report as report_lib
 from llm_jax.evaluation.report import Heldout, Report, Run, Sample, Stage
-from llm_jax.models.flops import training_flops_per_token
 from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.scaling.flops import training_flops_per_token
 from llm_jax.training import checkpoint, metrics
 
 STAGES = "stages.json"  # in the workdir, where a chain of experiments notes its commands and their times
