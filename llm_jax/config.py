@@ -367,8 +367,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return {str(k): float(v) for k, v in value.items()}
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{key} must be a list, got {value!r}")
-        item = typing.get_args(hint)[0]
-        return tuple(_convert(item, v, f"{key}[{i}]") for i, v in enumerate(value))
+        items = typing.get_args(hint)
+        items = items[:1] * len(value) if items[-1] is Ellipsis else items
+        require(len(value) == len(items), f"{key} must hold {len(items)} values, got {value!r}")
+        return tuple(_convert(item, v, f"{key}[{i}]") for i, (item, v) in enumerate(zip(items, value)))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     require(type(value) is hint, f"{key} must be {hint.__name__}, got {value!r}")
