@@ -205,18 +205,9 @@ def _save_config(config: Any, path: Path) -> None:
     config_lib.save(config, path)
 
 
-def config_keys(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key of a config dataclass with its type, groups before their members."""
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        yield prefix + field.name, hints[field.name]
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from config_keys(hints[field.name], f"{prefix}{field.name}.")
-
-
 def _check_override_keys(argv: Sequence[str], config_class: type) -> None:
     """Refuse a `--config.KEY` that is no key of the config, naming the nearest one."""
-    known = dict(config_keys(config_class))
+    known = dict(config_lib.keys(config_class))
     free = [key for key, hint in known.items() if typing.get_origin(hint) is Mapping]
     for argument in argv[1:]:
         flag = argument.partition("=")[0].lstrip("-")
@@ -241,7 +232,7 @@ def _wrong_value(error: flags.IllegalFlagValueError, config_class: type) -> str:
     match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
     if match is None:
         return f"cannot read the command line: {_one_line(error)}"
-    hint = dict(config_keys(config_class))[match[1]]
+    hint = dict(config_lib.keys(config_class))[match[1]]
     wanted = (
         "a table such as \"{'key': 1}\"" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", str(hint))
     )

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -350,6 +350,15 @@ def from_config_dict(cls: type[Config], values: Mapping[str, Any], prefix: str =
         if key not in fields:
             raise UserError(unknown_key(f"{prefix}.{key}", [f"{prefix}.{name}" for name in fields]))
     return cls(**{key: _convert(hints[key], values[key], f"{prefix}.{key}") for key in values})
+
+
+def keys(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a config dataclass with its type, groups before their members."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        yield prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from keys(hints[field.name], f"{prefix}{field.name}.")
 
 
 def unknown_key(key: str, known: list[str]) -> str:

@@ -169,7 +169,7 @@ def test_workdir_of_another_experiment_is_refused(config_file, tmp_path, capsys)
 
 
 def test_config_keys_lists_groups_and_leaves():
-    keys = dict(runner.config_keys(TrainConfig))
+    keys = dict(config_lib.keys(TrainConfig))
     assert keys["mesh"] is MeshConfig
     assert keys["mesh.tensor"] is int
 
