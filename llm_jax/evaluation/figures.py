@@ -7,11 +7,8 @@ from functools import partial
 from operator import mul
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, ScalarFormatter
 
 Records = Sequence[Mapping[str, float]]
@@ -31,19 +28,17 @@ SMOOTHING = 0.8  # of the thick training curve: an exponential mean over logged 
 
 
 @contextmanager
-def _figure(path: Path, width: float, height: float, title: str) -> Iterator[Axes]:
-    """Axes of the house style, saved to `path` at the end of the block."""
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+def figure(path: Path, width: float, height: float, title: str) -> Iterator[Axes]:
+    """Axes of the house style, saved to `path` at the end of the block; no window system or notebook is touched."""
+    canvas = Figure(figsize=(width, height), layout="constrained")
+    axes = canvas.subplots()
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e5e5e5", linewidth=0.7)
     axes.set_axisbelow(True)
-    try:
-        yield axes
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DOTS_PER_INCH)
-    finally:
-        plt.close(figure)
+    yield axes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, dpi=DOTS_PER_INCH)
 
 
 def _tokens_axis(axes: Axes) -> None:
@@ -68,7 +63,7 @@ def smooth(values: Sequence[float], decay: float = SMOOTHING) -> list[float]:
 def loss_curve(train: Records, heldout: Records, path: Path) -> None:
     """Training and held-out cross-entropy in nats per token over the tokens seen."""
     tokens, losses = _column(train, "tokens"), _column(train, "cross_entropy")
-    with _figure(path, 7.5, 4.2, "Loss by tokens seen") as axes:
+    with figure(path, 7.5, 4.2, "Loss by tokens seen") as axes:
         axes.plot(tokens, losses, color=COLOURS["model"], alpha=0.3, linewidth=0.8)
         axes.plot(tokens, smooth(losses), color=COLOURS["model"], label="training, smoothed")
         axes.plot(_column(heldout, "tokens"), _column(heldout, "loss"), "o-", color=HELDOUT_COLOUR, label="held-out")
@@ -79,7 +74,7 @@ def loss_curve(train: Records, heldout: Records, path: Path) -> None:
 
 def learning_rate(train: Records, path: Path) -> None:
     """The learning rate over the tokens seen."""
-    with _figure(path, 7.5, 3.0, "Learning rate") as axes:
+    with figure(path, 7.5, 3.0, "Learning rate") as axes:
         axes.plot(_column(train, "tokens"), _column(train, "learning_rate"), color=COLOURS["model"])
         axes.set_ylabel("learning rate")
         axes.set_ylim(bottom=0)
@@ -88,7 +83,7 @@ def learning_rate(train: Records, path: Path) -> None:
 
 def throughput(train: Records, path: Path) -> None:
     """Tokens per second over the tokens seen and, where the hardware's peak is known, the share of it on the right."""
-    with _figure(path, 7.5, 3.0, "Throughput") as axes:
+    with figure(path, 7.5, 3.0, "Throughput") as axes:
         axes.plot(_column(train, "tokens"), _column(train, "tokens_per_second"), color=COLOURS["model"])
         axes.set_ylabel("tokens per second")
         axes.set_ylim(bottom=0)
@@ -105,7 +100,7 @@ def heldout_bars(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """Held-out bits per byte as grouped bars: `rows` maps a source to the figure of every method."""
     methods = [method for method in COLOURS if all(method in row for row in rows.values())]
     thickness = 0.8 / len(methods)
-    with _figure(path, 8.5, 1.3 + 0.52 * len(rows), "Held-out bits per byte (shorter is better)") as axes:
+    with figure(path, 8.5, 1.3 + 0.52 * len(rows), "Held-out bits per byte (shorter is better)") as axes:
         for index, method in enumerate(methods):
             centres = [place + (index - (len(methods) - 1) / 2) * thickness for place in range(len(rows))]
             axes.barh(centres, [row[method] for row in rows.values()], thickness, color=COLOURS[method], label=method)
@@ -116,13 +111,14 @@ def heldout_bars(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
         axes.legend(frameon=False, ncols=len(methods), loc="upper right", bbox_to_anchor=(1, 0), borderaxespad=3.2)
 
 
-def _legend_beside(axes: Axes) -> None:
+def legend_beside(axes: Axes) -> None:
+    """The legend to the right of the axes, where it hides nothing."""
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def perplexity_by_length(rows: Mapping[str, Mapping[int, tuple[float, float]]], path: Path) -> None:
     """Perplexity over the length of the windows: `rows` maps a name to length -> (perplexity, standard error)."""
-    with _figure(path, 7.5, 4.2, "Held-out perplexity by length of the window") as axes:
+    with figure(path, 7.5, 4.2, "Held-out perplexity by length of the window") as axes:
         for (name, row), colour in zip(rows.items(), itertools.cycle(SERIES)):
             values, errors = zip(*row.values())
             axes.errorbar(list(row), values, yerr=errors, fmt="o-", color=colour, capsize=3, label=name)
@@ -134,16 +130,16 @@ def perplexity_by_length(rows: Mapping[str, Mapping[int, tuple[float, float]]], 
         axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.set_xlabel("length in tokens; the first is the trained one")
         axes.set_ylabel("perplexity")
-        _legend_beside(axes)
+        legend_beside(axes)
 
 
 def loss_by_position(rows: Mapping[str, Sequence[float]], length: int, trained_length: int, path: Path) -> None:
     """Nats over the position in windows of `length`: each row's values are means of equal stretches of it."""
-    with _figure(path, 7.5, 4.2, "Held-out loss by position in the longest window") as axes:
+    with figure(path, 7.5, 4.2, "Held-out loss by position in the longest window") as axes:
         for (name, values), colour in zip(rows.items(), itertools.cycle(SERIES)):
             stretch = length / len(values)
             axes.plot([(i + 0.5) * stretch for i in range(len(values))], values, color=colour, label=name)
         axes.axvline(trained_length, color="#333333", linewidth=0.8, linestyle=":")
         axes.set_xlabel("position in tokens; the dotted line is the trained length")
         axes.set_ylabel("cross-entropy (nats per token)")
-        _legend_beside(axes)
+        legend_beside(axes)
