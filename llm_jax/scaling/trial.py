@@ -12,6 +12,7 @@ class Trial:
     name: str
     size: str
     config: TrainConfig
+    varied: tuple[str, ...] = ()  # "key=value" of the grid's further keys
 
     @property
     def tokens(self) -> int:
