@@ -21,11 +21,9 @@ from llm_jax.errors import UserError, require
 from llm_jax.optim import schedules
 from llm_jax.scaling import flops
 from llm_jax.scaling.config import GridConfig, LauncherConfig, ScalingConfig, SizeConfig
-from llm_jax.scaling.trial import Trial, TrialResult
+from llm_jax.scaling.trial import CONFIG, FAILURE, Trial, TrialResult
 from llm_jax.training import checkpoint, metrics
 
-CONFIG = "config.json"
-FAILURE = "failure.txt"  # why a trial's last try ended: one line, then the traceback
 LOGS = 20  # of a short trial's training loss; a long one logs as often as the base
 # What the grid sets for each trial, and `vary` therefore cannot.
 GRID_KEYS = ("steps", "seed", "data.seed", "eval_every", "model.hidden_size", "model.num_layers", "model.num_heads")

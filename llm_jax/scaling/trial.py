@@ -4,6 +4,10 @@ import dataclasses
 
 from llm_jax.config import ModelConfig, TrainConfig
 
+# Files of a trial's folder, beside those of its run.
+CONFIG = "config.json"
+FAILURE = "failure.txt"  # why its last try ended: one line, then the traceback
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
