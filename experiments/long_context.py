@@ -24,8 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments import prepare_data, pretrain, runner, train_tokenizer
-from llm_jax import config as config_lib
+from experiments import own_dataset, pretrain, runner
 from llm_jax.config import CorpusConfig, TokenizerConfig, TrainConfig
 from llm_jax.data import sources
 from llm_jax.data.documents import shuffled
@@ -84,9 +83,7 @@ def run(config: LongContextConfig, workdir: Path) -> Report:
 
 def train_models(config: LongContextConfig, workdir: Path) -> list[Path]:
     """The run folders of all models, trained to the end."""
-    tokenizer = make_tokenizer(config, workdir / "tokenizer")
-    dataset = workdir / "data" / "dataset"
-    prepare_data.main(dataclasses.replace(config.corpus, tokenizer=str(tokenizer), output=str(dataset)), workdir)
+    dataset = own_dataset.make(config.tokenizer, config.corpus, workdir)
     folders = []
     for seed in config.seeds:
         for position in POSITIONS:
@@ -94,21 +91,6 @@ def train_models(config: LongContextConfig, workdir: Path) -> list[Path]:
             train(run_config(config, position, seed, dataset), folder)
             folders.append(folder)
     return folders
-
-
-def make_tokenizer(config: LongContextConfig, folder: Path) -> Path:
-    """The tokenizer's model file, trained unless it is there; `UserError` if that one has other settings."""
-    wanted = dataclasses.replace(config.tokenizer, corpus=config.corpus)
-    saved, model = folder / "config.json", folder / "tokenizer.model"
-    if saved.is_file():
-        require(
-            config_lib.load(TokenizerConfig, saved) == wanted,
-            f"{folder} holds a tokenizer of other settings: choose another --workdir",
-        )
-        return model
-    train_tokenizer.run(wanted, folder)
-    config_lib.save(wanted, saved)  # last: its presence says that the tokenizer is whole
-    return model
 
 
 def run_config(config: LongContextConfig, position: str, seed: int, dataset: Path) -> TrainConfig:

@@ -1,0 +1,35 @@
+"""A tokenizer and a dataset of its corpus, for experiments that train models of their own."""
+
+import dataclasses
+from pathlib import Path
+
+from experiments import prepare_data, train_tokenizer
+from llm_jax import config as config_lib
+from llm_jax.config import CorpusConfig, TokenizerConfig
+from llm_jax.errors import require
+
+
+def make(tokenizer: TokenizerConfig, corpus: CorpusConfig, workdir: Path) -> Path:
+    """The folder of the dataset, made unless it is there: `workdir/data/dataset`, of `workdir/tokenizer`'s ids.
+
+    The tokenizer is trained on `corpus`, whatever corpus its own config names. Raises `UserError` if `workdir` holds
+    others.
+    """
+    model = make_tokenizer(dataclasses.replace(tokenizer, corpus=corpus), workdir / "tokenizer")
+    dataset = workdir / "data" / "dataset"
+    prepare_data.main(dataclasses.replace(corpus, tokenizer=str(model), output=str(dataset)), workdir)
+    return dataset
+
+
+def make_tokenizer(config: TokenizerConfig, folder: Path) -> Path:
+    """The tokenizer's model file, trained unless it is there; `UserError` if that one has other settings."""
+    saved, model = folder / "config.json", folder / "tokenizer.model"
+    if saved.is_file():
+        require(
+            config_lib.load(TokenizerConfig, saved) == config,
+            f"{folder} holds a tokenizer of other settings: choose another --workdir",
+        )
+        return model
+    train_tokenizer.run(config, folder)
+    config_lib.save(config, saved)  # last: its presence says that the tokenizer is whole
+    return model
