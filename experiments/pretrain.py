@@ -146,7 +146,7 @@ def run(config: TrainConfig, workdir: Path) -> None:
     check_dataset(config, info, workdir)
     check_workdir(config, workdir)
     schedule = schedules.learning_rate(config.optimizer, config.steps)
-    optimizer = adamw.build(config.optimizer, config.steps, adamw.decay_mask)
+    optimizer = adamw.build(config.optimizer, adamw.decay_mask)
     abstract = state.abstract_state(config.model, optimizer, mesh)
     record_start(config, info, workdir)
     if distributed.is_first():

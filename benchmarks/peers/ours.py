@@ -53,7 +53,7 @@ def main(name: str) -> None:
         clip_norm=shapes.CLIP_NORM,
     )
     mesh = mesh_lib.build(MeshConfig(), jax.devices()[:1])
-    optimizer = adamw.build(optimizer_config, 1000, adamw.decay_mask)
+    optimizer = adamw.build(optimizer_config, adamw.decay_mask)
     schedule = schedules.learning_rate(optimizer_config, 1000)
     loss_fn = language_model.loss_function(model_config(shape), LossConfig())
     update = step_lib.build(loss_fn, optimizer, schedule, seed=0)

@@ -10,7 +10,7 @@ import optax
 
 from llm_jax.config import OptimizerConfig
 from llm_jax.errors import require
-from llm_jax.optim.schedules import learning_rate
+from llm_jax.optim.schedules import Schedule
 
 PyTree = Any
 
@@ -52,25 +52,29 @@ def _decays(name: str) -> bool:
 
 
 def build(
-    config: OptimizerConfig, total_steps: int, decay_mask: PyTree | Callable[[PyTree], PyTree]
-) -> optax.GradientTransformation:
+    config: OptimizerConfig,
+    decay_mask: PyTree | Callable[[PyTree], PyTree],
+    rate_multipliers: PyTree | None = None,
+) -> optax.GradientTransformationExtraArgs:
     """Clip to the global norm, then AdamW at the scheduled rate; moments and updates are float32.
 
     Args:
-      config: the hyper-parameters; `clip_norm=0` leaves the gradients as they are.
-      total_steps: the length of the run, where the schedule ends unless the config says otherwise.
+      config: the hyper-parameters, without those of the schedule; `clip_norm=0` leaves the gradients as they are.
       decay_mask: a tree of bools like the parameters, or the function that makes it (`adamw.decay_mask`).
+      rate_multipliers: a tree of floats like the parameters, by which each one's learning rate is multiplied; its
+        weight decay is not. None = 1 everywhere.
 
-    Returns a transformation whose `update` needs the parameters. With p the parameters, m and v the bias-corrected
-    moments: update = -rate * (m / (sqrt(v) + eps) + weight_decay * p where the mask is true).
+    Returns a transformation whose `update(gradients, state, params, schedule=schedule)` needs the parameters and a
+    `Schedule`. With p the parameters, m and v the bias-corrected moments:
+    update = -rate * (multiplier * m / (sqrt(v) + eps) + weight_decay * p where the mask is true).
     """
     clip = [_clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return _in_float32(
         optax.chain(
             *clip,
-            optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+            _scale_by_adam(config, rate_multipliers),
             optax.add_decayed_weights(config.weight_decay, decay_mask),
-            optax.scale_by_learning_rate(learning_rate(config, total_steps)),
+            _scale_by_schedule(),
         )
     )
 
@@ -92,13 +96,38 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _in_float32(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+def _scale_by_adam(config: OptimizerConfig, multipliers: PyTree | None) -> optax.GradientTransformation:
+    """Adam's direction, times each parameter's multiplier."""
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if multipliers is None:
+        return adam
+
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
+        updates, state = adam.update(updates, state, params)
+        return jax.tree.map(jnp.multiply, updates, multipliers), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+def _scale_by_schedule() -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate` with the schedule as an argument of the update."""
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None, *, schedule: Schedule, **_: Any
+    ) -> tuple[PyTree, PyTree]:
+        descent = optax.scale_by_learning_rate(schedule)
+        return descent.update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_learning_rate(lambda step: step).init, update)
+
+
+def _in_float32(transformation: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """The transformation as if gradients and parameters were float32, so that its state is too."""
 
     def cast(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
-    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
-        return transformation.update(cast(updates), state, cast(params))
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        return transformation.update(cast(updates), state, cast(params), **extra)
 
-    return optax.GradientTransformation(lambda params: transformation.init(cast(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: transformation.init(cast(params)), update)

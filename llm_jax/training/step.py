@@ -1,22 +1,29 @@
-"""The one train step: any loss function that returns a sum and a weight becomes a jitted, sharded, donated update."""
+"""The one train step: any loss function that returns a sum and a weight becomes a jitted, sharded, donated update.
+
+Numbers in which runs of one shape differ (seed, peak learning rate, warm-up, length) are arguments of the compiled
+update, so that such runs share it: in one process, through JAX's compilation cache, and mapped over (`together.py`).
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from llm_jax.errors import require
 from llm_jax.losses.weighted import LossOutput, WeightedSum
 from llm_jax.optim.adamw import global_norm
+from llm_jax.optim.schedules import Schedule
 from llm_jax.parallel import rules
 from llm_jax.training.state import TrainState
 
 LossFunction = Callable[[Any, Any, jax.Array], LossOutput]
 Metrics = dict[str, jax.Array]
 StepFunction = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+Update = Callable[[TrainState, Any, jax.Array, Schedule], tuple[TrainState, Metrics]]
 
 
 def split_microbatches(batch: Any, count: int) -> Any:
@@ -54,27 +61,22 @@ def sum_gradients(
     return accumulated
 
 
-def build(
-    loss_fn: LossFunction,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    *,
-    seed: int,
-    microbatches: int = 1,
-) -> StepFunction:
-    """The update `step(state, batch) -> (state, metrics)`, jitted, with the state donated.
+def update_function(
+    loss_fn: LossFunction, optimizer: optax.GradientTransformationExtraArgs, microbatches: int = 1
+) -> Update:
+    """The pure update `(state, batch, seed, schedule) -> (state, metrics)`; `seed` is a uint32 scalar.
 
     The gradient is that of total / weight over the whole global batch: one division, after all microbatches and
     devices. A batch of weight 0 gives loss 0 and a zero gradient. Randomness depends on (seed, step, microbatch) alone.
     """
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Any, seed: jax.Array, schedule: Schedule) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         gradients, output = sum_gradients(loss_fn, state.params, batch, key, microbatches)
         scale = WeightedSum(jnp.ones(()), output.weight).mean()
         gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, schedule=schedule)
             params = optax.apply_updates(state.params, updates)
         metrics = {name: value.mean() for name, value in output.metrics.items()}
         metrics |= {
@@ -82,11 +84,40 @@ def build(
             "weight": output.weight,
             "gradient_norm": global_norm(gradients),
             "parameter_norm": global_norm(params),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return update
+
+
+def seed_number(seed: int) -> np.uint32:
+    """A seed as the updates take it; `jax.random.key` too keeps the low 32 bits."""
+    return np.uint32(seed % 2**32)
+
+
+def bind(update: Update, seed: int, schedule: Schedule) -> StepFunction:
+    """The step `(state, batch) -> (state, metrics)` of one run."""
+    numbers: list[Any] = []
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        if not numbers:  # once, to where the state is: the loop allows no transfers between host and device
+            numbers.extend(jax.device_put((seed_number(seed), schedule), state.step.sharding))
+        return update(state, batch, *numbers)
+
+    return step
+
+
+def build(
+    loss_fn: LossFunction,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Schedule,
+    *,
+    seed: int,
+    microbatches: int = 1,
+) -> StepFunction:
+    """The step `(state, batch) -> (state, metrics)`, jitted, with the state donated; see `update_function`."""
+    return bind(jax.jit(update_function(loss_fn, optimizer, microbatches), donate_argnums=0), seed, schedule)
 
 
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:

@@ -32,7 +32,7 @@ def workdir(tmp_path_factory):
     (folder / "tokenizer.model").write_bytes(model)
     mesh = mesh_lib.build(MeshConfig(), jax.devices()[:1])
     with checkpoint.Checkpointer(folder, CheckpointConfig(), MODEL, 1) as checkpointer:
-        optimizer = adamw.build(OptimizerConfig(warmup_steps=0), 2, adamw.decay_mask)
+        optimizer = adamw.build(OptimizerConfig(warmup_steps=0), adamw.decay_mask)
         for step in (1, 2):
             checkpointer.save(init_state(MODEL, optimizer, mesh, jax.random.key(step)), step)
     return folder

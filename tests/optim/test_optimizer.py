@@ -19,6 +19,7 @@ CONFIG = OptimizerConfig(
     learning_rate=0.1, warmup_steps=3, schedule="cosine", eps=1e-3, weight_decay=0.2, clip_norm=0.7, b1=0.8, b2=0.9
 )
 STEPS = 10
+SCHEDULE = learning_rate(CONFIG, STEPS)
 
 
 def parameters(dtype=jnp.float32):
@@ -44,9 +45,9 @@ def gradients(step, tree):
 
 
 def run(config, params, steps=STEPS):
-    optimizer = build(config, steps, decay_mask)
+    optimizer, schedule = build(config, decay_mask), learning_rate(config, steps)
     state = optimizer.init(params)
-    update = jax.jit(lambda g, s, p: optimizer.update(g, s, p))
+    update = jax.jit(lambda g, s, p: optimizer.update(g, s, p, schedule=schedule))
     for step in range(steps):
         updates, state = update(gradients(step, params), state, params)
         params = optax.apply_updates(params, updates)
@@ -101,16 +102,16 @@ def test_the_comparison_sees_a_changed_setting(change):
 
 def test_moments_and_updates_are_float32_for_bfloat16_parameters():
     params = parameters(jnp.bfloat16)
-    optimizer = build(CONFIG, STEPS, decay_mask)
+    optimizer = build(CONFIG, decay_mask)
     state = optimizer.init(params)
-    updates, state = optimizer.update(gradients(0, params), state, params)
+    updates, state = optimizer.update(gradients(0, params), state, params, schedule=SCHEDULE)
     kept = [x for x in jax.tree.leaves((updates, state)) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert len(kept) == 3 * len(jax.tree.leaves(params)) and all(x.dtype == jnp.float32 for x in kept)
 
 
 def test_the_state_can_be_described_without_allocating():
-    abstract = jax.eval_shape(build(CONFIG, STEPS, decay_mask).init, parameters())
-    real = build(CONFIG, STEPS, decay_mask).init(parameters())
+    abstract = jax.eval_shape(build(CONFIG, decay_mask).init, parameters())
+    real = build(CONFIG, decay_mask).init(parameters())
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), real)
 
 
@@ -124,8 +125,8 @@ def test_global_norm():
 def test_a_gradient_that_is_not_finite_stays_visible():
     params = parameters()
     bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
-    optimizer = build(CONFIG, STEPS, decay_mask)
-    updates, _ = optimizer.update(bad, optimizer.init(params), params)
+    optimizer = build(CONFIG, decay_mask)
+    updates, _ = optimizer.update(bad, optimizer.init(params), params, schedule=SCHEDULE)
     assert all(np.all(np.isnan(x)) for x in jax.tree.leaves(updates))
 
 
@@ -144,7 +145,7 @@ def test_a_parameter_that_no_rule_covers_is_named(name):
     for key in reversed(name.split("/")):
         tree = {key: tree}
     with pytest.raises(UserError, match=f"parameter '{name}' matches no rule"):
-        build(CONFIG, STEPS, decay_mask).init(tree)
+        build(CONFIG, decay_mask).init(tree)
 
 
 def test_a_parameter_that_two_rules_cover_is_named(monkeypatch):
@@ -188,7 +189,7 @@ def test_decay_steps_override_the_length_of_the_run():
 
 def test_a_warm_up_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match="warmup_steps=2000 must be below the 100 steps"):
-        build(OptimizerConfig(), 100, decay_mask)
+        learning_rate(OptimizerConfig(), 100)
 
 
 def test_presets_hold_the_papers_values():

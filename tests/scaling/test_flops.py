@@ -68,13 +68,14 @@ def lowered_forward(model):
 def training_step(model):
     """The jitted step that pre-training takes, and abstract arguments for it."""
     config = OptimizerConfig(schedule="constant", warmup_steps=0)
-    optimizer = adamw.build(config, 10, adamw.decay_mask)
+    optimizer = adamw.build(config, adamw.decay_mask)
     loss_fn = language_model.loss_function(model, LossConfig(chunk_size=LENGTH))  # one chunk: a loop of one
-    update = step.build(loss_fn, optimizer, schedules.learning_rate(config, 10), seed=0)
+    update = jax.jit(step.update_function(loss_fn, optimizer))
     mesh = mesh_lib.build(MeshConfig(), jax.devices()[:1])
     ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     batch = Batch(ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32), ids, ids)
-    return update, (state.abstract_state(model, optimizer, mesh), batch)
+    numbers = step.seed_number(0), schedules.learning_rate(config, 10)
+    return update, (state.abstract_state(model, optimizer, mesh), batch, *numbers)
 
 
 def sub_programs(equation) -> Iterator:

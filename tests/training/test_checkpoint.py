@@ -18,7 +18,7 @@ from llm_jax.training import checkpoint, state
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=4, ffn_size=48, max_length=16
 )
-OPTIMIZER = adamw.build(OptimizerConfig(), 5000, adamw.decay_mask)
+OPTIMIZER = adamw.build(OptimizerConfig(), adamw.decay_mask)
 
 
 def mesh_of(*sizes):

@@ -58,7 +58,7 @@ def train(mesh_sizes, microbatches=1, **changes):
     model = dataclasses.replace(MODEL, **changes)
     replica, data, tensor = mesh_sizes
     mesh = mesh_lib.build(MeshConfig(replica, data, tensor), jax.devices()[: replica * data * tensor])
-    optimizer = adamw.build(OPTIMIZER, STEPS, adamw.decay_mask)
+    optimizer = adamw.build(OPTIMIZER, adamw.decay_mask)
     schedule = schedules.learning_rate(OPTIMIZER, STEPS)
     current = state.init_state(model, optimizer, mesh, jax.random.key(3))
     update = step.build(
@@ -111,7 +111,7 @@ def test_bfloat16_compute_keeps_float32_masters_and_learns_alike():
 
 def test_state_keeps_its_layout_through_a_step():
     mesh = mesh_lib.build(MeshConfig(data=2, tensor=4))
-    optimizer = adamw.build(OPTIMIZER, STEPS, adamw.decay_mask)
+    optimizer = adamw.build(OPTIMIZER, adamw.decay_mask)
     abstract = state.abstract_state(MODEL, optimizer, mesh)
     current = state.init_state(MODEL, optimizer, mesh, jax.random.key(0))
     update = step.build(
@@ -125,7 +125,7 @@ def test_state_keeps_its_layout_through_a_step():
 
 def test_weight_zero_gives_loss_zero_and_finite_parameters():
     mesh = mesh_lib.build(MeshConfig(), jax.devices()[:1])
-    optimizer = adamw.build(OPTIMIZER, STEPS, adamw.decay_mask)
+    optimizer = adamw.build(OPTIMIZER, adamw.decay_mask)
     current = state.init_state(MODEL, optimizer, mesh, jax.random.key(0))
     update = step.build(
         language_model.loss_function(MODEL, LOSS), optimizer, schedules.learning_rate(OPTIMIZER, STEPS), seed=0
@@ -161,7 +161,7 @@ def test_packed_documents_train_as_each_alone():
     """Gradients of one packed row equal the summed gradients of its two documents on their own."""
     loss_fn = language_model.loss_function(MODEL, LOSS)
     mesh = mesh_lib.build(MeshConfig(), jax.devices()[:1])
-    params = state.init_state(MODEL, adamw.build(OPTIMIZER, 9, adamw.decay_mask), mesh, jax.random.key(1)).params
+    params = state.init_state(MODEL, adamw.build(OPTIMIZER, adamw.decay_mask), mesh, jax.random.key(1)).params
     packed = random_batch(0, rows=1)
     gradient = jax.jit(jax.grad(lambda p, b: loss_fn(p, b, None).total))
     parts = []
