@@ -90,7 +90,7 @@ def test_a_cell_is_what_the_loaded_model_gives(config, workdir):
 def test_a_second_run_trains_nothing_again(config, workdir, monkeypatch, capsys):
     before = json.loads((workdir / "results.json").read_text())["rows"]
     monkeypatch.setattr(long_context.pretrain, "run", None)
-    monkeypatch.setattr(long_context.train_tokenizer, "run", None)
+    monkeypatch.setattr(long_context.own_dataset.train_tokenizer, "run", None)
     long_context.run(config, workdir)
     assert capsys.readouterr().out.count("trained earlier") == 2
     assert json.loads((workdir / "results.json").read_text())["rows"] == before
