@@ -119,7 +119,8 @@ class Board:
         gained, seconds = done - (self._compute_at_start or 0.0), time.monotonic() - self._start
         if gained <= 0 or done >= total:
             return ""
-        return f", about {(total - done) / gained * seconds / 60:.1f} minutes left"
+        left = (total - done) / gained * seconds
+        return f", about {left / 60:.0f} minutes left" if left > 120 else f", about {left:.0f} s left"
 
     def _computed(self) -> float:
         """FLOPs of what is trained, running trials counted as far as they are."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission
 
 from llm_jax.errors import UserError, require
@@ -21,18 +22,23 @@ LOCK = "lock"
 STOP_SECONDS = 60  # after which a process that was asked to stop is ended
 
 
-def attempt(execute: Execute, config_paths: Sequence[str]) -> None:
-    """Train the runs of some config files; if that raises, the reason is left beside each of them and raised on."""
+def attempt(execute: Execute, config_paths: Sequence[str], *, first: bool = True) -> None:
+    """Train the runs of some config files; if that raises, the reason is left beside each of them and raised on.
+
+    Where several processes train the same runs, only the `first` one keeps others away.
+    """
     runs = [Path(path).parent for path in config_paths]
     try:
         with contextlib.ExitStack() as stack:
-            for run in runs:
+            for run in runs if first else []:
                 stack.enter_context(_held(run))
                 (run / FAILURE).unlink(missing_ok=True)
             execute(list(config_paths))
     except Exception as error:
         for run in runs:
-            (run / FAILURE).write_text(f"{reason(error)}\n{traceback.format_exc()}")
+            # Of several processes the one with the cause fails before those that miss it.
+            with contextlib.suppress(FileExistsError), (run / FAILURE).open("x") as file:
+                file.write(f"{reason(error)}\n{traceback.format_exc()}")
         raise
 
 
@@ -81,7 +87,8 @@ class Job:
         """Train the group; SIGTERM ends it, during training after a checkpoint."""
         signal.signal(signal.SIGTERM, _stop)
         module, _, name = self.execute.partition(":")
-        attempt(getattr(importlib.import_module(module), name), self.config_paths)
+        first = JobEnvironment().global_rank == 0
+        attempt(getattr(importlib.import_module(module), name), self.config_paths, first=first)
 
     def checkpoint(self) -> DelayedSubmission:
         """What Slurm runs after a preemption or at the time limit: the same again, from the runs' last checkpoints."""

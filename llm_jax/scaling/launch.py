@@ -31,6 +31,7 @@ from llm_jax.scaling.trial import CONFIG, FAILURE, Trial
 
 JOBS = "jobs"  # no trial has this name: all end in their seed
 RECORD = "slurm.json"
+SLURM_VERDICT = "slurmstepd"  # begins the lines about jobs cancelled, out of time or out of memory
 REQUEUES = 1000  # how often a Slurm job may go on after its time limit
 
 
@@ -198,7 +199,8 @@ def _why(trial: Trial, task: Task, folder: Path) -> str:
         return "it stopped before its end"
     log = task.job.paths.stderr
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
-    last = f"; its log ends with {lines[-1].strip()!r}" if lines else ""
+    lines = [line for line in lines if line.startswith(SLURM_VERDICT)] or lines
+    last = f"; its log says {lines[-1].strip()!r}" if lines else ""
     return f"its job ended before it did{last} (log: {log})"
 
 
@@ -348,7 +350,7 @@ class Slurm:
         for task, job in zip(tasks, submitted):
             task.job = job
         self._save([*running, *tasks])
-        self._board.say(f"submitted {len(tasks)} Slurm jobs: {submitted[0].job_id.partition('_')[0]}")
+        self._board.say(f"submitted to Slurm as {submitted[0].job_id.partition('_')[0]}: jobs {len(tasks)}")
         return tasks
 
     def _save(self, tasks: Sequence[Task]) -> None:
