@@ -1,0 +1,305 @@
+"""L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, equation 2 and section 3.3), and repeated data.
+
+Where data is read more than once, D becomes U + U * R_D * (1 - exp(-R / R_D)) with U unique tokens and R = D / U - 1
+repetitions (Muennighoff et al. 2023, section 3.1): a repetition is worth less and less, and R_D says how fast.
+
+Shapes: N points, S draws or starts, K = 3 terms, P parameters: (log E, log A', alpha, log B', beta[, log R_D]), A' and
+B' at the centres of log N and log D.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from llm_jax.errors import require
+from llm_jax.scaling import fit_huber, fit_noise
+from llm_jax.scaling.fit_curves import parameters_of
+from llm_jax.scaling.fit_huber import Terms
+from llm_jax.scaling.fit_noise import Array
+from llm_jax.scaling.fit_power import MIN_DRAWS, STUCK, percentiles
+from llm_jax.scaling.trial import TrialResult
+
+MIN_DISTINCT = 3  # of N and of D
+MOST_CORRELATED = 0.98  # of log N with log D; above, the two terms cannot be told apart
+MIN_R, MAX_R = 0.05, 1e3  # repetitions; an R_D beyond is not seen in the data
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimum:
+    """The size and the tokens that a compute is best spent on, and the loss that they reach."""
+
+    parameters: float
+    tokens: float
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Parametric:
+    """A fitted L(N, D) and the data that it was fitted to; `intervals` maps its constants' names to (low, high).
+
+    "parameters_exponent" is that of the compute-optimal N ~ C^(beta / (alpha + beta)).
+    """
+
+    e: float
+    a: float
+    b: float
+    alpha: float
+    beta: float
+    repetitions: float | None  # R_D; None: no data was repeated
+    intervals: dict[str, tuple[float, float]]
+    noise: float  # standard deviation of a new run about the law, relative to its loss
+    residuals: tuple[float, ...]  # of log losses
+    convention: str  # which parameters N counts: "all" or "non_embedding"
+    confidence: float
+    draws: int
+    seed: int
+    huber_delta: float
+    parameters: tuple[float, ...]
+    tokens: tuple[float, ...]
+    unique_tokens: tuple[float, ...]
+    loss: tuple[float, ...]
+
+    def predict(self, parameters: float, tokens: float, unique_tokens: float | None = None) -> float:
+        """The law's loss of a size (N by `convention`) and its tokens, of which `unique_tokens` differ (None: all)."""
+        return float(np.exp(self._log_losses(self._theta[None], parameters, tokens, unique_tokens)[0]))
+
+    def predict_interval(
+        self, parameters: float, tokens: float, unique_tokens: float | None = None
+    ) -> tuple[float, float]:
+        """Where the loss of one new run should lie: the law's uncertainty and the run's noise."""
+        theta_SP, noise_S = self._draws
+        log_S = self._log_losses(theta_SP, parameters, tokens, unique_tokens)
+        return percentiles(np.exp(log_S + noise_S), self.confidence)
+
+    def optimum(self, compute: float, flops_per_parameter_token: float = 6.0) -> Optimum:
+        """The N and D with the least loss where training costs k*N*D, k = `flops_per_parameter_token`.
+
+        Hoffmann et al. 2022, equation 4, for data that is not repeated.
+        """
+        product = compute / flops_per_parameter_token
+        ratio = (self.alpha * self.a / (self.beta * self.b)) ** (1 / (self.alpha + self.beta))
+        parameters = ratio * product ** (self.beta / (self.alpha + self.beta))
+        tokens = product / parameters
+        return Optimum(parameters, tokens, self.predict(parameters, tokens))
+
+    @property
+    def _theta(self) -> Array:
+        n, d = _centres(self.parameters, self.tokens)
+        theta = [np.log(self.e), np.log(self.a) - self.alpha * n, self.alpha, np.log(self.b) - self.beta * d, self.beta]
+        return np.array(theta + ([] if self.repetitions is None else [np.log(self.repetitions)]))
+
+    def _log_losses(self, theta_SP: Array, parameters: float, tokens: float, unique_tokens: float | None) -> Array:
+        unique = tokens if unique_tokens is None else unique_tokens
+        require(
+            all(np.isfinite(value) and value > 0 for value in (parameters, tokens, unique)) and unique <= tokens,
+            f"cannot predict for N={parameters}, tokens={tokens}, unique_tokens={unique}: give positive, finite "
+            "numbers and no more unique tokens than tokens",
+        )
+        require(
+            unique == tokens or self.repetitions is not None,
+            f"unique_tokens={unique} of {tokens}: no trial of this fit repeated its data",
+        )
+        centres = _centres(self.parameters, self.tokens)
+        n_1, d_1, unique_1 = (np.array([value], dtype=np.float64) for value in (parameters, tokens, unique))
+        terms = _terms(n_1, d_1, unique_1, centres, self.repetitions is not None)
+        return fit_huber.log_loss(terms, theta_SP)[:, 0]
+
+    @functools.cached_property
+    def _draws(self) -> tuple[Array, Array]:
+        """Parameters refitted to draws of noise, and the noise of new runs."""
+        n_N, d_N, unique_N = (np.array(values) for values in (self.parameters, self.tokens, self.unique_tokens))
+        terms = _terms(n_N, d_N, unique_N, _centres(n_N, d_N), self.repetitions is not None)
+        group_N = _groups(n_N, d_N, unique_N)
+        noise = fit_noise.estimate(np.array(self.residuals), group_N, self._theta.size)
+        noise_SN = noise.draw(np.random.default_rng(self.seed), self.draws, others=1)
+        target_SN = fit_huber.log_loss(terms, self._theta[None]) + noise_SN[:, :-1]
+        start_SP = np.repeat(self._theta[None], self.draws, axis=0)
+        return fit_huber.minimise(terms, target_SN, start_SP, self.huber_delta)[0], noise_SN[:, -1]
+
+
+def parametric(
+    results: Sequence[TrialResult],
+    *,
+    embeddings: bool = True,
+    confidence: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+    huber_delta: float = 1e-3,
+) -> Parametric:
+    """Fit L(N, D) to the trials' ends: the Huber loss on log losses, from many starts.
+
+    Where any trial repeated its data (`unique_tokens < tokens`), the worth of a repetition is fitted, too.
+
+    Args:
+        results: trials with three sizes and three token counts or more, which do not grow in proportion.
+        embeddings: N counts all parameters; False leaves out the input embedding and the output head.
+        confidence: of the intervals.
+        draws: of the bootstrap, which draws the noise of trials and of their seeds.
+        seed: of the bootstrap.
+        huber_delta: where the Huber loss turns linear.
+
+    Raises:
+        UserError: the trials cannot tell what the constants are; the message says why.
+    """
+    require(draws >= MIN_DRAWS, f"the fit's draws={draws} are too few for an interval: draw {MIN_DRAWS} or more")
+    results = sorted(results, key=lambda result: (result.compute, result.loss, result.name))
+    n_N = np.array([parameters_of(result, embeddings) for result in results])
+    d_N, unique_N, loss_N = (
+        np.array([float(getattr(result, name)) for result in results]) for name in ("tokens", "unique_tokens", "loss")
+    )
+    repeated = bool(np.any(unique_N < d_N))
+    _check(n_N, d_N, unique_N, loss_N, 6 if repeated else 5)
+    centres = _centres(n_N, d_N)
+    terms = _terms(n_N, d_N, unique_N, centres, repeated)
+    theta_SP, value_S = fit_huber.minimise(
+        terms, np.log(loss_N)[None], _starts(n_N, d_N, loss_N, repeated), huber_delta
+    )
+    theta_P = theta_SP[value_S.argmin()]
+    residual_N = np.log(loss_N) - fit_huber.log_loss(terms, theta_P[None])[0]
+    constants = {name: float(value[0]) for name, value in _constants(theta_P[None], centres).items()}
+    exponent = constants.pop("parameters_exponent")
+    require(
+        np.isfinite(exponent) and constants["e"] > STUCK * loss_N.min(),
+        "the best E is at its bound, 0: these losses do not level off yet; train larger models on more tokens",
+    )
+    noise = fit_noise.estimate(residual_N, _groups(n_N, d_N, unique_N), theta_P.size)
+    law = Parametric(
+        e=constants["e"],
+        a=constants["a"],
+        b=constants["b"],
+        alpha=constants["alpha"],
+        beta=constants["beta"],
+        repetitions=constants.get("repetitions"),
+        intervals={},
+        noise=float(np.sqrt(noise.total)),
+        residuals=tuple(residual_N.tolist()),
+        convention="all" if embeddings else "non_embedding",
+        confidence=confidence,
+        draws=draws,
+        seed=seed,
+        huber_delta=huber_delta,
+        parameters=tuple(n_N.tolist()),
+        tokens=tuple(d_N.tolist()),
+        unique_tokens=tuple(unique_N.tolist()),
+        loss=tuple(loss_N.tolist()),
+    )
+    law.intervals.update(_intervals(law, float(loss_N.min())))
+    return law
+
+
+def effective_tokens(tokens_N: Array, unique_N: Array, repetitions: Array | float) -> Array:
+    """Tokens that repeated data is worth: U + U * R_D * (1 - exp(-R / R_D)), R = D / U - 1."""
+    repeats = tokens_N / unique_N - 1
+    result: Array = unique_N * (1 + repetitions * -np.expm1(-repeats / repetitions))
+    return result
+
+
+def _centres(parameters: Sequence[float] | Array, tokens: Sequence[float] | Array) -> tuple[float, float]:
+    return float(np.log(parameters).mean()), float(np.log(tokens).mean())
+
+
+def _groups(n_N: Array, d_N: Array, unique_N: Array) -> np.ndarray:
+    """Trials with the same size and tokens, which differ in their seeds."""
+    return fit_noise.group_indices(list(zip(n_N.tolist(), d_N.tolist(), unique_N.tolist())))
+
+
+def _terms(n_N: Array, d_N: Array, unique_N: Array, centres: tuple[float, float], repeated: bool) -> Terms:
+    """Log E, log A' - alpha (log N - centre) and log B' - beta (log D' - centre), with their derivatives."""
+    log_n_N = np.log(n_N) - centres[0]
+
+    def terms(theta_SP: Array) -> tuple[Array, Array]:
+        e_S1, a_S1, alpha_S1, b_S1, beta_S1 = np.split(theta_SP[:, :5], 5, axis=1)
+        log_d_SN = np.broadcast_to(np.log(d_N) - centres[1], (theta_SP.shape[0], d_N.size))
+        if repeated:
+            r_S1 = np.exp(np.clip(theta_SP[:, 5:], np.log(MIN_R) - 5, np.log(MAX_R) + 5))
+            worth_SN = effective_tokens(d_N, unique_N, r_S1)
+            log_d_SN = np.log(worth_SN) - centres[1]
+        zero_SN = np.zeros_like(log_d_SN)
+        terms_SKN = np.stack([e_S1 + zero_SN, a_S1 - alpha_S1 * log_n_N, b_S1 - beta_S1 * log_d_SN], axis=1)
+        derivative_SKNP = np.zeros((*terms_SKN.shape, theta_SP.shape[1]))
+        derivative_SKNP[:, 0, :, 0] = derivative_SKNP[:, 1, :, 1] = derivative_SKNP[:, 2, :, 3] = 1
+        derivative_SKNP[:, 1, :, 2] = -log_n_N
+        derivative_SKNP[:, 2, :, 4] = -log_d_SN
+        if repeated:
+            decay_SN = np.exp(-(d_N / unique_N - 1) / r_S1)
+            growth_SN = unique_N * (r_S1 * (1 - decay_SN) - (d_N / unique_N - 1) * decay_SN)
+            derivative_SKNP[:, 2, :, 5] = -beta_S1 * growth_SN / worth_SN
+        return terms_SKN, derivative_SKNP
+
+    return terms
+
+
+def _starts(n_N: Array, d_N: Array, loss_N: Array, repeated: bool) -> Array:
+    """A grid of exponents, of E's share in the smallest loss, and of A's share in what is above E."""
+    axes = [np.array([0.1, 0.3, 0.8])] * 2 + [np.array([0.2, 0.6, 0.9]), np.array([0.2, 0.5, 0.8])]
+    axes.append(np.array([1.0, 10.0]) if repeated else np.array([1.0]))
+    alpha, beta, share, split, r = (grid.ravel() for grid in np.meshgrid(*axes))
+    e = share * loss_N.min()
+    above = np.exp(np.log(loss_N).mean()) - e
+    start_SP = np.stack([np.log(e), np.log(split * above), alpha, np.log((1 - split) * above), beta], axis=-1)
+    return np.concatenate([start_SP, np.log(r)[:, None]], axis=-1) if repeated else start_SP
+
+
+def _constants(theta_SP: Array, centres: tuple[float, float]) -> dict[str, Array]:
+    log_e, log_a, alpha, log_b, beta = theta_SP[:, :5].T
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        constants = {
+            "e": np.exp(log_e),
+            "a": np.exp(log_a + alpha * centres[0]),
+            "b": np.exp(log_b + beta * centres[1]),
+            "alpha": alpha,
+            "beta": beta,
+            "parameters_exponent": beta / (alpha + beta),
+        }
+    if theta_SP.shape[1] == 6:
+        constants["repetitions"] = np.exp(theta_SP[:, 5])
+    return constants
+
+
+def _check(n_N: Array, d_N: Array, unique_N: Array, loss_N: Array, parameters: int) -> None:
+    for name, values in (("parameters", n_N), ("tokens", d_N), ("unique_tokens", unique_N), ("loss", loss_N)):
+        require(
+            bool(np.all(np.isfinite(values) & (values > 0))),
+            f"the {name} of {np.sum(~(np.isfinite(values) & (values > 0)))} trials are not positive and finite: "
+            "leave these out",
+        )
+    for name, values in (("sizes", n_N), ("token counts", d_N)):
+        require(
+            np.unique(values).size >= MIN_DISTINCT,
+            f"{np.unique(values).size} {name} cannot tell L(N, D): train {MIN_DISTINCT} or more",
+        )
+    points = int(_groups(n_N, d_N, unique_N).max()) + 1
+    require(
+        points > parameters,
+        f"{points} pairs of size and tokens cannot tell {parameters} constants of L(N, D): train {parameters + 1}",
+    )
+    correlation = float(np.corrcoef(np.log(n_N), np.log(d_N))[0, 1])
+    require(
+        abs(correlation) < MOST_CORRELATED,
+        f"tokens follow the size too closely (correlation of the logarithms {correlation:.3f}) to tell A / N^alpha "
+        "from B / D^beta: train a size on several token counts",
+    )
+
+
+def _intervals(law: Parametric, smallest: float) -> dict[str, tuple[float, float]]:
+    drawn = _constants(law._draws[0], _centres(law.parameters, law.tokens))
+    intervals = {name: percentiles(value_S, law.confidence) for name, value_S in drawn.items()}
+    require(
+        intervals["e"][0] > STUCK * smallest,
+        "E has no lower bound: too many draws of the noise put it at 0; train larger models on more tokens, or seeds",
+    )
+    for name in ("alpha", "beta"):
+        require(
+            intervals[name][0] > 0,
+            f"{name} may be 0 or less ({intervals[name][0]:.3g}): losses do not fall clearly with "
+            + ("parameters" if name == "alpha" else "tokens"),
+        )
+    low, high = intervals.get("repetitions", (1.0, 1.0))
+    require(
+        low > MIN_R and high < MAX_R,
+        f"R_D, the worth of repeated data, is not seen in these trials (between {low:.3g} and {high:.3g}): repeat "
+        "data more often, or leave out the trials that did",
+    )
+    return intervals
