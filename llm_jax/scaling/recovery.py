@@ -1,15 +1,22 @@
-"""How well the fits recover laws that are known: intervals' coverage on synthetic trials with realistic noise."""
+"""How well the fits recover laws that are known: coverage of their intervals on synthetic trials with noise.
+
+Shapes: N points, G groups.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llm_jax.errors import UserError
-from llm_jax.scaling import fit_power
+from llm_jax.config import ModelConfig
+from llm_jax.errors import UserError, require
+from llm_jax.scaling import fit
 from llm_jax.scaling.fit_noise import Array
+from llm_jax.scaling.trial import TrialResult
 
 EXTRAPOLATION = 10.0  # prediction at so many times the largest compute
+# What an interval said of a quantity: estimate, low, high, and the value that it should hold.
+Said = tuple[float, float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +36,36 @@ class Scenario:
     l_inf: float = 1.69
 
 
+@dataclasses.dataclass(frozen=True)
+class ParametricScenario:
+    """A known L(N, D), Hoffmann et al. 2022's by default, and a grid of trials that see it through noise."""
+
+    name: str
+    noise: float = 0.004  # relative, of a seed
+    sizes: tuple[float, ...] = tuple(np.geomspace(1e7, 3e9, 7).tolist())
+    tokens: tuple[float, ...] = tuple(np.geomspace(2e8, 6e10, 4).tolist())
+    seeds: int = 2
+    single_sizes: int = 4  # so many of the largest sizes have one seed
+    e: float = 1.69
+    a: float = 406.4
+    b: float = 410.7
+    alpha: float = 0.34
+    beta: float = 0.28
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        """The law's."""
+        return self.e + self.a / parameters**self.alpha + self.b / tokens**self.beta
+
+
 SCENARIOS = (
-    Scenario("8 sizes, seeds 0.4 %", 8, 0.0, 0.004),
-    Scenario("6 sizes, seeds 0.4 %", 6, 0.0, 0.004),
-    Scenario("8 sizes, sizes 0.3 %, seeds 0.3 %", 8, 0.003, 0.003),
-    Scenario("7 sizes, sizes 0.3 %, seeds 0.2 %", 7, 0.003, 0.002),
-    Scenario("6 sizes, sizes 0.3 %, seeds 0.3 %", 6, 0.003, 0.003),
-    Scenario("8 sizes, one seed, 0.3 %", 8, 0.0, 0.003, seeds=1),
+    Scenario("8 sizes; seeds differ by 0.4 %", 8, 0.0, 0.004),
+    Scenario("6 sizes; seeds differ by 0.4 %", 6, 0.0, 0.004),
+    Scenario("8 sizes; sizes by 0.3 %, seeds by 0.3 %", 8, 0.003, 0.003),
+    Scenario("7 sizes; sizes by 0.3 %, seeds by 0.2 %", 7, 0.003, 0.002),
+    Scenario("6 sizes; sizes by 0.3 %, seeds by 0.3 %", 6, 0.003, 0.003),
+    Scenario("8 sizes of one seed, which differ by 0.3 %", 8, 0.0, 0.003, seeds=1),
 )
+PARAMETRIC = ParametricScenario("7 sizes, 4 token counts; seeds differ by 0.4 %")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,29 +83,86 @@ class Recovery:
     refused: int  # that were refused
 
 
-def recover(scenario: Scenario, method: str, draws: int, seed: int = 0, bootstrap: int = 200) -> tuple[Recovery, ...]:
-    """Fit `draws` synthetic sweeps of a scenario and count how often the 95 % intervals hold the truth.
+def power_law(
+    scenario: Scenario, method: str, draws: int, *, seed: int = 0, bootstrap: int = 200
+) -> tuple[Recovery, ...]:
+    """Fit L(C) to `draws` synthetic sweeps and count how often the 95 % intervals hold the truth.
 
-    Quantities: a, b, l_inf, the law at 10x the largest compute, and one new run there.
+    Quantities: a, b, l_inf, the law at 10x the largest compute, and one new run there. `bootstrap` is the number of
+    draws inside a fit by "huber".
     """
     generator = np.random.default_rng(seed)
     group_N, compute_N = _design(scenario)
     target = EXTRAPOLATION * scenario.largest
-    rows, refused = [], 0
+    rows = []
     for draw in range(draws):
         loss_N = _noisy(scenario, compute_N, group_N, generator)
-        new_run = _noisy(scenario, np.array([target]), np.array([0]), generator)[0]
+        new_run = float(_noisy(scenario, np.array([target]), np.array([0]), generator)[0])
         try:
-            law = fit_power.fit_power_law(
-                compute_N.tolist(), loss_N.tolist(), method=method, draws=bootstrap, seed=draw
-            )
+            law = fit.fit_power_law(compute_N.tolist(), loss_N.tolist(), method=method, draws=bootstrap, seed=draw)
         except UserError:
-            refused += 1
             continue
-        rows.append(_measure(law, target, new_run))
-    truths = {"a": _a(scenario), "b": scenario.b, "l_inf": scenario.l_inf}
-    truths["law at 10x"] = truths["new run at 10x"] = float(_true(scenario, np.array([target]))[0])
-    return _summarise(scenario.name, method, truths, rows, refused)
+        rows.append(_said_of_compute(law, scenario, target, new_run))
+    return _summarise(scenario.name, method, rows, draws)
+
+
+def parametric(
+    scenario: ParametricScenario, draws: int, *, seed: int = 0, bootstrap: int = 200
+) -> tuple[Recovery, ...]:
+    """Fit L(N, D) to `draws` synthetic grids and count how often the 95 % intervals hold the truth.
+
+    Quantities: the five constants, the exponent of the compute-optimal (best) N, and one new run with 10 times the largest
+    N and the largest D.
+    """
+    generator = np.random.default_rng(seed)
+    size, count = EXTRAPOLATION * max(scenario.sizes), EXTRAPOLATION * max(scenario.tokens)
+    truths = {name: getattr(scenario, name) for name in ("e", "a", "b", "alpha", "beta")}
+    exponent = scenario.beta / (scenario.alpha + scenario.beta)
+    rows = []
+    for draw in range(draws):
+        results = trials(scenario, generator)
+        new_run = scenario.loss(size, count) * float(np.exp(generator.normal() * scenario.noise))
+        try:
+            law = fit.parametric(results, draws=bootstrap, seed=draw)
+        except UserError:
+            continue
+        row: dict[str, Said] = {name: (getattr(law, name), *law.intervals[name], truths[name]) for name in truths}
+        fitted = law.beta / (law.alpha + law.beta)
+        row["best N"] = (fitted, *law.intervals["parameters_exponent"], exponent)
+        row["new run at 10x N, D"] = (law.predict(size, count), *law.predict_interval(size, count), new_run)
+        rows.append(row)
+    return _summarise(scenario.name, "huber, L(N, D)", rows, draws)
+
+
+def trials(scenario: ParametricScenario, generator: np.random.Generator) -> list[TrialResult]:
+    """Synthetic trials of the grid of sizes and tokens; training costs 6 FLOPs for a parameter and token."""
+    results = []
+    for index, size in enumerate(scenario.sizes):
+        for count in scenario.tokens:
+            for seed in range(scenario.seeds if index < len(scenario.sizes) - scenario.single_sizes else 1):
+                loss = scenario.loss(size, count) * float(np.exp(generator.normal() * scenario.noise))
+                results.append(trial(size, count, loss, seed))
+    return results
+
+
+def trial(parameters: float, tokens: float, loss: float, seed: int = 0) -> TrialResult:
+    """A synthetic trial of so many parameters, all of them outside the embeddings."""
+    n, d = round(parameters), round(tokens)
+    return TrialResult(
+        name=f"n{n}-d{d}-s{seed}",
+        size=f"n{n}",
+        model=ModelConfig(),
+        sequence_length=2048,
+        parameters=n,
+        non_embedding_parameters=n,
+        tokens=d,
+        unique_tokens=d,
+        compute=6.0 * n * d,
+        learning_rate=1e-3,
+        seed=seed,
+        loss=loss,
+        curve=((d, loss),),
+    )
 
 
 def _design(scenario: Scenario) -> tuple[np.ndarray, Array]:
@@ -90,12 +176,8 @@ def _middle(scenario: Scenario) -> float:
     return float(scenario.largest / 10 ** (scenario.decades / 2))
 
 
-def _a(scenario: Scenario) -> float:
-    return float(scenario.amplitude * _middle(scenario) ** -scenario.b)
-
-
-def _true(scenario: Scenario, compute: Array) -> Array:
-    result: Array = scenario.amplitude * (compute / _middle(scenario)) ** scenario.b + scenario.l_inf
+def _true(scenario: Scenario, compute: Array | float) -> Array:
+    result: Array = scenario.amplitude * (np.asarray(compute) / _middle(scenario)) ** scenario.b + scenario.l_inf
     return result
 
 
@@ -106,40 +188,34 @@ def _noisy(scenario: Scenario, compute_N: Array, group_N: np.ndarray, generator:
     return result
 
 
-def _measure(law: fit_power.PowerLaw, target: float, new_run: float) -> dict[str, tuple[float, float, float, float]]:
-    """Estimate, low and high of each quantity; and for the new run, what it came to (else NaN: the truth)."""
-    nan = float("nan")
+def _said_of_compute(law: fit.PowerLaw, scenario: Scenario, target: float, new_run: float) -> dict[str, Said]:
+    a = float(scenario.amplitude * _middle(scenario) ** -scenario.b)
+    predicted = law.predict(target)
     return {
-        "a": (law.a, *law.intervals["a"], nan),
-        "b": (law.b, *law.intervals["b"], nan),
-        "l_inf": (law.l_inf, *law.intervals["l_inf"], nan),
-        "law at 10x": (law.predict(target), *law.law_interval(target), nan),
-        "new run at 10x": (law.predict(target), *law.predict_interval(target), new_run),
+        "a": (law.a, *law.intervals["a"], a),
+        "b": (law.b, *law.intervals["b"], scenario.b),
+        "l_inf": (law.l_inf, *law.intervals["l_inf"], scenario.l_inf),
+        "law at 10x": (predicted, *law.law_interval(target), float(_true(scenario, target))),
+        "new run at 10x": (predicted, *law.predict_interval(target), new_run),
     }
 
 
-def _summarise(
-    scenario: str,
-    method: str,
-    truths: dict[str, float],
-    rows: Sequence[dict[str, tuple[float, float, float, float]]],
-    refused: int,
-) -> tuple[Recovery, ...]:
+def _summarise(scenario: str, method: str, rows: Sequence[Mapping[str, Said]], draws: int) -> tuple[Recovery, ...]:
+    require(bool(rows), f"the fit by {method} refused all {draws} draws of {scenario!r}")
     summary = []
-    for quantity, truth in truths.items():
-        estimate, low, high, actual = np.array([row[quantity] for row in rows]).reshape(-1, 4).T
-        wanted = np.where(np.isnan(actual), truth, actual)
+    for quantity in rows[0]:
+        estimate, low, high, truth = np.array([row[quantity] for row in rows]).T
         summary.append(
             Recovery(
                 scenario,
                 method,
                 quantity,
-                truth,
-                float(np.median(estimate)),
-                float(np.median(high - low)),
-                float(np.mean((low <= wanted) & (wanted <= high))),
-                len(rows),
-                refused,
+                truth=float(np.median(truth)),
+                median=float(np.median(estimate)),
+                width=float(np.median(high - low)),
+                covered=float(np.mean((low <= truth) & (truth <= high))),
+                draws=len(rows),
+                refused=draws - len(rows),
             )
         )
     return tuple(summary)
