@@ -418,6 +418,17 @@ def test_a_rate_beside_the_best_that_diverged_is_said():
     assert problems == ["size d16: the learning rates beside the best one, 0.008, have no results to compare with"]
 
 
+def test_the_line_is_fitted_to_enclosed_optima_where_there_are_enough():
+    middle = SizeConfig(name="d24", hidden_size=24, num_layers=2, num_heads=2, ffn_size=48)
+    config = rate_config(sizes=("d16", "d24", "d32"))
+    grid = dataclasses.replace(config.grid, sizes=(SMALL, middle, LARGE))
+    config = dataclasses.replace(config, grid=grid)
+    target = dataclasses.replace(LARGE, name="target", num_layers=8)
+    config = dataclasses.replace(config, prediction=PredictionConfig(compute=1e12, size=target))
+    choices, _ = learning_rate.choose(config, swept(config, {"d16": 4e-3, "d24": 1.0, "d32": 4e-3}))
+    assert choices[-1].rate == pytest.approx(4e-3) and choices[-1].why.endswith("fitted to sizes d16, d32")
+
+
 def test_one_swept_size_gives_its_rate_to_all_and_none_the_bases():
     config = rate_config(sizes=("d16",))
     choices, _ = learning_rate.choose(config, swept(config, {"d16": 5e-3}))
