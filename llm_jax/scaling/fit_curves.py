@@ -65,12 +65,14 @@ def frontier(results: Sequence[TrialResult], *, ends_only: bool = False) -> Fron
     A point is on it if no curve, interpolated in log compute, lies below it there or had reached its loss with less
     compute. Seeds of a trial are averaged first, or the envelope would pick the lucky ones. Points before a run's end
     are biased upwards, since the learning rate had not decayed; `ends_only` leaves them out, and then each end is
-    compared with ends alone.
+    compared with ends alone, those of the same budget (within 5 %) included.
     """
     require(bool(results), "there are no trials to draw a frontier of")
     curves = [_curve(members, ends_only) for members in seeds(results)]
     points = [point for curve in curves for point in curve]
-    lowest = [point for point in points if not any(_below(curve, point) for curve in curves)]
+    # Trials of one budget differ in compute by the rounding to whole steps: that makes none of them the cheaper one.
+    slack = SAME_BUDGET if ends_only else 0.0
+    lowest = [point for point in points if not any(_below(curve, point, slack) for curve in curves)]
     lowest.sort(key=lambda point: (point.compute, point.loss))
     return Frontier(tuple(lowest), ends_only, "" if ends_only else CURVES_BIAS)
 
@@ -109,9 +111,10 @@ def _curve(members: Sequence[TrialResult], ends_only: bool) -> list[FrontierPoin
     return points
 
 
-def _below(curve: Sequence[FrontierPoint], point: FrontierPoint) -> bool:
-    """Whether a curve reaches a lower loss than a point's with no more compute."""
-    earlier = [other.loss for other in curve if other.compute <= point.compute and other is not point]
+def _below(curve: Sequence[FrontierPoint], point: FrontierPoint, slack: float) -> bool:
+    """Whether a curve reaches a lower loss than a point's with no more compute, or with a share of `slack` more."""
+    most = point.compute * (1 + slack)
+    earlier = [other.loss for other in curve if other.compute <= most and other is not point]
     if earlier and min(earlier) <= point.loss - ROUNDING:
         return True
     if point in curve or not curve[0].compute <= point.compute <= curve[-1].compute:
