@@ -132,7 +132,12 @@ def _traces(series: Series) -> Iterator[go.Scatter]:
         up, down = np.subtract(series.high, series.y), np.subtract(series.y, series.low)
         bars = {"type": "data", "symmetric": False, "array": up.tolist(), "arrayminus": down.tolist()}
     mode = "+".join(kind for kind, drawn in (("lines", series.line), ("markers", series.marker)) if drawn)
-    marker = {"symbol": PLOTLY_SYMBOLS[series.marker], "size": PLOTLY_SIZES[series.marker], "color": series.colour}
+    marker = {
+        "symbol": PLOTLY_SYMBOLS[series.marker],
+        "size": PLOTLY_SIZES[series.marker],
+        "color": series.colour,
+        "line": {"width": 2 if series.marker == "diamond" else 0},
+    }
     yield go.Scatter(
         x=series.x, y=series.y, mode=mode, name=_text(series.label), opacity=series.opacity, line=line, marker=marker,
         error_y=bars, hovertext=[_text(text) for text in series.hover], hoverinfo="text" if series.hover else "skip",

@@ -136,14 +136,14 @@ def isoflop(results: Sequence[TrialResult], found: IsoFlop) -> Panel:
     losses = tuple(budget.loss_minimum for budget in found.budgets)
     hover = tuple(_optimum_hover(budget) for budget in found.budgets)
     series.append(Series("best size", sizes, losses, PREDICTED_COLOUR, hover, line="dotted", marker="star"))
-    counted = "all of them" if found.convention == "all" else "without embedding and output head"
+    counted = "parameters" if found.convention == "all" else "parameters without embedding and output head"
     return Panel(
         name="isoflop",
         title="Loss by size, for the same compute",
         caption="Every colour is a budget of compute: dots are runs, the curve is a parabola in the logarithm of the "
         f"size. The best size grows as compute to the power {found.parameters_law.exponent:.2f}."
         + "".join(f"\nLeft out: {problem}." for problem in found.problems),
-        x=Axis(f"parameters ({counted})", numbers="quantity"),
+        x=Axis(counted, numbers="quantity"),
         y=LOSS,
         series=tuple(series),
     )
