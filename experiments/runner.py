@@ -73,7 +73,7 @@ def main(
         config, folder = parse(arguments, config_class, default_config, workdir)
         if save_config:
             _save_config(config, folder / "config.json")
-        _prepare_jax()
+        prepare_jax()
         run(config, folder)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
@@ -84,7 +84,7 @@ def main(
         _fail(message, 1)
 
 
-def _prepare_jax() -> None:
+def prepare_jax() -> None:
     """Let an experiment that uses JAX start sooner when it is run again, and step without page faults on a CPU."""
     jax = sys.modules.get("jax")
     if jax is None:
