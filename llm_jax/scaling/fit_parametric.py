@@ -23,6 +23,7 @@ from llm_jax.scaling.trial import TrialResult
 
 MIN_DISTINCT = 3  # of N and of D
 MOST_CORRELATED = 0.98  # of log N with log D; above, the two terms cannot be told apart
+REPEATED = 2.0  # data read so often, by one trial at least, is treated as repeated; less, as all new
 MIN_R, MAX_R = 0.05, 1e3  # repetitions; an R_D beyond is not seen in the data
 
 
@@ -130,7 +131,8 @@ def parametric(
 ) -> Parametric:
     """Fit L(N, D) to the trials' ends: the Huber loss on log losses, from many starts.
 
-    Where any trial repeated its data (`unique_tokens < tokens`), the worth of a repetition is fitted, too.
+    Where any trial read its data twice or more (`unique_tokens <= tokens / 2`), the worth of a repetition is fitted,
+    too; where all read less, their tokens count as all new.
 
     Args:
         results: trials with three sizes and three token counts or more, which do not grow in proportion.
@@ -149,7 +151,8 @@ def parametric(
     d_N, unique_N, loss_N = (
         np.array([float(getattr(result, name)) for result in results]) for name in ("tokens", "unique_tokens", "loss")
     )
-    repeated = bool(np.any(unique_N < d_N))
+    repeated = bool(np.any(d_N >= REPEATED * unique_N))
+    unique_N = unique_N if repeated else d_N
     _check(n_N, d_N, unique_N, loss_N, 6 if repeated else 5)
     centres = _centres(n_N, d_N)
     terms = _terms(n_N, d_N, unique_N, centres, repeated)

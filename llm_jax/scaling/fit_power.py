@@ -212,6 +212,7 @@ def _least_squares(
     found = fit_profile.profile(x_N, loss_N, group_N, confidence)
     amplitude, l_inf = found.linear_B2[found.best]
     _identified(amplitude, l_inf, float(loss_N.min()))
+    _bounded(found)
     start = (amplitude, found.b_B[found.best], l_inf)
     same_NN = group_N[:, None] == group_N[None, :]
     covariance_NN = np.outer(found.scale_N, found.scale_N) * (found.noise.ratio * same_NN + np.eye(x_N.size))
@@ -252,8 +253,7 @@ def _identified(amplitude: float, l_inf: float, smallest: float) -> None:
     require(amplitude > 0, "losses do not fall with compute: there is no law to fit; look for runs that diverged")
 
 
-def _profile_intervals(law: PowerLaw) -> dict[str, tuple[float, float]]:
-    found = law._profile
+def _bounded(found: Profile) -> None:
     require(
         not found.flat_allowed,
         "L_inf has no lower bound: these losses are as well a straight line in log compute; span more compute, or "
@@ -263,6 +263,10 @@ def _profile_intervals(law: PowerLaw) -> dict[str, tuple[float, float]]:
         not found.steep_allowed,
         "the exponent b has no bound: only the smallest compute lies above L_inf; train smaller models too",
     )
+
+
+def _profile_intervals(law: PowerLaw) -> dict[str, tuple[float, float]]:
+    found = law._profile
     one_B, zero_B = np.ones_like(found.b_B), np.zeros_like(found.b_B)
     low, high = found.interval(np.stack([zero_B, one_B], axis=-1))
     return {

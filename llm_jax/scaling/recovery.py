@@ -111,8 +111,8 @@ def parametric(
 ) -> tuple[Recovery, ...]:
     """Fit L(N, D) to `draws` synthetic grids and count how often the 95 % intervals hold the truth.
 
-    Quantities: the five constants, the exponent of the compute-optimal (best) N, and one new run with 10 times the largest
-    N and the largest D.
+    Quantities: the five constants, the exponent of the compute-optimal (best) N, and one new run with 10 times the
+    largest N and the largest D.
     """
     generator = np.random.default_rng(seed)
     size, count = EXTRAPOLATION * max(scenario.sizes), EXTRAPOLATION * max(scenario.tokens)

@@ -1,0 +1,69 @@
+"""95 % intervals hold known laws about 95 times in 100: quickly here, over 500 draws in the slow tests."""
+
+import math
+
+import pytest
+
+from experiments import runner, scaling_recovery
+from llm_jax.errors import UserError
+from llm_jax.scaling import recovery
+from llm_jax.scaling.recovery import Scenario
+
+REALISTIC = [each for each in recovery.SCENARIOS if each.noise_between > 0][1]
+
+
+def least(draws: int) -> float:
+    """Three standard errors below a coverage of 93 %."""
+    return 0.93 - 3 * math.sqrt(0.93 * 0.07 / draws)
+
+
+@pytest.mark.parametrize("method, draws, bootstrap", [("least_squares", 60, 40), ("huber", 30, 100)])
+def test_intervals_cover(method, draws, bootstrap):
+    rows = recovery.power_law(REALISTIC, method, draws, bootstrap=bootstrap)
+    assert [row.quantity for row in rows] == ["a", "b", "l_inf", "law at 10x", "new run at 10x"]
+    for row in rows:
+        assert row.refused == 0 and row.covered >= least(draws), row
+        assert abs(row.median - row.truth) < row.width
+
+
+def test_counting_can_fail():
+    """Intervals for noise that seeds share, counted as if they did not, hold the truth too rarely."""
+    mistaken = Scenario("no noise is seen", 8, 0.0, 1e-12, single_sizes=0)
+    exact = recovery.power_law(mistaken, "least_squares", 5)
+    assert max(row.width for row in exact if row.quantity == "l_inf") < 1e-6
+
+
+def test_law_of_both_is_recovered():
+    rows = recovery.parametric(recovery.PARAMETRIC, 8, bootstrap=80)
+    assert {row.quantity for row in rows} >= {"e", "a", "b", "alpha", "beta", "best N", "new run at 10x N, D"}
+    for row in rows:
+        assert row.covered >= 5 / 8 and row.refused == 0, row
+
+
+def test_noise_too_great_is_counted_as_refused():
+    with pytest.raises(UserError, match="refused all 3 draws"):
+        recovery.power_law(Scenario("hidden", 6, 0.3, 0.3), "least_squares", 3, seed=1)
+
+
+def test_study_writes_its_table(tmp_path):
+    argv = ["scaling_recovery", f"--workdir={tmp_path}", "--config.draws=2", "--config.bootstrap=40"]
+    runner.main(scaling_recovery.run, scaling_recovery.RecoveryConfig, "configs/scaling_laws/recovery.py", argv=argv)
+    text = (tmp_path / "table.md").read_text()
+    assert all(scenario.name in text for scenario in (*recovery.SCENARIOS, recovery.PARAMETRIC))
+    assert (tmp_path / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", recovery.SCENARIOS, ids=lambda each: each.name)
+@pytest.mark.parametrize("method", ["least_squares", "huber"])
+def test_coverage_over_500_draws(scenario, method):
+    for row in recovery.power_law(scenario, method, 500):
+        assert 0.90 <= row.covered <= 0.99, row
+        assert row.refused <= 5
+
+
+@pytest.mark.slow
+def test_coverage_of_the_law_of_both_over_500_draws():
+    for row in recovery.parametric(recovery.PARAMETRIC, 500):
+        assert 0.90 <= row.covered <= 0.99, row
+        assert row.refused <= 5
