@@ -86,7 +86,7 @@ def _bases(
             continue
         for variation in variations:
             try:
-                yield name, variation, _varied(config.base, model, variation, learning_rates.get(name))
+                yield name, variation, _varied(config, model, variation, learning_rates.get(name))
             except UserError as error:
                 problems.append(f"size {name}{_in_words(variation)} is left out: {error}")
 
@@ -142,9 +142,9 @@ def _value(text: str) -> Any:
     return value if isinstance(value, int | float) else text
 
 
-def _varied(base: TrainConfig, model: ModelConfig, variation: Mapping[str, Any], rate: float | None) -> TrainConfig:
+def _varied(config: ScalingConfig, model: ModelConfig, variation: Mapping[str, Any], rate: float | None) -> TrainConfig:
     """The base run with one size's model, its learning rate, and one combination of the varied keys."""
-    values = dataclasses.asdict(base)
+    values = dataclasses.asdict(config.base)
     values["model"] = dataclasses.asdict(model)
     if rate is not None:
         values["optimizer"]["learning_rate"] = rate
@@ -259,19 +259,24 @@ def together(trials: Sequence[Trial], launcher: LauncherConfig) -> list[list[Tri
     """Groups of trials that train in one compiled step: they differ in their seeds and learning rate alone.
 
     A group holds at most `launcher.together` trials, none of more than `launcher.together_up_to` FLOPs, and the groups
-    of one shape are as equal as can be.
+    of one shape are as equal as can be. Trials that use several devices or processes train alone.
     """
     shapes: dict[str, list[Trial]] = {}
     for trial in trials:
-        length = trial.config.data.sequence_length
-        compute = flops.training_flops(trial.config.model, length, trial.tokens)
-        alone = launcher.together_up_to and compute > launcher.together_up_to
-        shapes.setdefault(trial.name if alone else _shape(trial.config), []).append(trial)
+        shapes.setdefault(trial.name if _is_alone(trial, launcher) else _shape(trial.config), []).append(trial)
     groups = []
     for members in shapes.values():
         count = math.ceil(len(members) / launcher.together)
         groups += [members[i * len(members) // count : (i + 1) * len(members) // count] for i in range(count)]
     return groups
+
+
+def _is_alone(trial: Trial, launcher: LauncherConfig) -> bool:
+    mesh = trial.config.mesh
+    processes = launcher.nodes * launcher.tasks_per_node if launcher.kind == "slurm" else 1
+    compute = flops.training_flops(trial.config.model, trial.config.data.sequence_length, trial.tokens)
+    large = bool(launcher.together_up_to) and compute > launcher.together_up_to
+    return large or processes > 1 or mesh.replica * mesh.tensor * max(mesh.data, 1) > 1
 
 
 def _shape(config: TrainConfig) -> str:

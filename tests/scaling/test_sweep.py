@@ -10,7 +10,7 @@ import pytest
 
 from llm_jax import config as config_lib
 from llm_jax import models
-from llm_jax.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from llm_jax.config import CheckpointConfig, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from llm_jax.errors import UserError
 from llm_jax.optim import schedules
 from llm_jax.scaling import flops, learning_rate, sweep
@@ -212,6 +212,14 @@ def test_large_trials_train_alone():
     limit = flops.training_flops(trials[0].config.model, 8, 640)
     groups = sweep.together(trials, LauncherConfig(together_up_to=limit))
     assert [[t.size for t in group] for group in groups] == [["d16", "d16"], ["d32"], ["d32"]]
+
+
+def test_trials_of_several_processes_or_devices_train_alone():
+    trials, _ = expand(grid={"seeds": (0, 1)})
+    assert len(sweep.together(trials, LauncherConfig(kind="slurm", nodes=2))) == 4
+    assert len(sweep.together(trials, LauncherConfig(kind="processes", nodes=2))) == 2
+    base = dataclasses.replace(make_config().base, mesh=MeshConfig(tensor=2))
+    assert len(sweep.together(expand(base=base, grid={"seeds": (0, 1)})[0], LauncherConfig())) == 4
 
 
 # Results
