@@ -8,9 +8,11 @@ same command again to continue after a stop. A --workdir into which experiments.
 that model.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,16 @@ from jax.sharding import Mesh
 from experiments import runner
 from llm_jax import config as config_lib
 from llm_jax import models
-from llm_jax.config import TrainConfig
+from llm_jax.config import MeshConfig, TrainConfig
 from llm_jax.data import loader
 from llm_jax.errors import require
 from llm_jax.evaluation import perplexity
-from llm_jax.optim import adamw, schedules
+from llm_jax.optim import schedules
 from llm_jax.parallel import distributed
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.scaling.flops import training_flops_per_token
 from llm_jax.tokenization import tokenizer as tokenizers
-from llm_jax.training import language_model, metrics, state, step
+from llm_jax.training import language_model, metrics, state, step, together
 from llm_jax.training.checkpoint import Checkpointer
 from llm_jax.training.loop import Loop, Throughput
 
@@ -37,6 +39,7 @@ DATASET = "dataset.json"
 # What may change when a run is continued; everything else decides its numbers.
 CHANGEABLE = ("steps", "microbatches", "log_every", "eval_every", "eval_batches", "profile_start", "profile_steps")
 CHANGEABLE_GROUPS = ("mesh", "checkpoint")
+TOGETHER_MAY_DIFFER = ("seed", "data.seed", "optimizer.learning_rate")
 EXECUTION_FIELDS = ("attention", "remat", "scan_layers")
 
 
@@ -98,17 +101,20 @@ def record_start(config: TrainConfig, info: loader.DatasetInfo, workdir: Path) -
     distributed.wait_for_all("record_start")
 
 
-def heldout_evaluation(config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh) -> Callable[[Any], Mapping]:
+def heldout_evaluation(
+    config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh, together: bool = False
+) -> Callable[[Any], Mapping[str, Any]]:
     """A function from parameters to held-out loss and bits per byte of every source, over `eval_batches` batches.
 
-    Sources without held-out documents are left out.
+    Sources without held-out documents are left out. With `together`, parameters and values are those of several runs.
     """
-    score = perplexity.scorer(config.model, config.loss, mesh)
+    score = perplexity.scorer(config.model, config.loss, mesh, together)
     share = jax.process_index(), jax.process_count()
 
-    def evaluate(params: Any) -> dict[str, float]:
+    def evaluate(params: Any) -> dict[str, Any]:
         values = {}
-        nats = tokens = 0.0
+        nats: Any = 0.0
+        tokens = 0.0
         for source, sizes in info.sources.items():
             batches = loader.heldout_batches(
                 config.data, source, max_batches=config.eval_batches, process_index=share[0], process_count=share[1]
@@ -129,7 +135,7 @@ def heldout_evaluation(config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh
 
 def describe(config: TrainConfig, info: loader.DatasetInfo, mesh: Mesh) -> str:
     """What is about to run, in one line."""
-    tokens = config.steps * config.data.batch_size * config.data.sequence_length
+    tokens = config.steps * tokens_per_step(config)
     return (
         f"{models.count_parameters(config.model):,} parameters, {config.steps:,} steps, {tokens:,} tokens "
         f"({tokens / info.tokens:.2f} epochs of {info.tokens:,}), mesh {dict(mesh.shape)}"
@@ -146,39 +152,56 @@ def run(config: TrainConfig, workdir: Path) -> None:
     check_dataset(config, info, workdir)
     check_workdir(config, workdir)
     schedule = schedules.learning_rate(config.optimizer, config.steps)
-    optimizer = adamw.build(config.optimizer, adamw.decay_mask)
-    abstract = state.abstract_state(config.model, optimizer, mesh)
+    state.abstract_state(config.model, state.optimizer(config.model, config.optimizer), mesh)  # refuses misfits
     record_start(config, info, workdir)
     if distributed.is_first():
         print(describe(config, info, mesh))
-    train(config, workdir, mesh, info, optimizer, schedule, abstract)
+    train(config, workdir, mesh, info, schedule)
+
+
+def open_checkpoints(config: TrainConfig, workdir: Path) -> Checkpointer:
+    """The checkpoints of a run."""
+    return Checkpointer(workdir, config.checkpoint, config.model, tokens_per_step(config))
+
+
+def tokens_per_step(config: TrainConfig) -> int:
+    """Tokens of a global batch."""
+    return config.data.batch_size * config.data.sequence_length
+
+
+def throughput(config: TrainConfig) -> Throughput:
+    """The meter of a run's speed."""
+    flops = training_flops_per_token(config.model, config.data.sequence_length)
+    return Throughput(tokens_per_step(config), flops, metrics.peak_flops())
+
+
+def first_state(config: TrainConfig, checkpointer: Checkpointer, mesh: Mesh) -> state.TrainState:
+    """The state of the newest checkpoint; without one, of step 0."""
+    optimizer = state.optimizer(config.model, config.optimizer)
+    abstract = state.abstract_state(config.model, optimizer, mesh)
+    latest = checkpointer.latest_step()
+    if latest is None:
+        return state.init_state(config.model, optimizer, mesh, jax.random.key(config.seed))
+    if checkpointer.is_model_alone(latest):
+        return state.state_of(checkpointer.restore_params(abstract, latest), optimizer, abstract)
+    return checkpointer.restore(abstract, latest)
 
 
 def train(
-    config: TrainConfig,
-    workdir: Path,
-    mesh: Mesh,
-    info: loader.DatasetInfo,
-    optimizer: Any,
-    schedule: Any,
-    abstract: state.TrainState,
+    config: TrainConfig, workdir: Path, mesh: Mesh, info: loader.DatasetInfo, schedule: schedules.Schedule
 ) -> None:
     """Restore or initialise the state, and run the loop."""
-    tokens_per_step = config.data.batch_size * config.data.sequence_length
-    loss_fn = language_model.loss_function(config.model, config.loss)
-    step_function = step.build(loss_fn, optimizer, schedule, seed=config.seed, microbatches=config.microbatches)
-    flops = training_flops_per_token(config.model, config.data.sequence_length)
-    with Checkpointer(workdir, config.checkpoint, config.model, tokens_per_step) as checkpointer:
-        latest = checkpointer.latest_step()
-        start = latest or 0
-        if latest is None:
-            current = state.init_state(config.model, optimizer, mesh, jax.random.key(config.seed))
-        elif checkpointer.is_model_alone(latest):
-            print(f"beginning with the model of the checkpoint in {workdir}")
-            current = state.state_of(checkpointer.restore_params(abstract, latest), optimizer, abstract)
-        else:
-            print(f"continuing from step {start}")
-            current = checkpointer.restore(abstract, start)
+    optimizer = state.optimizer(config.model, config.optimizer)
+    update = language_model.compiled_update(config.model, config.loss, optimizer, config.microbatches)
+    with open_checkpoints(config, workdir) as checkpointer:
+        start = checkpointer.latest_step()
+        if start is not None:
+            alone = checkpointer.is_model_alone(start)
+            print(
+                f"beginning with the model of the checkpoint in {workdir}" if alone else f"continuing from step {start}"
+            )
+        start = start or 0
+        current = first_state(config, checkpointer, mesh)
         batches = loader.train_batches(
             config.data, start_step=start, process_index=jax.process_index(), process_count=jax.process_count()
         )
@@ -186,13 +209,133 @@ def train(
             Loop(
                 config=config,
                 mesh=mesh,
-                step_function=step_function,
+                step_function=step.bind(update, step.seed_number(config.seed), schedule),
                 evaluate=heldout_evaluation(config, info, mesh),
                 checkpointer=checkpointer,
                 recorder=recorder,
-                throughput=Throughput(tokens_per_step, flops, metrics.peak_flops()),
+                throughput=throughput(config),
                 workdir=workdir,
             ).run(current, batches, start)
+
+
+def run_together(configs: Sequence[TrainConfig], workdirs: Sequence[Path]) -> None:
+    """Train several runs of one shape in one compiled step, each in its own folder, with the results of `run`.
+
+    The configs may differ in `seed`, `data.seed` and `optimizer.learning_rate`. All runs share one device of one
+    process. Each is continued from its newest checkpoint; those at the same step advance together, finished ones are
+    left out. A run that diverges is stopped, and the others go on. A single config is passed to `run`.
+
+    Raises:
+      UserError: the configs differ in more, or ask for a mesh of several devices; what `run` refuses of one of them;
+        and, after all others are finished and saved, runs that diverged.
+    """
+    require(len(configs) == len(workdirs), f"{len(configs)} configs for {len(workdirs)} folders")
+    if len(configs) == 1:
+        return run(configs[0], workdirs[0])
+    check_alike(configs, workdirs)
+    mesh = mesh_lib.build(MeshConfig(), jax.local_devices()[:1])
+    info = loader.describe(configs[0].data)
+    for config, workdir in zip(configs, workdirs):
+        check_dataset(config, info, workdir)
+        check_workdir(config, workdir)
+        schedules.learning_rate(config.optimizer, config.steps)  # refuses a warm-up that is too long
+    for config, workdir in zip(configs, workdirs):
+        record_start(config, info, workdir)
+    print(f"{len(configs)} runs together, each of {describe(configs[0], info, mesh)}")
+    failures: dict[str, str] = {}
+    for start, members in _by_step(configs, workdirs).items():
+        if not _train_group([configs[i] for i in members], [workdirs[i] for i in members], mesh, info, start, failures):
+            break
+    listed = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+    require(not failures, f"{len(failures)} of {len(configs)} runs trained together diverged: {listed}")
+
+
+def check_alike(configs: Sequence[TrainConfig], workdirs: Sequence[Path]) -> None:
+    """Raise `UserError` unless these runs can be trained in one compiled step."""
+    require(len(set(workdirs)) == len(workdirs), "runs trained together need a folder each")
+    first = _shape(configs[0])
+    for config, workdir in zip(configs, workdirs):
+        shape = _shape(config)
+        differences = [f"{key} {first[key]} and {shape[key]}" for key in first if first[key] != shape[key]]
+        require(
+            not differences,
+            f"{workdirs[0]} and {workdir} cannot be trained together: they differ in {', '.join(differences[:4])}; "
+            f"only {', '.join(TOGETHER_MAY_DIFFER)} may differ",
+        )
+    mesh = configs[0].mesh
+    require(
+        mesh.replica * mesh.tensor * max(mesh.data, 1) == 1 and jax.process_count() == 1,
+        f"runs trained together share one device of one process, but config.mesh is {dataclasses.asdict(mesh)} in "
+        f"{jax.process_count()} processes: train them one by one",
+    )
+    require(not configs[0].profile_steps, "runs trained together are not profiled: set config.profile_steps=0")
+    require(configs[0].data.dataset != "", "set config.data.dataset to the folder that prepare_data wrote")
+
+
+def _shape(config: TrainConfig) -> dict[str, Any]:
+    """All settings, by dotted name, that runs trained together share."""
+    keys = [key for key, hint in config_lib.keys(TrainConfig) if not dataclasses.is_dataclass(hint)]
+    return {key: operator.attrgetter(key)(config) for key in keys if key not in TOGETHER_MAY_DIFFER}
+
+
+def _by_step(configs: Sequence[TrainConfig], workdirs: Sequence[Path]) -> dict[int, list[int]]:
+    """The unfinished runs by the step of their newest checkpoint."""
+    groups: dict[int, list[int]] = {}
+    for i, (config, workdir) in enumerate(zip(configs, workdirs)):
+        with open_checkpoints(config, workdir) as checkpointer:
+            start = checkpointer.latest_step() or 0
+        if start < config.steps:
+            groups.setdefault(start, []).append(i)
+    return groups
+
+
+def _train_group(
+    configs: Sequence[TrainConfig],
+    workdirs: Sequence[Path],
+    mesh: Mesh,
+    info: loader.DatasetInfo,
+    start: int,
+    failures: dict[str, str],
+) -> bool:
+    """Train runs from one step to their end, adding to `failures`; whether they were not asked to stop before."""
+    first = configs[0]
+    optimizer = state.optimizer(first.model, first.optimizer)
+    with contextlib.ExitStack() as stack:
+        checkpointers = [stack.enter_context(open_checkpoints(*run)) for run in zip(configs, workdirs)]
+        current = together.stack([first_state(*run, mesh) for run in zip(configs, checkpointers)])
+        recorders = [
+            stack.enter_context(metrics.Recorder(workdir, start, first.steps, shows=workdir == workdirs[0]))
+            for workdir in workdirs
+        ]
+        runs = together.Runs([str(workdir) for workdir in workdirs], recorders, checkpointers)
+        step_function = together.step_function(
+            first.model,
+            first.loss,
+            optimizer,
+            [config.seed for config in configs],
+            [schedules.learning_rate(config.optimizer, config.steps) for config in configs],
+            microbatches=first.microbatches,
+        )
+        data = {config.data.seed: config.data for config in configs}
+        batches = together.stacked_batches(
+            [config.data.seed for config in configs], lambda seed: loader.train_batches(data[seed], start_step=start)
+        )
+        loop = Loop(
+            config=first,
+            mesh=mesh,
+            step_function=step_function,
+            evaluate=heldout_evaluation(first, info, mesh, together=True),
+            checkpointer=runs,
+            recorder=runs,
+            throughput=throughput(first),
+            workdir=workdirs[0],
+            check=runs.check,
+        )
+        finished = True
+        with contextlib.suppress(together.NoneLeftError):
+            finished = int(loop.run(current, batches, start).step[0]) == first.steps
+        failures |= runs.failures
+        return finished
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ class ModelConfig:
     quantization: str = "none"  # of the weights; inference only
     decoding_layout: bool = False  # parameters as `models.for_decoding` lays them out; inference only
     quantization_group: int = 0  # at most how many input features of a matrix share a scale; 0 = all
+    mup_base_width: int = 0  # muP: the hidden size at which init_std and the learning rate hold; 0 = no muP
     # Training.
     dropout_rate: float = 0.0
     init_std: float = 0.02  # ours; no report states it
@@ -109,7 +110,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         positive(self, "ffn_size", "max_length", "rope_theta", "norm_eps", "init_std")
-        non_negative(self, "quantization_group")
+        non_negative(self, "quantization_group", "mup_base_width")
         one_of("ModelConfig.quantization", self.quantization, QUANTIZATIONS)
         one_of("ModelConfig.position", self.position, POSITIONS)
         one_of("ModelConfig.remat", self.remat, REMAT_POLICIES)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax import models
@@ -15,46 +16,63 @@ from llm_jax.data.batch import Batch
 from llm_jax.losses.weighted import WeightedSum
 from llm_jax.training.language_model import loss_function
 from llm_jax.training.loop import place
+from llm_jax.training.together import map_runs, vectorizes
 
 LOGIT_ROWS = 1024  # tokens whose logits exist at once
 
 
 class Heldout(NamedTuple):
-    """Summed negative log-likelihood in nats, and how many tokens were predicted."""
+    """Summed negative log-likelihood in nats, and how many tokens were predicted.
 
-    nats: float
+    Of several models at once, `nats` is an array [R], and so are the values computed from it.
+    """
+
+    nats: Any
     tokens: float
 
     @property
-    def loss(self) -> float:
+    def loss(self) -> Any:
         """Nats per token; NaN if nothing was predicted."""
         return self.nats / self.tokens if self.tokens else math.nan
 
-    def bits_per_byte(self, num_bytes: float) -> float:
+    def bits_per_byte(self, num_bytes: float) -> Any:
         """Total nats as bits, over the bytes of the text they encode: comparable between tokenizers."""
         return self.nats / math.log(2) / num_bytes
 
 
-def scorer(config: ModelConfig, loss: LossConfig, mesh: Mesh) -> Callable[[Any, Iterable[Batch]], Heldout]:
-    """A function `(params, batches) -> Heldout`, compiled once; plain cross-entropy, no regularisers, no dropout.
+@functools.lru_cache
+def _compiled_score(config: ModelConfig, loss: LossConfig, together: bool) -> Callable[[Any, Batch], WeightedSum]:
+    loss_fn = loss_function(config, LossConfig(chunk_size=loss.chunk_size))
 
-    `batches` holds this process's rows of each batch, in numpy.
-    """
-    plain = LossConfig(chunk_size=loss.chunk_size)
-    loss_fn = loss_function(config, plain)
-
-    @jax.jit
     def score(params: Any, batch: Batch) -> WeightedSum:
         output = loss_fn(params, batch, None)  # type: ignore[arg-type]  # no dropout: the key is never used
         return WeightedSum(output.total, output.weight)
 
+    def score_all(params: Any, batch: Batch) -> WeightedSum:
+        total_R, weight_R = map_runs(lambda one: score(one, batch), vectorizes())(params)
+        return WeightedSum(total_R, weight_R[0])
+
+    return jax.jit(score_all if together else score)
+
+
+def scorer(
+    config: ModelConfig, loss: LossConfig, mesh: Mesh, together: bool = False
+) -> Callable[[Any, Iterable[Batch]], Heldout]:
+    """A function `(params, batches) -> Heldout`, compiled once; plain cross-entropy, no regularisers, no dropout.
+
+    `batches` holds this process's rows of each batch, in numpy. With `together`, the parameters are those of several
+    models on a leading axis: see `training/together.py`.
+    """
+    score = _compiled_score(config, loss, together)
+
     def run(params: Any, batches: Iterable[Batch]) -> Heldout:
-        total = Heldout(0.0, 0.0)
+        nats: Any = 0.0
+        tokens = 0.0
         with jax.set_mesh(mesh):
             for batch in batches:
-                nats, tokens = jax.device_get(score(params, place(batch, mesh)))
-                total = Heldout(total.nats + float(nats), total.tokens + float(tokens))
-        return total
+                total, weight = jax.device_get(score(params, place(batch, mesh)))
+                nats, tokens = nats + total.astype(np.float64), tokens + float(weight)
+        return Heldout(nats, tokens)
 
     return run
 

@@ -258,6 +258,7 @@ def save(
     )
     values = huggingface_config.from_model(dataclasses.replace(config, param_dtype=dtype), family) | dict(extra or {})
     require(models.is_stacked(params), "parameters laid out for decoding are not exported: take what they were made of")
+    config, params = models.without_mup(params, config)
     partial = _new_partial(folder)
     try:
         _write_shards(partial, config, params, family, dtype, shard_bytes)

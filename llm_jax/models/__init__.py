@@ -9,6 +9,8 @@ from llm_jax.models.decoder import (
     is_stacked,
     logical_axes,
     logits,
+    rate_multipliers,
+    without_mup,
 )
 from llm_jax.models.decoding import for_decoding
 from llm_jax.models.heads import unembed, unembedding
@@ -26,7 +28,9 @@ __all__ = [
     "logical_axes",
     "logits",
     "quantize",
+    "rate_multipliers",
     "unembed",
     "unembedding",
     "weight_bytes",
+    "without_mup",
 ]

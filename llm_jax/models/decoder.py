@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from llm_jax.config import ModelConfig
 from llm_jax.kernels.mask import AttentionMask
-from llm_jax.models import heads, positions
+from llm_jax.models import heads, mup, positions
 from llm_jax.models.cache import Cache, LayerCache
 from llm_jax.models.layers import Block, Embedding, RMSNorm, dropout
 from llm_jax.parallel.rules import LogicalAxes
@@ -55,7 +55,7 @@ def _is_box(leaf: Any) -> bool:
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
-    """Random parameters in `config.param_dtype`: normal(0, init_std), norms 1, biases 0."""
+    """Random parameters in `config.param_dtype`: normal(0, init_std) or as in `mup.py`, norms 1, biases 0."""
     return jax.tree.map(lambda box: box.value, _boxed(config, key), is_leaf=_is_box)
 
 
@@ -73,6 +73,20 @@ def logical_axes(config: ModelConfig) -> Params:
         return ("layers", *box.names) if stacked else tuple(box.names)
 
     return jax.tree.map(names, boxed, is_leaf=_is_box)
+
+
+def rate_multipliers(config: ModelConfig) -> Params | None:
+    """What each parameter's learning rate is multiplied by, in the structure of the parameters; None = 1 everywhere."""
+    multipliers: Params | None = mup.rate_multipliers(config, logical_axes(config))
+    return multipliers
+
+
+def without_mup(params: Params, config: ModelConfig) -> tuple[ModelConfig, Params]:
+    """The same function in the standard parametrisation: the last norm's scale takes up muP's output multiplier."""
+    if not config.mup_base_width:
+        return config, params
+    scale = params["final_norm"]["scale"] * mup.output_multiplier(config)
+    return dataclasses.replace(config, mup_base_width=0), {**params, "final_norm": {"scale": scale}}
 
 
 def is_stacked(params: Params) -> bool:
@@ -159,7 +173,7 @@ def hidden_states(
     cache: Cache | None = None,
     dropout_key: jax.Array | None = None,
 ) -> Any:
-    """Final hidden states after the last norm.
+    """Final hidden states after the last norm, with muP times its output multiplier.
 
     Args:
       params: as from `init`.
@@ -190,6 +204,8 @@ def hidden_states(
     with jax.named_scope("layers"):
         x_BTD, layers_cache = _apply_layers(params, config, x_BTD, mask, rotary, layers_cache, layers_key)
     x_BTD = RMSNorm(config).apply({"params": params["final_norm"]}, x_BTD)
+    if config.mup_base_width:
+        x_BTD *= mup.output_multiplier(config)
     if cache is None or layers_cache is None:
         return x_BTD
     return x_BTD, cache._replace(layers=layers_cache, length=cache.length + tokens.shape[1])

@@ -17,7 +17,7 @@ from llm_jax.config import ModelConfig
 from llm_jax.kernels.attention import attention
 from llm_jax.kernels.decode import decode_attention
 from llm_jax.kernels.mask import AttentionMask
-from llm_jax.models import positions, quantized
+from llm_jax.models import mup, positions, quantized
 from llm_jax.models.cache import LayerCache
 from llm_jax.models.linear import linear, lookup, swiglu
 from llm_jax.parallel.rules import LogicalAxes, constrain, gather
@@ -69,7 +69,7 @@ class RMSNorm(nn.Module):
 
 def residual_std(config: ModelConfig) -> float:
     """Initial scale of the projections that write to the residual stream: ours, so that its variance starts near 1."""
-    return config.init_std / math.sqrt(2 * config.num_layers)
+    return mup.matrix_std(config) / math.sqrt(2 * config.num_layers)
 
 
 class Attention(nn.Module):
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         config = self.config
         axes = ("embed", axis, "head_dim")
         shapes = (config.hidden_size,), (heads, config.head_dim)
-        return Projection(*shapes, axes, config.init_std, config, use_bias=config.qkv_bias, name=name)
+        return Projection(*shapes, axes, mup.matrix_std(config), config, use_bias=config.qkv_bias, name=name)
 
     def _output(self) -> Projection:
         config = self.config
@@ -146,7 +146,8 @@ class FeedForward(nn.Module):
 
     def _widen(self, size: int, name: str) -> Projection:
         config = self.config
-        return Projection((config.hidden_size,), (size,), ("embed", "ffn"), config.init_std, config, name=name)
+        shapes = (config.hidden_size,), (size,)
+        return Projection(*shapes, ("embed", "ffn"), mup.matrix_std(config), config, name=name)
 
 
 class Block(nn.Module):

@@ -1,5 +1,6 @@
 """AdamW with decoupled weight decay, a global-norm clip and an explicit rule for what decays."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,6 +50,13 @@ def _decays(name: str) -> bool:
     kinds = " and ".join(rule.kind for rule in rules) or "no rule"
     require(len(rules) == 1, f"weight decay: parameter {name!r} matches {kinds}; decide in optim/adamw.py DECAY_RULES")
     return rules[0].decays
+
+
+def without_schedule(config: OptimizerConfig) -> OptimizerConfig:
+    """The config with its schedule's fields at their defaults: what `build` depends on."""
+    schedule = ("learning_rate", "schedule", "warmup_steps", "decay_steps", "final_fraction")
+    default = OptimizerConfig()
+    return dataclasses.replace(config, **{field: getattr(default, field) for field in schedule})
 
 
 def build(

@@ -1,14 +1,17 @@
-"""The language-modelling loss: what pre-training and fine-tuning minimise."""
+"""The language-modelling loss: what pre-training and fine-tuning minimise, and the update that does."""
 
+import functools
 from typing import Any
 
 import jax
+import optax
 
 from llm_jax import models
 from llm_jax.config import LossConfig, ModelConfig
 from llm_jax.losses.cross_entropy import chunked_cross_entropy
 from llm_jax.losses.weighted import LossOutput
-from llm_jax.training.step import LossFunction
+from llm_jax.training import step
+from llm_jax.training.step import LossFunction, Update
 
 
 def loss_function(model: ModelConfig, loss: LossConfig) -> LossFunction:
@@ -28,3 +31,11 @@ def loss_function(model: ModelConfig, loss: LossConfig) -> LossFunction:
             return chunked_cross_entropy(hidden_BTD, unembedding_VD, batch.targets, batch.loss_weights, loss)
 
     return loss_fn
+
+
+@functools.lru_cache
+def compiled_update(
+    model: ModelConfig, loss: LossConfig, optimizer: optax.GradientTransformationExtraArgs, microbatches: int
+) -> Update:
+    """The update of pre-training, jitted once in a process, with the state donated; see `step.update_function`."""
+    return jax.jit(step.update_function(loss_function(model, loss), optimizer, microbatches), donate_argnums=0)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -22,8 +22,6 @@ from jax.sharding import Mesh, NamedSharding
 from llm_jax.config import TrainConfig
 from llm_jax.errors import UserError
 from llm_jax.parallel import rules
-from llm_jax.training.checkpoint import Checkpointer
-from llm_jax.training.metrics import Recorder
 from llm_jax.training.state import TrainState
 from llm_jax.training.step import Metrics, StepFunction
 
@@ -122,10 +120,35 @@ class Profiler:
         self._stop()
 
 
+FINITE = ("loss", "gradient_norm", "parameter_norm")  # metrics whose value tells whether a run can go on
+
+
+class Records(Protocol):
+    """Where the loop's numbers go: a `metrics.Recorder`, or those of several runs."""
+
+    def advance(self, step: int) -> None:
+        """Show that a step was taken."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one record."""
+
+    def status(self, step: int, total_steps: int, text: str, seconds_left: float) -> None:
+        """Show how the run stands."""
+
+
+class Checkpoints(Protocol):
+    """Where the loop's states go: a `Checkpointer`, or those of several runs."""
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Start writing a state, of which the copy is taken now."""
+
+    def wait(self) -> None:
+        """Block until everything saved so far is whole on disk."""
+
+
 def check_finite(step: int, metrics: Metrics) -> None:
     """Raise `UserError`, naming the step and its batch, if the loss, gradient or new parameters are not finite."""
-    names = ("loss", "gradient_norm", "parameter_norm")
-    values = {name: float(jax.device_get(metrics[name])) for name in names}
+    values = dict(zip(FINITE, map(float, jax.device_get([metrics[name] for name in FINITE]))))
     if not all(map(math.isfinite, values.values())):
         found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
         raise UserError(
@@ -136,16 +159,21 @@ def check_finite(step: int, metrics: Metrics) -> None:
 
 @dataclasses.dataclass
 class Loop:
-    """One run of the train step from `start_step` to `config.steps`."""
+    """One run of the train step from `start_step` to `config.steps`.
+
+    Several runs may go together: then states, batches and metrics have a leading axis, and what takes them here
+    (`recorder`, `checkpointer`, `check`, `evaluate`) tells the runs apart.
+    """
 
     config: TrainConfig
     mesh: Mesh
     step_function: StepFunction
     evaluate: Evaluation
-    checkpointer: Checkpointer
-    recorder: Recorder
+    checkpointer: Checkpoints
+    recorder: Records
     throughput: Throughput
     workdir: Path
+    check: Callable[[int, Metrics], None] = check_finite  # of every step, before anything of it is kept
 
     def run(self, state: TrainState, batches: Iterator[Any], start_step: int) -> TrainState:
         """Train until the last step or a stop signal; either way the last state is checkpointed and returned."""
@@ -159,16 +187,16 @@ class Loop:
                 with jax.transfer_guard("disallow"):
                     state, metrics = self.step_function(state, batch)
                 if pending is not None:  # one step behind, so that the device always has work queued
-                    check_finite(*pending)
+                    self.check(*pending)
                 step, pending = step + 1, (step + 1, metrics)
                 due = self._due(step)
                 if due:
-                    check_finite(*pending)
+                    self.check(*pending)
                 self._count(step, time.perf_counter() - start)
                 if due:
                     self._report(state, step, metrics)
             if pending is not None:
-                check_finite(*pending)
+                self.check(*pending)
             self.checkpointer.save(state, step)
             self.checkpointer.wait()
         return state
@@ -196,10 +224,15 @@ class Loop:
         return step * self.throughput.tokens_per_step
 
     def _log(self, step: int, metrics: Metrics) -> None:
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        values |= self.throughput.read()
+        values = {**jax.device_get(metrics), **self.throughput.read()}
         self.recorder.write("train", step, {"tokens": self._tokens(step), **values})
         mfu = f" mfu {values['mfu']:.1%}" if "mfu" in values else ""
-        text = f"loss {values['loss']:.3f} {values['tokens_per_second']:,.0f} tokens/s{mfu}"
+        text = f"loss {_range(values['loss'])} {values['tokens_per_second']:,.0f} tokens/s{mfu}"
         seconds_left = (self.config.steps - step) * self.throughput.tokens_per_step / values["tokens_per_second"]
         self.recorder.status(step, self.config.steps, text, seconds_left)
+
+
+def _range(losses: np.ndarray) -> str:
+    """One run's loss, or the lowest and the highest of several."""
+    low, high = np.nanmin(losses), np.nanmax(losses)
+    return f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}"

@@ -1,5 +1,6 @@
 """Where a run's numbers go: `metrics.jsonl`, TensorBoard and a progress line; and how fast the hardware could be."""
 
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -43,8 +44,9 @@ def peak_flops() -> float | None:
     return known[0] * jax.device_count() if known else None
 
 
+@functools.cache
 def gemm_flops(size: int = 2048, repeats: int = 5) -> float:
-    """The measured FLOP/s of a float32 [size, size] matrix product on the default device: median of `repeats`."""
+    """The FLOP/s of a float32 [size, size] matrix product on the default device: median of `repeats`, measured once."""
     x = jnp.ones((size, size), jnp.float32)
     multiply = jax.jit(jnp.matmul)
     multiply(x, x).block_until_ready()
@@ -60,10 +62,11 @@ class Recorder:
     """Writes records to `workdir/metrics.jsonl` and TensorBoard, and shows the progress of a run.
 
     Records past `start_step` are dropped when a run resumes there, so that the file is always one run's curve.
-    Only the first process writes.
+    Only the first process writes. `shows=False` leaves out the progress.
     """
 
-    def __init__(self, workdir: Path, start_step: int, total_steps: int) -> None:
+    def __init__(self, workdir: Path, start_step: int, total_steps: int, shows: bool = True) -> None:
+        self._shows = shows and jax.process_index() == 0
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
@@ -79,7 +82,7 @@ class Recorder:
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._progress = Progress(*columns, console=self._console, disable=not (shows and self._console.is_terminal))
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, status="compiling")
         self._progress.start()
 
@@ -94,11 +97,11 @@ class Recorder:
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
-        if self._writes:
+        if self._shows:
             self._progress.update(self._task, completed=step)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Append one record; `kind` is "train" or "heldout"."""
+        """Append one record; `kind` is "train", "heldout", or "failed" for a run that another one outlives."""
         if not self._writes:
             return
         record = {"kind": kind, "step": step, **{name: _plain(value) for name, value in values.items()}}
@@ -110,7 +113,7 @@ class Recorder:
 
     def status(self, step: int, total_steps: int, text: str, seconds_left: float) -> None:
         """Show `text` beside the bar, or as a line where there is no terminal."""
-        if not self._writes:
+        if not self._shows:
             return
         if self._console.is_terminal:
             self._progress.update(self._task, status=text)

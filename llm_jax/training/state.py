@@ -1,5 +1,10 @@
-"""The state of a training run: one pytree, created on the mesh in the layout it keeps."""
+"""The state of a training run: one pytree, created on the mesh in the layout it keeps.
 
+What is built from configs alone is built once in a process, so that runs of one shape share what JAX compiled.
+"""
+
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +13,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import models
-from llm_jax.config import ModelConfig
+from llm_jax.config import ModelConfig, OptimizerConfig
+from llm_jax.optim import adamw
 from llm_jax.parallel import rules
 
 
@@ -20,11 +26,22 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+def optimizer(model: ModelConfig, config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """The optimiser of a model, the same object for all configs that differ in the schedule alone."""
+    return _optimizer(model, adamw.without_schedule(config))
+
+
+@functools.lru_cache
+def _optimizer(model: ModelConfig, config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    return adamw.build(config, adamw.decay_mask, models.rate_multipliers(model))
+
+
 def _fresh(config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     params = models.init(config, key)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
+@functools.lru_cache
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, allocating nothing. Optimiser moments are laid out as parameters."""
     state = jax.eval_shape(lambda: _fresh(config, optimizer, jax.random.key(0)))
@@ -39,9 +56,16 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
 
 def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, key: jax.Array) -> TrainState:
     """A fresh state, each device computing only its own shard; the values do not depend on the mesh."""
-    layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
     with jax.set_mesh(mesh):
-        return jax.jit(lambda k: _fresh(config, optimizer, k), out_shardings=layout)(key)
+        return _compiled_init(config, optimizer, mesh)(key)
+
+
+@functools.lru_cache
+def _compiled_init(
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[jax.Array], TrainState]:
+    layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
+    return jax.jit(lambda key: _fresh(config, optimizer, key), out_shardings=layout)
 
 
 def state_of(params: Any, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:

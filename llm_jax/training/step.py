@@ -96,13 +96,13 @@ def seed_number(seed: int) -> np.uint32:
     return np.uint32(seed % 2**32)
 
 
-def bind(update: Update, seed: int, schedule: Schedule) -> StepFunction:
-    """The step `(state, batch) -> (state, metrics)` of one run."""
+def bind(update: Update, seed: np.ndarray | np.uint32, schedule: Schedule) -> StepFunction:
+    """The step `(state, batch) -> (state, metrics)` of a run with this `seed_number` and schedule."""
     numbers: list[Any] = []
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         if not numbers:  # once, to where the state is: the loop allows no transfers between host and device
-            numbers.extend(jax.device_put((seed_number(seed), schedule), state.step.sharding))
+            numbers.extend(jax.device_put((seed, schedule), state.step.sharding))
         return update(state, batch, *numbers)
 
     return step
@@ -117,7 +117,8 @@ def build(
     microbatches: int = 1,
 ) -> StepFunction:
     """The step `(state, batch) -> (state, metrics)`, jitted, with the state donated; see `update_function`."""
-    return bind(jax.jit(update_function(loss_fn, optimizer, microbatches), donate_argnums=0), seed, schedule)
+    update = jax.jit(update_function(loss_fn, optimizer, microbatches), donate_argnums=0)
+    return bind(update, seed_number(seed), schedule)
 
 
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
