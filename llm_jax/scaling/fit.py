@@ -10,7 +10,8 @@ All refuse data that cannot identify a law, by a `UserError` whose one line says
 """
 
 from llm_jax.scaling.fit_compare import Comparison, Score, compare, efficient
-from llm_jax.scaling.fit_curves import Allocation, Budget, Frontier, FrontierPoint, IsoFlop, frontier, isoflop
+from llm_jax.scaling.fit_curves import Frontier, FrontierPoint, frontier
+from llm_jax.scaling.fit_isoflop import Allocation, Budget, IsoFlop, isoflop
 from llm_jax.scaling.fit_parametric import Optimum, Parametric, parametric
 from llm_jax.scaling.fit_power import PowerLaw, fit_power_law
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from llm_jax.errors import UserError, require
 from llm_jax.scaling import fit_curves
+from llm_jax.scaling.fit_isoflop import parameters_of
 from llm_jax.scaling.fit_parametric import parametric
 from llm_jax.scaling.fit_power import fit_power_law
 from llm_jax.scaling.trial import TrialResult
@@ -107,7 +108,7 @@ def _parametric(results: Sequence[TrialResult], embeddings: bool) -> Predict:
     law = parametric(results, embeddings=embeddings)
     repeats = law.repetitions is not None
     return lambda trial: law.predict(
-        fit_curves.parameters_of(trial, embeddings), trial.tokens, trial.unique_tokens if repeats else None
+        parameters_of(trial, embeddings), trial.tokens, trial.unique_tokens if repeats else None
     )
 
 

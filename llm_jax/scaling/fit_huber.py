@@ -23,22 +23,6 @@ ITERATIONS = 100
 LEAST_DAMPING, MOST_DAMPING = 1e-9, 1e9
 
 
-def linear_terms(matrix_KNP: Array) -> Terms:
-    """Terms that are linear in the parameters: `matrix_KNP` times them."""
-
-    def terms(theta_SP: Array) -> tuple[Array, Array]:
-        terms_SKN = np.einsum("knp,sp->skn", matrix_KNP, theta_SP)
-        return terms_SKN, np.broadcast_to(matrix_KNP, (theta_SP.shape[0], *matrix_KNP.shape))
-
-    return terms
-
-
-def power_terms(x_N: Array) -> Terms:
-    """Terms of a*exp(b*x) + L_inf with the parameters (log a, b, log L_inf)."""
-    one_N, zero_N = np.ones_like(x_N), np.zeros_like(x_N)
-    return linear_terms(np.stack([np.stack([one_N, x_N, zero_N], -1), np.stack([zero_N, zero_N, one_N], -1)]))
-
-
 def log_loss(terms: Terms, theta_SP: Array) -> Array:
     """The laws' log losses, [S, N]."""
     result: Array = special.logsumexp(terms(theta_SP)[0], axis=1)

@@ -15,16 +15,15 @@ import numpy as np
 
 from llm_jax.errors import require
 from llm_jax.scaling import fit_huber, fit_noise
-from llm_jax.scaling.fit_curves import parameters_of
-from llm_jax.scaling.fit_huber import Terms
+from llm_jax.scaling.fit_checks import MIN_DRAWS, STUCK, percentiles
+from llm_jax.scaling.fit_isoflop import parameters_of
 from llm_jax.scaling.fit_noise import Array
-from llm_jax.scaling.fit_power import MIN_DRAWS, STUCK, percentiles
+from llm_jax.scaling.fit_terms import MAX_R, MIN_R, parametric_terms, repetitions
 from llm_jax.scaling.trial import TrialResult
 
 MIN_DISTINCT = 3  # of N and of D
 MOST_CORRELATED = 0.98  # of log N with log D; above, the two terms cannot be told apart
 REPEATED = 2.0  # data read so often, by one trial at least, is treated as repeated; less, as all new
-MIN_R, MAX_R = 0.05, 1e3  # repetitions; an R_D beyond is not seen in the data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +103,14 @@ class Parametric:
         )
         centres = _centres(self.parameters, self.tokens)
         n_1, d_1, unique_1 = (np.array([value], dtype=np.float64) for value in (parameters, tokens, unique))
-        terms = _terms(n_1, d_1, unique_1, centres, self.repetitions is not None)
+        terms = parametric_terms(n_1, d_1, unique_1, centres, self.repetitions is not None)
         return fit_huber.log_loss(terms, theta_SP)[:, 0]
 
     @functools.cached_property
     def _draws(self) -> tuple[Array, Array]:
         """Parameters refitted to draws of noise, and the noise of new runs."""
         n_N, d_N, unique_N = (np.array(values) for values in (self.parameters, self.tokens, self.unique_tokens))
-        terms = _terms(n_N, d_N, unique_N, _centres(n_N, d_N), self.repetitions is not None)
+        terms = parametric_terms(n_N, d_N, unique_N, _centres(n_N, d_N), self.repetitions is not None)
         group_N = _groups(n_N, d_N, unique_N)
         noise = fit_noise.estimate(np.array(self.residuals), group_N, self._theta.size)
         noise_SN = noise.draw(np.random.default_rng(self.seed), self.draws, others=1)
@@ -155,7 +154,7 @@ def parametric(
     unique_N = unique_N if repeated else d_N
     _check(n_N, d_N, unique_N, loss_N, 6 if repeated else 5)
     centres = _centres(n_N, d_N)
-    terms = _terms(n_N, d_N, unique_N, centres, repeated)
+    terms = parametric_terms(n_N, d_N, unique_N, centres, repeated)
     theta_SP, value_S = fit_huber.minimise(
         terms, np.log(loss_N)[None], _starts(n_N, d_N, loss_N, repeated), huber_delta
     )
@@ -192,13 +191,6 @@ def parametric(
     return law
 
 
-def effective_tokens(tokens_N: Array, unique_N: Array, repetitions: Array | float) -> Array:
-    """Tokens that repeated data is worth: U + U * R_D * (1 - exp(-R / R_D)), R = D / U - 1."""
-    repeats = tokens_N / unique_N - 1
-    result: Array = unique_N * (1 + repetitions * -np.expm1(-repeats / repetitions))
-    return result
-
-
 def _centres(parameters: Sequence[float] | Array, tokens: Sequence[float] | Array) -> tuple[float, float]:
     return float(np.log(parameters).mean()), float(np.log(tokens).mean())
 
@@ -206,32 +198,6 @@ def _centres(parameters: Sequence[float] | Array, tokens: Sequence[float] | Arra
 def _groups(n_N: Array, d_N: Array, unique_N: Array) -> np.ndarray:
     """Trials with the same size and tokens, which differ in their seeds."""
     return fit_noise.group_indices(list(zip(n_N.tolist(), d_N.tolist(), unique_N.tolist())))
-
-
-def _terms(n_N: Array, d_N: Array, unique_N: Array, centres: tuple[float, float], repeated: bool) -> Terms:
-    """Log E, log A' - alpha (log N - centre) and log B' - beta (log D' - centre), with their derivatives."""
-    log_n_N = np.log(n_N) - centres[0]
-
-    def terms(theta_SP: Array) -> tuple[Array, Array]:
-        e_S1, a_S1, alpha_S1, b_S1, beta_S1 = np.split(theta_SP[:, :5], 5, axis=1)
-        log_d_SN = np.broadcast_to(np.log(d_N) - centres[1], (theta_SP.shape[0], d_N.size))
-        if repeated:
-            r_S1 = np.exp(np.clip(theta_SP[:, 5:], np.log(MIN_R) - 5, np.log(MAX_R) + 5))
-            worth_SN = effective_tokens(d_N, unique_N, r_S1)
-            log_d_SN = np.log(worth_SN) - centres[1]
-        zero_SN = np.zeros_like(log_d_SN)
-        terms_SKN = np.stack([e_S1 + zero_SN, a_S1 - alpha_S1 * log_n_N, b_S1 - beta_S1 * log_d_SN], axis=1)
-        derivative_SKNP = np.zeros((*terms_SKN.shape, theta_SP.shape[1]))
-        derivative_SKNP[:, 0, :, 0] = derivative_SKNP[:, 1, :, 1] = derivative_SKNP[:, 2, :, 3] = 1
-        derivative_SKNP[:, 1, :, 2] = -log_n_N
-        derivative_SKNP[:, 2, :, 4] = -log_d_SN
-        if repeated:
-            decay_SN = np.exp(-(d_N / unique_N - 1) / r_S1)
-            growth_SN = unique_N * (r_S1 * (1 - decay_SN) - (d_N / unique_N - 1) * decay_SN)
-            derivative_SKNP[:, 2, :, 5] = -beta_S1 * growth_SN / worth_SN
-        return terms_SKN, derivative_SKNP
-
-    return terms
 
 
 def _starts(n_N: Array, d_N: Array, loss_N: Array, repeated: bool) -> Array:
@@ -257,7 +223,7 @@ def _constants(theta_SP: Array, centres: tuple[float, float]) -> dict[str, Array
             "parameters_exponent": beta / (alpha + beta),
         }
     if theta_SP.shape[1] == 6:
-        constants["repetitions"] = np.exp(theta_SP[:, 5])
+        constants["repetitions"] = repetitions(theta_SP[:, 5])
     return constants
 
 

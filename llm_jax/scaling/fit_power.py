@@ -13,14 +13,12 @@ from scipy import optimize
 
 from llm_jax.errors import UserError, require
 from llm_jax.scaling import fit_huber, fit_noise, fit_profile
+from llm_jax.scaling.fit_checks import MIN_DRAWS, STUCK, check_points, percentiles
 from llm_jax.scaling.fit_noise import Array, Noise
 from llm_jax.scaling.fit_profile import Profile
+from llm_jax.scaling.fit_terms import power_terms
 
 METHODS = ("least_squares", "huber")
-MIN_POINTS = 5  # of distinct compute: three parameters, and two points left to show the noise
-MIN_RANGE = 10.0  # largest over smallest compute
-MIN_DRAWS = 40  # below, the ends of a 95 % interval are the most extreme draws
-STUCK = 1e-3  # L_inf below this share of the smallest loss is at its bound, 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +63,7 @@ class PowerLaw:
             weight_B2 = np.stack([np.exp(self._profile.b_B * x), np.ones_like(self._profile.b_B)], axis=-1)
             return self._profile.interval(weight_B2, new_run)
         theta_SP, noise_S = self._draws
-        log_S = fit_huber.log_loss(fit_huber.power_terms(np.array([x])), theta_SP)[:, 0]
+        log_S = fit_huber.log_loss(power_terms(np.array([x])), theta_SP)[:, 0]
         return percentiles(np.exp(log_S + (noise_S if new_run else 0)), self.confidence)
 
     @property
@@ -154,45 +152,6 @@ def fit_power_law(
     return law
 
 
-def check_points(
-    compute: Sequence[float], loss: Sequence[float], groups: Sequence[Hashable] | None = None
-) -> tuple[Array, Array, np.ndarray]:
-    """Points that may identify a law, as arrays with their groups' indices; `UserError` says why they cannot."""
-    compute_N, loss_N = np.asarray(compute, dtype=np.float64), np.asarray(loss, dtype=np.float64)
-    require(
-        compute_N.ndim == 1 and compute_N.shape == loss_N.shape,
-        f"compute and loss must be lists of one length, not of shapes {compute_N.shape} and {loss_N.shape}",
-    )
-    for name, values in (("compute", compute_N), ("loss", loss_N)):
-        bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
-        require(
-            bad.size == 0,
-            f"the {name} of point {bad[0] if bad.size else 0} is {values[bad[0]] if bad.size else 0}: leave out "
-            "points that are not positive and finite",
-        )
-    distinct = np.unique(compute_N)
-    require(
-        distinct.size >= MIN_POINTS,
-        f"{distinct.size} distinct compute points cannot tell a, b and L_inf: train {MIN_POINTS} sizes or more",
-    )
-    ratio = float(distinct[-1] / distinct[0])
-    require(
-        ratio >= MIN_RANGE,
-        f"compute spans a factor of {ratio:.3g}, too little to tell a, b and L_inf: span {MIN_RANGE:g} or more",
-    )
-    slope = float(np.polyfit(np.log(compute_N), np.log(loss_N), 1)[0])
-    require(slope < 0, "losses do not fall with compute: there is no law to fit; look for runs that diverged")
-    labels = compute_N.tolist() if groups is None else list(groups)
-    require(len(labels) == loss_N.size, f"{len(labels)} groups name {loss_N.size} points: give one to each")
-    return compute_N, loss_N, fit_noise.group_indices(labels)
-
-
-def percentiles(value_S: Array, confidence: float) -> tuple[float, float]:
-    """The central interval of draws."""
-    low, high = np.quantile(value_S, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(low), float(high)
-
-
 def _checked(compute: float) -> float:
     require(bool(np.isfinite(compute) and compute > 0), f"compute={compute} to predict for must be positive and finite")
     return float(compute)
@@ -237,7 +196,7 @@ def _huber(
     exponent, share = np.meshgrid(-np.geomspace(0.2, 7, 8) / np.ptp(x_N), np.linspace(0.1, 0.95, 8))
     floor = share * loss_N.min()
     start_SP = np.stack([np.log(loss_N.mean() - floor), exponent, np.log(floor)], axis=-1).reshape(-1, 3)
-    terms = fit_huber.power_terms(x_N)
+    terms = power_terms(x_N)
     theta_SP, value_S = fit_huber.minimise(terms, np.log(loss_N)[None], start_SP, huber_delta)
     log_amplitude, b, log_l_inf = (float(value) for value in theta_SP[value_S.argmin()])
     _identified(np.exp(log_amplitude), np.exp(log_l_inf), float(loss_N.min()))
@@ -280,7 +239,7 @@ def _bootstrap(
     x_N: Array, start_P: Array, noise: Noise, draws: int, seed: int, huber_delta: float
 ) -> tuple[Array, Array]:
     generator = np.random.default_rng(seed)
-    terms = fit_huber.power_terms(x_N)
+    terms = power_terms(x_N)
     noise_SN = noise.draw(generator, draws, others=1)
     target_SN = fit_huber.log_loss(terms, start_P[None]) + noise_SN[:, :-1]
     theta_SP, _ = fit_huber.minimise(terms, target_SN, np.repeat(start_P[None], draws, axis=0), huber_delta)

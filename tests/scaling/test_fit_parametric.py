@@ -8,7 +8,7 @@ import pytest
 from scipy import optimize
 
 from llm_jax.errors import UserError
-from llm_jax.scaling import fit, fit_huber, fit_parametric, recovery
+from llm_jax.scaling import fit, fit_huber, fit_terms, recovery
 
 KNOWN = recovery.ParametricScenario("known", noise=0.0)
 NOISY = recovery.ParametricScenario("noisy", noise=0.004)
@@ -121,15 +121,15 @@ def test_worth_of_repetition_comes_back():
 
 def test_effective_tokens_at_their_limits():
     unique = np.array([1e6])
-    assert fit_parametric.effective_tokens(unique, unique, 15.0)[0] == 1e6
-    assert fit_parametric.effective_tokens(1e12 * unique, unique, 15.0)[0] == pytest.approx(16e6)
+    assert fit_terms.effective_tokens(unique, unique, 15.0)[0] == 1e6
+    assert fit_terms.effective_tokens(1e12 * unique, unique, 15.0)[0] == pytest.approx(16e6)
     # A first repetition is worth nearly as much as new data.
-    assert fit_parametric.effective_tokens(1.01 * unique, unique, 15.0)[0] == pytest.approx(1.01e6, rel=1e-5)
+    assert fit_terms.effective_tokens(1.01 * unique, unique, 15.0)[0] == pytest.approx(1.01e6, rel=1e-5)
 
 
 def test_derivatives_match_differences():
     n, d = np.array([1e7, 1e8, 1e9]), np.array([1e9, 3e9, 1e9])
-    terms = fit_parametric._terms(n, d, d / np.array([1, 5, 30]), (18.0, 21.0), True)
+    terms = fit_terms.parametric_terms(n, d, d / np.array([1, 5, 30]), (18.0, 21.0), True)
     theta = np.array([[0.5, -1.0, 0.3, -0.5, 0.25, np.log(8.0)]])
     _, slope = fit_huber._linearise(terms, theta, np.zeros((1, 3)))
     for index in range(6):

@@ -8,7 +8,7 @@ import pytest
 from scipy import optimize
 
 from llm_jax.errors import UserError
-from llm_jax.scaling import fit, fit_huber, fit_noise, fit_profile
+from llm_jax.scaling import fit, fit_huber, fit_noise, fit_profile, fit_terms
 
 TRUTH = (2.0, -0.15, 1.7)  # at compute 1
 SIZES = np.geomspace(1e12, 1e15, 7)
@@ -101,7 +101,7 @@ def test_interval_of_a_new_run_is_that_of_one_more_trial():
 def test_huber_solver_finds_what_a_simplex_finds():
     compute, loss = sweep(seed=5, seeds=2)
     x = np.log(compute) - np.log(compute).mean()
-    terms = fit_huber.power_terms(x)
+    terms = fit_terms.power_terms(x)
 
     def objective(theta):
         predicted = np.log(np.exp(theta[0] + theta[1] * x) + np.exp(theta[2]))
@@ -122,7 +122,7 @@ def test_huber_solver_finds_what_a_simplex_finds():
 def test_gradient_of_terms_matches_differences():
     x = np.linspace(-3, 3, 5)
     theta = np.array([[0.3, -0.2, 0.4]])
-    terms = fit_huber.power_terms(x)
+    terms = fit_terms.power_terms(x)
     _, jacobian = fit_huber._linearise(terms, theta, np.zeros((1, 5)))
     for index in range(3):
         step = np.eye(3)[index] * 1e-6
