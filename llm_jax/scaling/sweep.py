@@ -146,6 +146,8 @@ def _varied(config: ScalingConfig, model: ModelConfig, variation: Mapping[str, A
     """The base run with one size's model, its learning rate, and one combination of the varied keys."""
     values = dataclasses.asdict(config.base)
     values["model"] = dataclasses.asdict(model)
+    if config.learning_rate.rule == "mup":
+        values["model"]["mup_base_width"] = config.learning_rate.mup_base_width
     if rate is not None:
         values["optimizer"]["learning_rate"] = rate
     for key, value in variation.items():

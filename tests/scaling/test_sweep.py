@@ -450,3 +450,5 @@ def test_rules_without_a_sweep(rule):
     config = make_config(learning_rate=LearningRateConfig(rule=rule, mup_base_width=16))
     choices, problems = learning_rate.choose(config)
     assert [c.rate for c in choices] == [1e-2, 1e-2] and problems == []
+    widths = {trial.config.model.mup_base_width for trial in sweep.expand(config)[0]}
+    assert widths == {16 if rule == "mup" else 0}
