@@ -1,12 +1,13 @@
 """95 % intervals hold known laws about 95 times in 100: quickly here, over 500 draws in the slow tests."""
 
+import functools
 import math
 
 import pytest
 
 from experiments import runner, scaling_recovery
 from llm_jax.errors import UserError
-from llm_jax.scaling import recovery
+from llm_jax.scaling import fit, recovery
 from llm_jax.scaling.recovery import Scenario
 
 REALISTIC = [each for each in recovery.SCENARIOS if each.noise_between > 0][1]
@@ -26,11 +27,17 @@ def test_intervals_cover(method, draws, bootstrap):
         assert abs(row.median - row.truth) < row.width
 
 
-def test_counting_can_fail():
-    """Intervals for noise that seeds share, counted as if they did not, hold the truth too rarely."""
-    mistaken = Scenario("no noise is seen", 8, 0.0, 1e-12, single_sizes=0)
-    exact = recovery.power_law(mistaken, "least_squares", 5)
-    assert max(row.width for row in exact if row.quantity == "l_inf") < 1e-6
+def test_intervals_that_are_too_narrow_are_counted_out(monkeypatch):
+    narrow = functools.partial(fit.fit_power_law, confidence=0.5)
+    monkeypatch.setattr(recovery.fit, "fit_power_law", narrow)
+    for row in recovery.power_law(REALISTIC, "least_squares", 60):
+        assert row.covered < least(60), row
+
+
+def test_without_noise_nothing_is_uncertain():
+    rows = recovery.power_law(Scenario("exact", 8, 0.0, 1e-12), "least_squares", 3)
+    for row in rows:
+        assert row.median == pytest.approx(row.truth, rel=1e-6) and row.width < 1e-6 * abs(row.truth), row
 
 
 def test_law_of_both_is_recovered():
