@@ -3,8 +3,9 @@
 import dataclasses
 import math
 
-from llm_jax.config import ModelConfig
+from llm_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from llm_jax.scaling import flops
+from llm_jax.scaling.config import FitConfig, PredictionConfig, ScalingConfig, SizeConfig
 from llm_jax.scaling.fit import PowerLaw, fit_power_law
 from llm_jax.scaling.report import Prediction
 from llm_jax.scaling.trial import TrialResult
@@ -45,6 +46,17 @@ def sweep() -> list[TrialResult]:
     ends = [run("large", WIDTHS["large"], 4 * STEPS[-1], seed) for seed in SEEDS]
     worse = [run(size, width, 4 * c, 0, above=0.1) for (size, width), c in list(zip(WIDTHS.items(), STEPS))[:-1]]
     return [*best, *ends, *worse]
+
+
+def config() -> ScalingConfig:
+    """The config of a study that would predict the run that `prediction` does."""
+    (huge, *_) = prediction().actual
+    data = DataConfig(sequence_length=LENGTH, batch_size=1)
+    return ScalingConfig(
+        base=TrainConfig(model=huge.model, data=data, optimizer=OptimizerConfig(warmup_steps=0)),
+        prediction=PredictionConfig(compute=huge.compute, size=SizeConfig(name=huge.size)),
+        fit=FitConfig(draws=50),
+    )
 
 
 def law() -> PowerLaw:
