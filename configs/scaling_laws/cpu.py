@@ -20,7 +20,7 @@ from llm_jax.scaling.config import (
 
 LENGTH = 128
 VOCABULARY = 4096
-PREDICTED = 160
+PREDICTED = 128
 SOURCES = (
     *("news", "parliament_en", "state_of_the_union", "django_manuals", "king_james_bible", "wikipedia"),
     *("django_source", "standard_library"),
@@ -30,7 +30,7 @@ SOURCES = (
 # Width -> layers and heads.
 SHAPES = {
     **{4: (2, 1), 8: (2, 1), 12: (2, 1), 16: (2, 1), 24: (2, 2), 32: (2, 2), 48: (2, 3)},
-    **{64: (3, 2), 80: (3, 4), 96: (3, 3), 160: (4, 5)},
+    **{64: (3, 2), 80: (3, 4), 96: (3, 3), 128: (4, 4)},
 }
 
 
@@ -42,7 +42,7 @@ def size(hidden: int) -> SizeConfig:
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Budgets from 2e10 to 2e13 FLOPs, each with the sizes near its best; 2e14 to predict."""
+    """Budgets from 1e10 to 1e13 FLOPs, each with the sizes near its best; 1e14 to predict."""
     base = config.TrainConfig(
         log_every=100,
         eval_batches=16,
@@ -67,11 +67,11 @@ def get_config() -> ml_collections.ConfigDict:
             warmup_fraction=0.1,
             grid=GridConfig(
                 sizes=tuple(size(hidden) for hidden in SHAPES if hidden != PREDICTED),
-                compute=(2e10, 6.3e10, 2e11, 6.3e11, 2e12, 6.3e12, 2e13),
+                compute=(1e10, 3.2e10, 1e11, 3.2e11, 1e12, 3.2e12, 1e13),
                 least_tokens_per_parameter=0.9,
                 most_tokens_per_parameter=20.0,
                 seeds=(0, 1, 2),
-                seeds_up_to=2.1e12,
+                seeds_up_to=1.1e12,
             ),
             learning_rate=LearningRateConfig(
                 rule="sweep",
@@ -80,7 +80,7 @@ def get_config() -> ml_collections.ConfigDict:
                 tokens_per_parameter=4.0,
             ),
             launcher=LauncherConfig(kind="inline", together_up_to=3e12),
-            prediction=PredictionConfig(compute=2e14, size=size(PREDICTED)),
+            prediction=PredictionConfig(compute=1e14, size=size(PREDICTED)),
             corpus=config.CorpusConfig(profile="default", sources=SOURCES, holdout_fraction=0.02),
             tokenizer=config.TokenizerConfig(vocab_size=VOCABULARY, sample_bytes=10_000_000),
         )
