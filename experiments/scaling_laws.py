@@ -48,12 +48,11 @@ def main(config: ScalingConfig, workdir: Path) -> None:
     if COST.value:
         _console().print(cost.table(all_trials(config), MFU.value))
     else:
-        run(config, workdir)
+        run(config, workdir, shlex.join(["python", "-m", "experiments.scaling_laws", *sys.argv[1:]]))
 
 
-def run(config: ScalingConfig, workdir: Path) -> Study:
-    """Train what is missing, fit, predict, train what was predicted, and write the report."""
-    command = shlex.join(["python", "-m", "experiments.scaling_laws", *sys.argv[1:]])
+def run(config: ScalingConfig, workdir: Path, command: str = "experiments.scaling_laws.run(config, workdir)") -> Study:
+    """Train what is missing, fit, predict, train what was predicted, and write the report, `command` at its head."""
     if config.results:
         found, predicted = read(config)
     else:

@@ -96,7 +96,8 @@ def draw(study: Study) -> list[Panel]:
         drawn.append(panels.frontier(study.results, laws.power, study.predictions))
     if laws.isoflop:
         drawn.append(panels.isoflop(study.results, laws.isoflop))
-    drawn.append(panels.loss_by_tokens(study.results))
+    predicted = [run for made in study.predictions for run in made.actual]
+    drawn.append(panels.loss_by_tokens([*study.results, *predicted]))
     if laws.power:
         drawn.append(panels.residuals(study.results, laws.power, study.predictions))
     if study.tried:
