@@ -41,7 +41,7 @@ def make_batch(shape: shapes.Shape) -> Batch:
 def main(name: str) -> None:
     """Serve train steps of the shape called `name`, set up as experiments.runner sets up an experiment."""
     keep_freed_memory()
-    shape = shapes.SHAPES[name]
+    shape = shapes.ALL[name]
     optimizer_config = OptimizerConfig(
         learning_rate=shapes.LEARNING_RATE,
         schedule="constant",

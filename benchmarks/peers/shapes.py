@@ -32,6 +32,20 @@ SHAPES = {
     "S": Shape(hidden=256, layers=6, heads=4, ffn=768, vocabulary=8192, batch=8, length=256),
     "M": Shape(hidden=512, layers=8, heads=8, ffn=1408, vocabulary=32000, batch=4, length=512),
 }
+# Sizes of a sweep, from which scaling laws are fitted.
+SMALL = {
+    f"d{hidden}": Shape(
+        hidden=hidden,
+        layers=layers,
+        heads=hidden // min(hidden, 32),
+        ffn=3 * hidden,
+        vocabulary=4096,
+        batch=4,
+        length=128,
+    )
+    for hidden, layers in ((16, 2), (32, 2), (64, 2), (96, 3), (128, 4), (192, 4))
+}
+ALL = SHAPES | SMALL
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP_NORM = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 
