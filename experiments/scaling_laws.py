@@ -10,8 +10,8 @@ again after a stop: what is trained stays, the rest goes on. A failed trial is l
 --config.results=FILE fits the results.json of an earlier study instead.
 
 Writes to --workdir: report.md, figures/, figures.html, laws.json, results.json and results.csv (every trial),
-prediction.json (before the predicted model is trained), config.json, and the folders learning_rates/, trials/ and
-prediction/ with the runs.
+prediction.json (before the predicted model is trained), learning_rates.json, config.json, and the runs in
+learning_rates/, trials/ and prediction/.
 """
 
 import dataclasses
@@ -27,18 +27,20 @@ from absl import flags
 from rich.console import Console
 
 from experiments import own_dataset, runner, trials
+from llm_jax import config as config_lib
 from llm_jax.data import loader
+from llm_jax.errors import require
 from llm_jax.scaling import cost, flops, launch, learning_rate, results, study, sweep
 from llm_jax.scaling.config import GridConfig, ScalingConfig
 from llm_jax.scaling.learning_rate import Choice
-from llm_jax.scaling.report import as_rich
+from llm_jax.scaling.report import Prediction, as_rich
 from llm_jax.scaling.study import Study
-from llm_jax.scaling.trial import Trial, TrialResult
+from llm_jax.scaling.trial import CONFIG, Trial, TrialResult
 
 COST = flags.DEFINE_bool("cost", False, "print what the trials would cost, and train nothing")
 MFU = flags.DEFINE_float("mfu", 0.4, "for --cost: the share of the device's peak that training reaches")
-PREDICTION = "prediction.json"
-SAME_COMPUTE = 0.05  # a run's compute may differ from what was asked for by so much, for whole steps
+LEARNING_RATES, PREDICTION, PREDICTED = "learning_rates.json", "prediction.json", "prediction"
+SAME = 0.05  # runs of one compute may differ by so much, for whole steps
 TABLE_WIDTH = 110
 log = logging.getLogger(f"llm_jax.{__name__}")  # plain lines, as the library's own
 
@@ -46,7 +48,9 @@ log = logging.getLogger(f"llm_jax.{__name__}")  # plain lines, as the library's 
 def main(config: ScalingConfig, workdir: Path) -> None:
     """Run the study, or print its cost."""
     if COST.value:
-        _console().print(cost.table(all_trials(config), MFU.value))
+        trained, problems = all_trials(config)
+        _warn(problems)
+        _console().print(cost.table(trained, MFU.value))
     else:
         run(config, workdir, shlex.join(["python", "-m", "experiments.scaling_laws", *sys.argv[1:]]))
 
@@ -54,18 +58,17 @@ def main(config: ScalingConfig, workdir: Path) -> None:
 def run(config: ScalingConfig, workdir: Path, command: str = "experiments.scaling_laws.run(config, workdir)") -> Study:
     """Train what is missing, fit, predict, train what was predicted, and write the report, `command` at its head."""
     if config.results:
-        found, predicted = read(config)
+        found = read(config, workdir)
     else:
+        all_trials(config)  # refuses now what could not be trained later
+        config_lib.save(config, workdir / CONFIG)  # a notebook calls this function; the results are read with it
         config = with_dataset(config, workdir)
         found = train(config, workdir)
     if config.prediction.compute and found.laws.power:
         found = predict(found, config, workdir)
         study.write(found, command, workdir)
         if not config.results:
-            predicted, left_out = train_predicted(found, config, workdir)
-            found = dataclasses.replace(found, left_out=(*found.left_out, *left_out))
-        made = (dataclasses.replace(found.predictions[0], actual=tuple(predicted)),)
-        found = dataclasses.replace(found, predictions=made)
+            found = train_predicted(found, config, workdir)
     study.write(found, command, workdir)
     results.write((*found.results, *(run for made in found.predictions for run in made.actual)), workdir)
     show(found, workdir)
@@ -83,16 +86,36 @@ def with_dataset(config: ScalingConfig, workdir: Path) -> ScalingConfig:
 
 def train(config: ScalingConfig, workdir: Path) -> Study:
     """The sweep of learning rates, if there is one, then the grid; and the laws of what came of it."""
-    tried: list[TrialResult] = []
-    problems: list[str] = []
+    choices, tried, problems = learning_rates(config, workdir)
+    found, left_out = launch_trials(config, *sweep.expand(config, _rates(choices)), workdir / "trials")
+    require(bool(found), f"no trial has a result: {left_out[0] if left_out else 'the grid is empty'}")
+    laws = study.fit_laws(found, config.fit)
+    return Study(tuple(found), laws, (), tuple(choices), tuple(tried), (*problems, *left_out))
+
+
+def learning_rates(config: ScalingConfig, workdir: Path) -> tuple[list[Choice], list[TrialResult], list[str]]:
+    """Every size's learning rate, the trials that it rests on, and a line for each that has none.
+
+    Chosen once: trials trained at one rate do not mix with trials at another. `UserError` if `workdir` holds a choice
+    made under other settings.
+    """
+    path, tried, problems = workdir / LEARNING_RATES, list[TrialResult](), list[str]()
     if config.learning_rate.rule == "sweep":
         tried, problems = launch_trials(config, *learning_rate.trials(config), workdir / "learning_rates")
+    settings = {"rule": dataclasses.asdict(config.learning_rate), "base": config.base.optimizer.learning_rate}
+    settings = json.loads(json.dumps(settings))
     choices, doubts = learning_rate.choose(config, tried)
+    if path.is_file():
+        earlier = json.loads(path.read_text())
+        require(
+            earlier["settings"] == settings,
+            f"{path} was chosen under other settings of config.learning_rate: choose a new --workdir",
+        )
+        known = {choice["size"]: Choice(**choice) for choice in earlier["choices"]}
+        choices = [known.get(choice.size, choice) for choice in choices]
     _warn(doubts)
-    found, left_out = launch_trials(config, *sweep.expand(config, _rates(choices)), workdir / "trials")
-    results.write(found, workdir)
-    laws = study.fit_laws(found, config.fit)
-    return Study(tuple(found), laws, (), tuple(choices), tuple(tried), (*problems, *doubts, *left_out))
+    study.write_json({"settings": settings, "choices": [dataclasses.asdict(choice) for choice in choices]}, path)
+    return choices, tried, [*problems, *doubts]
 
 
 def launch_trials(
@@ -115,42 +138,68 @@ def predicted_trials(config: ScalingConfig, rates: dict[str, float]) -> tuple[li
     return sweep.expand(dataclasses.replace(config, grid=grid), rates)
 
 
-def all_trials(config: ScalingConfig) -> list[Trial]:
-    """Everything that the study would train, at the base's learning rate."""
+def all_trials(config: ScalingConfig) -> tuple[list[Trial], list[str]]:
+    """Everything that the study would train, at the base's learning rate, and what is left out of its grid.
+
+    Raises `UserError` for a grid, a sweep of learning rates or a prediction without any trial.
+    """
     wanted = learning_rate.trials(config)[0] if config.learning_rate.rule == "sweep" else []
     grid, problems = sweep.expand(config)
-    _warn(problems)
-    return [*wanted, *grid, *(predicted_trials(config, {})[0] if config.prediction.compute else [])]
+    return [*wanted, *grid, *(predicted_trials(config, {})[0] if config.prediction.compute else [])], problems
 
 
 def predict(found: Study, config: ScalingConfig, workdir: Path) -> Study:
-    """The study with its prediction, which is written to prediction.json."""
+    """The study with its prediction, which is written to prediction.json before a run that it speaks of begins.
+
+    Once one has begun, the prediction stays as it is, whatever is fitted later.
+    """
     assert found.laws.power is not None
     trial = predicted_trials(config, {})[0][0]
     compute = flops.training_flops(trial.config.model, trial.config.data.sequence_length, trial.tokens)
     made = study.predict(found.laws.power, trial.size, compute)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / PREDICTION).write_text(json.dumps(dataclasses.asdict(made), indent=2) + "\n")
+    predicted = [
+        each for each in found.held_out if each.size == made.size and isclose(each.compute, compute, rel_tol=SAME)
+    ]
+    path, earlier = workdir / PREDICTION, made
+    if path.is_file() and (workdir / PREDICTED).is_dir():
+        earlier = Prediction(**json.loads(path.read_text()) | {"actual": ()})
+        require(
+            (earlier.size, earlier.compute) == (made.size, made.compute),
+            f"{workdir} holds the prediction of another run, {earlier.size} at {earlier.compute:.3g} FLOPs: choose a "
+            "new --workdir",
+        )
+    if earlier.predicted != made.predicted:
+        line = f"since the prediction was made the sweep has changed: fitted today, it would be {made.predicted:.4f}"
+        _warn([line])
+        found = dataclasses.replace(found, left_out=(*found.left_out, line))
+    study.write_json(dataclasses.asdict(earlier), path)
     log.info(
         "predicted for %s at %.3g FLOPs: %.4f nats per token, between %.4f and %.4f (%s)",
-        *(made.size, made.compute, made.predicted, made.low, made.high, workdir / PREDICTION),
+        *(earlier.size, earlier.compute, earlier.predicted, earlier.low, earlier.high, path),
     )
-    return dataclasses.replace(found, predictions=(made,))
+    return dataclasses.replace(found, predictions=(dataclasses.replace(earlier, actual=tuple(predicted)),))
 
 
-def train_predicted(found: Study, config: ScalingConfig, workdir: Path) -> tuple[list[TrialResult], list[str]]:
-    """The results of the runs that were predicted, and a line for each that has none."""
-    return launch_trials(config, *predicted_trials(config, _rates(found.choices)), workdir / "prediction")
+def train_predicted(found: Study, config: ScalingConfig, workdir: Path) -> Study:
+    """The study with the losses of the runs that were predicted."""
+    wanted, problems = predicted_trials(config, _rates(found.choices))
+    actual, left_out = launch_trials(config, wanted, problems, workdir / PREDICTED)
+    held_out = tuple(dataclasses.replace(run, held_out=True) for run in actual)
+    made = tuple(dataclasses.replace(made, actual=held_out) for made in found.predictions)
+    return dataclasses.replace(found, predictions=made, left_out=(*found.left_out, *left_out))
 
 
-def read(config: ScalingConfig) -> tuple[Study, list[TrialResult]]:
-    """The study of an earlier one's results file, and the predicted runs that it has."""
-    found, problems = results.read(Path(config.results))
+def read(config: ScalingConfig, workdir: Path) -> Study:
+    """The study of an earlier one's results file, the predicted runs kept apart from the fits."""
+    path = Path(config.results)
+    require(
+        path.resolve().parent != workdir.resolve(),
+        f"--workdir={workdir} holds the results that are to be read: choose another one, or they would be overwritten",
+    )
+    found, problems = results.read(path)
     _warn(problems)
-    wanted, size = config.prediction.compute, sweep.size_name(config.prediction.size)
-    predicted = [each for each in found if each.size == size and isclose(each.compute, wanted, rel_tol=SAME_COMPUTE)]
-    swept = tuple(each for each in found if each not in predicted)
-    return Study(swept, study.fit_laws(swept, config.fit), left_out=tuple(problems)), predicted
+    swept, held_out = (tuple(each for each in found if each.held_out is kind) for kind in (False, True))
+    return Study(swept, study.fit_laws(swept, config.fit), left_out=tuple(problems), held_out=held_out)
 
 
 def show(found: Study, workdir: Path) -> None:

@@ -19,7 +19,7 @@ from experiments import runner
 from llm_jax.config import positive
 from llm_jax.errors import require
 from llm_jax.scaling import recovery, report
-from llm_jax.scaling.fit_checks import MIN_DRAWS
+from llm_jax.scaling.config import MIN_DRAWS
 from llm_jax.scaling.recovery import Recovery
 
 TABLE_WIDTH = 140

@@ -7,6 +7,7 @@ from llm_jax.errors import require
 
 LAUNCHERS = ("inline", "processes", "slurm")
 LEARNING_RATE_RULES = ("fixed", "sweep", "mup")
+MIN_DRAWS = 40  # below, the ends of a 95 % interval are the most extreme draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,11 @@ class FitConfig:
     huber_delta: float = 1e-3  # of the robust fit, on differences of log losses (Hoffmann et al. 2022, section 3.3)
 
     def __post_init__(self) -> None:
-        positive(self, "draws", "huber_delta")
+        positive(self, "huber_delta")
+        require(
+            self.draws >= MIN_DRAWS,
+            f"FitConfig.draws={self.draws} are too few for an interval: draw {MIN_DRAWS} or more",
+        )
         require(0 < self.confidence < 1, f"FitConfig.confidence={self.confidence} must be in (0, 1)")
 
 

@@ -13,7 +13,6 @@ from llm_jax.scaling.fit_noise import Array
 
 MIN_POINTS = 5  # of distinct compute: three parameters, and two points left to show the noise
 MIN_RANGE = 10.0  # largest over smallest compute
-MIN_DRAWS = 40  # below, the ends of a 95 % interval are the most extreme draws
 STUCK = 1e-3  # L_inf below this share of the smallest loss is at its bound, 0
 
 

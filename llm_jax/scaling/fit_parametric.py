@@ -15,7 +15,8 @@ import numpy as np
 
 from llm_jax.errors import require
 from llm_jax.scaling import fit_huber, fit_noise
-from llm_jax.scaling.fit_checks import MIN_DRAWS, STUCK, percentiles
+from llm_jax.scaling.config import MIN_DRAWS
+from llm_jax.scaling.fit_checks import STUCK, percentiles
 from llm_jax.scaling.fit_isoflop import parameters_of
 from llm_jax.scaling.fit_noise import Array
 from llm_jax.scaling.fit_terms import MAX_R, MIN_R, parametric_terms, repetitions

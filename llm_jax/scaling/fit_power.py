@@ -13,7 +13,8 @@ from scipy import optimize
 
 from llm_jax.errors import UserError, require
 from llm_jax.scaling import fit_huber, fit_noise, fit_profile
-from llm_jax.scaling.fit_checks import MIN_DRAWS, STUCK, check_points, percentiles
+from llm_jax.scaling.config import MIN_DRAWS
+from llm_jax.scaling.fit_checks import STUCK, check_points, percentiles
 from llm_jax.scaling.fit_noise import Array, Noise
 from llm_jax.scaling.fit_profile import Profile
 from llm_jax.scaling.fit_terms import power_terms

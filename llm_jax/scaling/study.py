@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +46,7 @@ class Study:
     choices: tuple[Choice, ...] = ()  # of learning rates
     tried: tuple[TrialResult, ...] = ()  # for these choices
     left_out: tuple[str, ...] = ()  # a line for each trial without a result
+    held_out: tuple[TrialResult, ...] = ()  # of a results file: runs that are not the sweep's
 
 
 def fit_laws(results: Sequence[TrialResult], config: FitConfig) -> Laws:
@@ -140,14 +141,19 @@ def write(study: Study, command: str, folder: Path) -> None:
         "learning_rates": [dataclasses.asdict(each) for each in study.choices],
         "left_out": study.left_out,
     }
-    _write(folder / LAWS, json.dumps(values, indent=2) + "\n")
+    write_json(values, folder / LAWS)
     parts = ["# Scaling laws", f"`{command}`", *(f"Not fitted: {line}." for line in study.laws.problems)]
     parts += [f"![{panel.title}]({FIGURES}/{panel.name}.png)" for panel in drawn]
     _write(folder / REPORT, "\n\n".join([*parts, *(report.as_markdown(table) for table in tables(study))]))
 
 
+def write_json(values: Mapping[str, Any], path: Path) -> None:
+    """Write a table of values, whole or not at all."""
+    _write(path, json.dumps(values, indent=2) + "\n")
+
+
 def _write(path: Path, text: str) -> None:
-    """Write a text whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

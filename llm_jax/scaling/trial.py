@@ -47,3 +47,4 @@ class TrialResult:
     loss: float  # held-out, after the last step
     curve: tuple[tuple[int, float], ...]
     varied: tuple[str, ...] = ()  # "key=value" of the grid's further keys
+    held_out: bool = False  # from the fits, which predict it

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -49,7 +50,8 @@ def workdir(config, tmp_path_factory):
 
 def finished(tmp_path):
     """The results file of a study whose law is known, the predicted runs among them."""
-    results.write([*studies.sweep(), *studies.prediction().actual], tmp_path)
+    held_out = (dataclasses.replace(run, held_out=True) for run in studies.prediction().actual)
+    results.write([*studies.sweep(), *held_out], tmp_path)
     return dataclasses.replace(studies.config(), results=str(tmp_path / "results.json"))
 
 
@@ -115,23 +117,97 @@ def test_the_law_of_a_results_file_predicts_runs_that_it_was_not_fitted_to(tmp_p
     assert f"{made.predicted:.4f}" in report and f"{made.relative_error:+.2%}" in report
 
 
-def test_the_prediction_is_on_disk_before_the_predicted_model_trains(tmp_path, monkeypatch):
-    config, folder = dataclasses.replace(finished(tmp_path), results=""), tmp_path / "run"
-    laws = scaling_laws.study.fit_laws(studies.sweep(), config.fit)
-    seen = []
+@pytest.fixture
+def untrained(tmp_path, monkeypatch):
+    """A study whose every trial has a made-up result; returns its config and what was asked to be trained, in order."""
+    asked = []
 
-    def train(found, config, workdir):
-        seen.append(json.loads((workdir / "prediction.json").read_text()))
-        assert f"{seen[0]['predicted']:.4f}" in (workdir / "report.md").read_text()
-        return list(studies.prediction().actual), ["huge-s9 failed"]
+    def launch_trials(config, wanted, problems, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        asked.append((folder.name, [(t.size, t.config.seed, t.config.optimizer.learning_rate) for t in wanted]))
+        if folder.name == "prediction":
+            stated = json.loads((folder.parent / "prediction.json").read_text())
+            assert f"{stated['predicted']:.4f}" in (folder.parent / "report.md").read_text()
+            return list(studies.prediction().actual), ["huge-s9 failed"]
+        return (studies.sweep() if folder.name == "trials" else rates(wanted)), list(problems)
+
+    def rates(wanted):
+        best = {"tiny": 4e-3, "small": 2e-3}
+        return [
+            dataclasses.replace(
+                studies.run(t.size, studies.WIDTHS[t.size], 1e10, 0),
+                learning_rate=(rate := t.config.optimizer.learning_rate),
+                loss=3 + math.log(rate / best[t.size]) ** 2,
+            )
+            for t in wanted
+        ]
 
     monkeypatch.setattr(scaling_laws, "with_dataset", lambda config, workdir: config)
-    monkeypatch.setattr(scaling_laws, "train", lambda config, workdir: scaling_laws.Study(tuple(studies.sweep()), laws))
-    monkeypatch.setattr(scaling_laws, "train_predicted", train)
-    study = scaling_laws.run(config, folder)
-    assert seen and seen[0]["actual"] == []
-    assert study.predictions[0].predicted == seen[0]["predicted"]
-    assert study.left_out == ("huge-s9 failed",)
+    monkeypatch.setattr(scaling_laws, "launch_trials", launch_trials)
+    sizes = tuple(SizeConfig(name=name, hidden_size=width) for name, width in studies.WIDTHS.items())
+    config = dataclasses.replace(
+        studies.config(),
+        grid=GridConfig(sizes=sizes, compute=studies.STEPS),
+        learning_rate=LearningRateConfig(rule="sweep", rates=(1e-3, 2e-3, 4e-3, 8e-3), sizes=("tiny", "small")),
+    )
+    return config, asked
+
+
+def test_the_prediction_is_on_disk_before_the_predicted_model_trains_at_the_rate_chosen_for_it(untrained, tmp_path):
+    config, asked = untrained
+    study = scaling_laws.run(config, tmp_path / "run")
+    assert [name for name, _ in asked] == ["learning_rates", "trials", "prediction"]
+    chosen = {choice.size: choice.rate for choice in study.choices}
+    assert chosen["huge"] < chosen["small"] < chosen["tiny"]
+    assert [(size, seed) for size, seed, _ in asked[2][1]] == [("huge", 0), ("huge", 1), ("huge", 2)]
+    assert [rate for *_, rate in asked[2][1]] == [chosen["huge"]] * 3
+    assert json.loads((tmp_path / "run" / "prediction.json").read_text())["actual"] == []
+    assert "huge-s9 failed" in study.left_out
+    held_out = [run for run in results.read(tmp_path / "run" / "results.json")[0] if run.held_out]
+    assert len(held_out) == 3 and not {run.name for run in held_out} & {run.name for run in study.results}
+
+
+def test_rates_and_prediction_stay_as_they_were_when_the_sweep_changes_later(untrained, tmp_path, monkeypatch, caplog):
+    config, _ = untrained
+    first = scaling_laws.run(config, tmp_path / "run")
+    before = (tmp_path / "run" / "prediction.json").read_bytes()
+    monkeypatch.setattr(scaling_laws.learning_rate, "choose", lambda *_: ([scaling_laws.Choice("tiny", 1.0, "")], []))
+    fewer = [run for run in studies.sweep() if run.seed == 0]
+    monkeypatch.setattr(scaling_laws, "launch_trials", lambda c, w, p, f: (fewer if f.name == "trials" else [], []))
+    again = scaling_laws.run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "prediction.json").read_bytes() == before
+    assert again.predictions[0].predicted == first.predictions[0].predicted
+    assert again.choices[0] == next(choice for choice in first.choices if choice.size == "tiny")
+    assert any("the sweep has changed" in line for line in again.left_out)
+
+
+def test_rates_chosen_under_other_settings_are_refused(untrained, tmp_path):
+    config, _ = untrained
+    scaling_laws.run(config, tmp_path / "run")
+    other = dataclasses.replace(config.learning_rate, rates=(1e-3, 3e-3, 9e-3))
+    with pytest.raises(UserError, match=r"learning_rates\.json was chosen under other settings"):
+        scaling_laws.run(dataclasses.replace(config, learning_rate=other), tmp_path / "run")
+
+
+def test_a_prediction_that_could_not_be_trained_is_refused_before_anything_is(untrained, tmp_path):
+    config, asked = untrained
+    bad = dataclasses.replace(config.prediction, size=SizeConfig(name="odd", hidden_size=255))
+    with pytest.raises(UserError, match="odd"):
+        scaling_laws.run(dataclasses.replace(config, prediction=bad), tmp_path / "run")
+    assert not asked
+
+
+def test_results_are_not_read_from_the_folder_that_is_written(tmp_path):
+    with pytest.raises(UserError, match="would be overwritten"):
+        scaling_laws.run(finished(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("compute", [0.0, 1e30])
+def test_runs_that_were_held_out_stay_out_of_the_fit_whatever_is_predicted(tmp_path, compute):
+    config = finished(tmp_path)
+    other = dataclasses.replace(config.prediction, compute=compute)
+    study = scaling_laws.run(dataclasses.replace(config, prediction=other), tmp_path / "run")
+    assert max(study.laws.power.compute) < studies.prediction().compute / 9
 
 
 def test_a_record_that_was_edited_is_named_and_left_out(tmp_path):
@@ -158,7 +234,7 @@ def test_the_cost_is_printed_without_training_anything(config, tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["cpu.py", "tiny.py", "baichuan2.py:7b", "baichuan2.py:13b"])
 def test_the_configs_make_studies_of_which_no_trial_is_refused(name):
     config = runner.load_config(f"configs/scaling_laws/{name}", ScalingConfig)
-    trials = scaling_laws.all_trials(config)
+    trials, _ = scaling_laws.all_trials(config)
     predicted = [trial for trial in trials if trial.size == config.prediction.size.name]
     assert len(predicted) == len(config.prediction.seeds)
     assert {trial.size for trial in trials} == {size.name for size in (*config.grid.sizes, config.prediction.size)}
