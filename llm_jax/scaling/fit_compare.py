@@ -10,6 +10,7 @@ import numpy as np
 
 from llm_jax.errors import UserError, require
 from llm_jax.scaling import fit_curves
+from llm_jax.scaling.fit_budgets import seeds
 from llm_jax.scaling.fit_isoflop import parameters_of
 from llm_jax.scaling.fit_parametric import parametric
 from llm_jax.scaling.fit_power import fit_power_law
@@ -85,7 +86,7 @@ def compare(results: Sequence[TrialResult], *, held_out_above: float, embeddings
 def efficient(results: Sequence[TrialResult]) -> list[TrialResult]:
     """The trials, with all their seeds, whose mean end no other trial reaches with less compute."""
     names = set(fit_curves.frontier(results, ends_only=True).groups)
-    return [member for members in fit_curves.seeds(results) for member in members if members[0].name in names]
+    return [member for members in seeds(results) for member in members if members[0].name in names]
 
 
 def _score(form: str, trial: TrialResult, predicted: float) -> Score:

@@ -4,15 +4,15 @@ Shapes: N points.
 """
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from llm_jax.errors import require
+from llm_jax.scaling.fit_budgets import SAME_BUDGET, seeds
 from llm_jax.scaling.trial import TrialResult
 
 ROUNDING = 1e-9  # by which an interpolated curve must lie lower to count
-SAME_BUDGET = 0.05  # a trial's compute may differ from its budget by so much, for whole steps
 CURVES_BIAS = (
     "points before a run's end were taken at a learning rate that had not decayed: they lie above the loss of a run "
     "planned to end there"
@@ -72,16 +72,6 @@ def frontier(results: Sequence[TrialResult], *, ends_only: bool = False) -> Fron
     lowest = [point for point in points if not any(_below(curve, point, slack) for curve in curves)]
     lowest.sort(key=lambda point: (point.compute, point.loss))
     return Frontier(tuple(lowest), ends_only, "" if ends_only else CURVES_BIAS)
-
-
-def seeds(results: Sequence[TrialResult]) -> list[list[TrialResult]]:
-    """Trials that differ in nothing but their seed, together; in the order of their names."""
-    together: dict[Hashable, list[TrialResult]] = {}
-    for result in sorted(results, key=lambda result: result.name):
-        steps = tuple(tokens for tokens, _ in result.curve)
-        key = (result.size, result.model, result.sequence_length, result.tokens, result.unique_tokens)
-        together.setdefault((key, result.learning_rate, result.varied, steps), []).append(result)
-    return list(together.values())
 
 
 def _curve(members: Sequence[TrialResult], ends_only: bool) -> list[FrontierPoint]:

@@ -10,8 +10,8 @@ import numpy as np
 
 from llm_jax.errors import require
 from llm_jax.scaling import fit_noise
+from llm_jax.scaling.fit_budgets import by_budget
 from llm_jax.scaling.fit_checks import percentiles
-from llm_jax.scaling.fit_curves import SAME_BUDGET
 from llm_jax.scaling.fit_noise import Array
 from llm_jax.scaling.trial import TrialResult
 
@@ -83,7 +83,7 @@ def isoflop(
     """
     problems: list[str] = []
     found = []
-    for trials in _budgets(results):
+    for trials in by_budget(results):
         found += _enclosed(trials, embeddings, problems)
     require(
         len(found) >= 2,
@@ -101,16 +101,6 @@ def isoflop(
         laws.append(_allocation(log_compute_B, optimum_B, drawn_SB, confidence))
     convention = "all" if embeddings else "non_embedding"
     return IsoFlop(budgets, laws[0], laws[1], convention, confidence, tuple(problems))
-
-
-def _budgets(results: Sequence[TrialResult]) -> list[list[TrialResult]]:
-    groups: list[list[TrialResult]] = []
-    for result in sorted(results, key=lambda result: (result.compute, result.name)):
-        if groups and result.compute <= groups[-1][0].compute * (1 + SAME_BUDGET):
-            groups[-1].append(result)
-        else:
-            groups.append([result])
-    return groups
 
 
 def _enclosed(trials: Sequence[TrialResult], embeddings: bool, problems: list[str]) -> list[Budget]:
