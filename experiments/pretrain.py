@@ -10,7 +10,6 @@ that model.
 
 import contextlib
 import dataclasses
-import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from experiments import runner
 from llm_jax import config as config_lib
 from llm_jax import models
 from llm_jax.config import MeshConfig, TrainConfig
-from llm_jax.data import loader
+from llm_jax.data import identity, loader
 from llm_jax.errors import require
 from llm_jax.evaluation import perplexity
 from llm_jax.optim import schedules
@@ -33,9 +32,8 @@ from llm_jax.scaling.flops import training_flops_per_token
 from llm_jax.tokenization import tokenizer as tokenizers
 from llm_jax.training import language_model, metrics, state, step, together
 from llm_jax.training.checkpoint import Checkpointer
-from llm_jax.training.loop import Loop, Throughput
+from llm_jax.training.loop import Loop, StopSignal, Throughput
 
-DATASET = "dataset.json"
 # What may change when a run is continued; everything else decides its numbers.
 CHANGEABLE = ("steps", "microbatches", "log_every", "eval_every", "eval_batches", "profile_start", "profile_steps")
 CHANGEABLE_GROUPS = ("mesh", "checkpoint")
@@ -79,24 +77,18 @@ def check_dataset(config: TrainConfig, info: loader.DatasetInfo, workdir: Path) 
         f"dataset {config.data.dataset} has a vocabulary of {info.vocab_size}, config.model.vocab_size is "
         f"{config.model.vocab_size}: set it to {info.vocab_size} or more",
     )
-    path = workdir / DATASET
     require(
-        not path.exists() or json.loads(path.read_text()) == identity(info),
+        identity.read(workdir) in (None, identity.of(info)),
         f"{workdir} holds a run on another dataset than {config.data.dataset}: choose a new --workdir, or continue "
         "with the old dataset",
     )
-
-
-def identity(info: loader.DatasetInfo) -> dict[str, str]:
-    """What tells a dataset from another one."""
-    return {"fingerprint": info.fingerprint, "tokenizer_sha256": info.tokenizer_sha256}
 
 
 def record_start(config: TrainConfig, info: loader.DatasetInfo, workdir: Path) -> None:
     """Write the config, the dataset's identity and the tokenizer into `workdir`: once, by the first process."""
     if distributed.is_first():
         config_lib.save(config, workdir / "config.json")
-        (workdir / DATASET).write_text(json.dumps(identity(info)) + "\n")
+        identity.write(info, workdir)
         tokenizers.copy(info.tokenizer, workdir)
     distributed.wait_for_all("record_start")
 
@@ -227,7 +219,7 @@ def run_together(configs: Sequence[TrainConfig], workdirs: Sequence[Path]) -> No
 
     Raises:
       UserError: the configs differ in more, or ask for a mesh of several devices; what `run` refuses of one of them;
-        and, after all others are finished and saved, runs that diverged.
+        and, after all others are finished and saved, runs that diverged. After a signal to stop, none of these.
     """
     require(len(configs) == len(workdirs), f"{len(configs)} configs for {len(workdirs)} folders")
     if len(configs) == 1:
@@ -243,9 +235,13 @@ def run_together(configs: Sequence[TrainConfig], workdirs: Sequence[Path]) -> No
         record_start(config, info, workdir)
     print(f"{len(configs)} runs together, each of {describe(configs[0], info, mesh)}")
     failures: dict[str, str] = {}
-    for start, members in _by_step(configs, workdirs).items():
-        if not _train_group([configs[i] for i in members], [workdirs[i] for i in members], mesh, info, start, failures):
-            break
+    with StopSignal() as stop:
+        for start, members in _by_step(configs, workdirs).items():
+            if not stop.requested:
+                runs = [configs[i] for i in members], [workdirs[i] for i in members]
+                failures |= _train_group(*runs, mesh, info, start)
+    if stop.requested:  # a run that diverged will do so again when the others go on
+        return
     listed = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
     require(not failures, f"{len(failures)} of {len(configs)} runs trained together diverged: {listed}")
 
@@ -295,9 +291,8 @@ def _train_group(
     mesh: Mesh,
     info: loader.DatasetInfo,
     start: int,
-    failures: dict[str, str],
-) -> bool:
-    """Train runs from one step to their end, adding to `failures`; whether they were not asked to stop before."""
+) -> dict[str, str]:
+    """Train runs from one step to their end, or until they are asked to stop; why each that diverged did so."""
     first = configs[0]
     optimizer = state.optimizer(first.model, first.optimizer)
     with contextlib.ExitStack() as stack:
@@ -331,11 +326,9 @@ def _train_group(
             workdir=workdirs[0],
             check=runs.check,
         )
-        finished = True
         with contextlib.suppress(together.NoneLeftError):
-            finished = int(loop.run(current, batches, start).step[0]) == first.steps
-        failures |= runs.failures
-        return finished
+            loop.run(current, batches, start)
+        return runs.failures
 
 
 if __name__ == "__main__":

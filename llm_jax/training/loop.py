@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from llm_jax.config import TrainConfig
 from llm_jax.errors import UserError
 from llm_jax.parallel import rules
+from llm_jax.training.metrics import FAILED
 from llm_jax.training.state import TrainState
 from llm_jax.training.step import Metrics, StepFunction
 
@@ -42,6 +43,9 @@ def place(batch: Any, mesh: Mesh) -> Any:
 class StopSignal:
     """Turns the first SIGTERM or SIGINT inside a `with` block into a flag; a second SIGINT interrupts as usual.
 
+    Blocks may be nested: what asks the inner one to stop asks the outer one too, and one that begins after that is
+    asked from its start. So who starts several runs learns of a signal that reached the last evaluation of one.
+
     `agreed()` is the flag of all processes together: a signal reaches hosts at different steps, and they must stop
     after the same one.
     """
@@ -49,17 +53,26 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[int, Any] = {}
+        self._outer: StopSignal | None = None
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
+            owner = getattr(self._previous[signal.SIGINT], "__self__", None)
+            if isinstance(owner, StopSignal):
+                self._outer, self.requested = owner, self.requested or owner.requested
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self._request()
+
+    def _request(self) -> None:
         self.requested = True
+        if self._outer:
+            self._outer._request()
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop. Every process must call this equally often."""
@@ -146,12 +159,16 @@ class Checkpoints(Protocol):
         """Block until everything saved so far is whole on disk."""
 
 
+class DivergedError(UserError):
+    """A run whose numbers are not finite; the same run would come to the same end again."""
+
+
 def check_finite(step: int, metrics: Metrics) -> None:
-    """Raise `UserError`, naming the step and its batch, if the loss, gradient or new parameters are not finite."""
+    """Raise `DivergedError`, naming the step and its batch, if the loss, gradient or parameters are not finite."""
     values = dict(zip(FINITE, map(float, jax.device_get([metrics[name] for name in FINITE]))))
     if not all(map(math.isfinite, values.values())):
         found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
-        raise UserError(
+        raise DivergedError(
             f"non-finite {found} at step {step}, global batch {step - 1}: stopped before it was saved; resume from "
             "the last checkpoint with a lower learning rate or look at that batch"
         )
@@ -187,19 +204,26 @@ class Loop:
                 with jax.transfer_guard("disallow"):
                     state, metrics = self.step_function(state, batch)
                 if pending is not None:  # one step behind, so that the device always has work queued
-                    self.check(*pending)
+                    self._check(*pending)
                 step, pending = step + 1, (step + 1, metrics)
                 due = self._due(step)
                 if due:
-                    self.check(*pending)
+                    self._check(*pending)
                 self._count(step, time.perf_counter() - start)
                 if due:
                     self._report(state, step, metrics)
             if pending is not None:
-                self.check(*pending)
+                self._check(*pending)
             self.checkpointer.save(state, step)
             self.checkpointer.wait()
         return state
+
+    def _check(self, step: int, metrics: Metrics) -> None:
+        try:
+            self.check(step, metrics)
+        except DivergedError:
+            self.recorder.write(FAILED, step, {name: metrics[name] for name in FINITE})
+            raise
 
     def _count(self, step: int, seconds: float) -> None:
         self.throughput.steps += 1

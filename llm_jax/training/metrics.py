@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 FILE = "metrics.jsonl"
+FAILED = "failed"  # the kind of the record that ends a diverged run
 
 # Dense bfloat16 FLOP/s of one device, from the vendors' data sheets, by a part of JAX's `device_kind`; the first fits.
 PEAK_FLOPS = {
@@ -101,7 +103,7 @@ class Recorder:
             self._progress.update(self._task, completed=step)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Append one record; `kind` is "train", "heldout", or "failed" for a run that another one outlives."""
+        """Append one record; `kind` is "train", "heldout", or `FAILED`."""
         if not self._writes:
             return
         record = {"kind": kind, "step": step, **{name: _plain(value) for name, value in values.items()}}
@@ -126,20 +128,22 @@ def _plain(value: float) -> float | int:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the records of later steps, and a last line that was cut short."""
+    """Drop the records of later steps, and lines that are no records, as a last one that was cut short."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
+    kept = [f"{line}\n" for line in path.read_text().splitlines() if _step(line) <= step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
     partial.replace(path)
+
+
+def _step(line: str) -> float:
+    """The step of a record; infinite for a line that is none."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 def read(workdir: Path, kind: str) -> list[dict[str, float]]:

@@ -24,8 +24,8 @@ from llm_jax.errors import UserError
 from llm_jax.optim.schedules import Schedule
 from llm_jax.training import language_model, step
 from llm_jax.training.checkpoint import Checkpointer
-from llm_jax.training.loop import FINITE, check_finite
-from llm_jax.training.metrics import Recorder
+from llm_jax.training.loop import FINITE, DivergedError, check_finite
+from llm_jax.training.metrics import FAILED, Recorder
 from llm_jax.training.state import TrainState
 from llm_jax.training.step import Metrics, StepFunction
 
@@ -110,7 +110,7 @@ class Runs:
     """Where the loop's numbers and states go: to each run's own folder, until that run diverges.
 
     A run whose loss, gradient or parameters are not finite is left as it was: its record ends with one of kind
-    "failed", nothing of that step or later is saved, and the others go on.
+    `FAILED`, nothing of that step or later is saved, and the others go on.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class Runs:
                 continue
             try:
                 check_finite(step, own)
-            except UserError as error:
+            except DivergedError as error:
                 self.failures[name] = str(error)
-                recorder.write("failed", step, own)
+                recorder.write(FAILED, step, own)
         if not self._alive():
             raise NoneLeftError("every run trained together diverged")
 

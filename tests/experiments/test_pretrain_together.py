@@ -172,6 +172,48 @@ def test_a_diverged_run_is_named_after_the_others_are_finished(dataset, alone, t
         run_all(dataset, tmp_path / "both", {"x": (5, 1e30), "y": (6, 1e30)})
 
 
+def test_a_stop_is_no_divergence_and_reaches_the_runs_at_other_steps(dataset, tmp_path, stop_after_three):
+    runs = {"a": RUNS["a"], "wild": (5, 1e30)}
+    run_all(dataset, tmp_path, runs)  # returns: its launcher must not take the stop for a failure
+    assert load_model(tmp_path / "a")[2] == 3
+    assert "failed" in (tmp_path / "wild" / metrics.FILE).read_text()
+
+
+def test_a_stop_during_the_last_evaluation_is_not_lost(dataset, tmp_path, monkeypatch):
+    configs = [make_config(dataset, *values) for values in RUNS.values()]
+    for config, name in zip(configs, RUNS):
+        with pretrain.open_checkpoints(config, tmp_path / name) as checkpointer:
+            if name != "c":  # a and b begin at step 5 of 6, c at 0
+                mesh = pretrain.mesh_lib.build(MeshConfig(), jax.local_devices()[:1])
+                checkpointer.save(pretrain.first_state(config, checkpointer, mesh), 5)
+    evaluation = pretrain.heldout_evaluation
+
+    def interrupted(*arguments, **options):
+        evaluate = evaluation(*arguments, **options)
+        return lambda params: (signal.raise_signal(signal.SIGTERM), evaluate(params))[1]
+
+    monkeypatch.setattr(pretrain, "heldout_evaluation", interrupted)
+    pretrain.run_together(configs, [tmp_path / name for name in RUNS])
+    assert [load_model(tmp_path / name)[2] for name in "ab"] == [6, 6]
+    assert not (tmp_path / "c" / metrics.FILE).exists()
+
+
+def test_a_diverged_single_run_says_so_in_its_records(dataset, tmp_path):
+    with pytest.raises(UserError, match="^non-finite loss"):
+        run_all(dataset, tmp_path, {"wild": (5, 1e30)})
+    (record,) = metrics.read(tmp_path / "wild", metrics.FAILED)
+    assert not np.isfinite(record["parameter_norm"])
+    assert json.loads((tmp_path / "wild" / metrics.FILE).read_text().splitlines()[-1])["kind"] == "failed"
+
+
+@pytest.mark.parametrize("text", ['{"fing', "[]"])
+def test_a_damaged_note_of_the_dataset_is_one_line(dataset, tmp_path, text):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "dataset.json").write_text(text)
+    with pytest.raises(UserError, match=r"dataset.json is damaged, so the dataset of that run is not known: delete"):
+        run_all(dataset, tmp_path, {"a": RUNS["a"]})
+
+
 def test_runs_that_differ_in_more_are_refused_before_anything_is_written(dataset, tmp_path):
     config = make_config(dataset)
     wider = dataclasses.replace(config, seed=1, model=dataclasses.replace(config.model, ffn_size=32))

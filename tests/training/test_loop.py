@@ -38,6 +38,22 @@ def test_second_interrupt_interrupts():
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_stops_a_run_stops_who_started_it_and_its_next_run(number):
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal() as outer:
+        with StopSignal() as inner:
+            signal.raise_signal(number)
+        assert inner.requested and outer.requested
+        with StopSignal() as following:
+            assert following.requested
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    with StopSignal() as later:
+        assert not later.requested
+
+
 def test_throughput_counts_only_since_the_last_reading():
     throughput = Throughput(tokens_per_step=100, flops_per_token=50.0, peak_flops=10_000.0)
     throughput.steps, throughput.seconds = 4, 2.0
@@ -49,6 +65,7 @@ def test_throughput_counts_only_since_the_last_reading():
 
 def test_records_after_the_resumed_step_and_cut_lines_are_dropped(tmp_path):
     lines = [json.dumps({"kind": "train", "step": step, "loss": step * 1.0}) for step in (1, 2, 3)]
+    lines[1:1] = ["{}", "5", "[]", '{"kind": "train", "step": "x"}']  # edited by hand
     (tmp_path / metrics.FILE).write_text("\n".join(lines) + '\n{"kind": "tr')
     with metrics.Recorder(tmp_path, start_step=2, total_steps=5) as recorder:
         recorder.write("train", 3, {"loss": 9.0})
