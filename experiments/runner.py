@@ -92,6 +92,8 @@ def prepare_jax() -> None:
     keep_freed_memory()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "llm_jax" / "jax"))
+        # By default JAX keeps only what took a second to compile, which small models' programs do not.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def parse(
