@@ -28,7 +28,6 @@ from rich.console import Console
 
 from experiments import own_dataset, runner, trials
 from llm_jax import config as config_lib
-from llm_jax.data import loader
 from llm_jax.errors import require
 from llm_jax.scaling import cost, flops, launch, learning_rate, results, study, sweep
 from llm_jax.scaling.config import GridConfig, ScalingConfig
@@ -125,8 +124,8 @@ def launch_trials(
     _warn(problems)
     folder.mkdir(parents=True, exist_ok=True)
     failures = launch.run(sweep.together(wanted, config.launcher), trials.execute, config.launcher, folder)
-    found, unreadable = sweep.collect(wanted, folder, loader.describe(config.base.data).tokens)
-    missing = list(dict.fromkeys([*failures, *unreadable]))
+    found, unreadable = sweep.collect(wanted, folder, failed=failures)
+    missing = [*failures.values(), *unreadable]
     _warn(missing)
     return found, [*problems, *missing]
 

@@ -374,7 +374,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return from_config_dict(hint, value, key)  # type: ignore[arg-type]
     origin = typing.get_origin(hint) or hint
     if origin is Mapping:
-        return {str(k): float(v) for k, v in value.items()}
+        group = isinstance(value, Mapping | ml_collections.ConfigDict)
+        require(group, f"{key} must hold names with numbers, got {value!r}")
+        return {str(name): _convert(float, number, f"{key}.{name}") for name, number in value.items()}
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{key} must be a list, got {value!r}")
         items = typing.get_args(hint)

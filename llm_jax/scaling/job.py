@@ -22,6 +22,10 @@ LOCK = "lock"
 STOP_SECONDS = 60  # after which a process that was asked to stop is ended
 
 
+class HeldError(UserError):
+    """Another process trains the run: no failure of it."""
+
+
 def attempt(execute: Execute, config_paths: Sequence[str], *, first: bool = True) -> None:
     """Train the runs of some config files; if that raises, the reason is left beside each of them and raised on.
 
@@ -34,6 +38,8 @@ def attempt(execute: Execute, config_paths: Sequence[str], *, first: bool = True
                 stack.enter_context(_held(run))
                 (run / FAILURE).unlink(missing_ok=True)
             execute(list(config_paths))
+    except HeldError:
+        raise
     except Exception as error:
         for run in runs:
             # Of several processes the one with the cause fails before those that miss it.
@@ -49,10 +55,19 @@ def _held(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{run} is being trained by another process: wait for that one, or end it") from None
+            raise HeldError(
+                f"{run} is being trained by another process, which holds {run / LOCK}: wait for that one, or end it"
+            ) from None
         except OSError:
             pass  # a file system without locks
         yield
+
+
+def check_free(runs: Sequence[Path]) -> None:
+    """Raise `HeldError` if another process trains one of these runs."""
+    for run in runs:
+        with _held(run):
+            pass
 
 
 def reason(error: BaseException) -> str:

@@ -7,6 +7,7 @@ and logs in `folder / "jobs"`; they hold names of functions and files, and none 
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +23,14 @@ import submitit
 from rich.console import Console
 
 from llm_jax import config as config_lib
+from llm_jax.config import TrainConfig
 from llm_jax.errors import UserError
 from llm_jax.scaling import board as boards
 from llm_jax.scaling import sweep
 from llm_jax.scaling.config import LauncherConfig
-from llm_jax.scaling.job import STOP_SECONDS, Execute, Job, attempt, reference
+from llm_jax.scaling.job import STOP_SECONDS, Execute, HeldError, Job, attempt, check_free, reference
 from llm_jax.scaling.trial import CONFIG, FAILURE, Trial
+from llm_jax.training.loop import StopSignal
 
 JOBS = "jobs"  # no trial has this name: all end in their seed
 RECORD = "slurm.json"
@@ -71,7 +74,7 @@ def run(
     *,
     console: Console | None = None,
     poll_seconds: float | None = None,
-) -> list[str]:
+) -> dict[str, str]:
     """Train every trial that is not finished yet; those that fail are tried again alone, and then left out.
 
     Args:
@@ -84,10 +87,10 @@ def run(
       poll_seconds: between two looks at the jobs; None = 1 for processes, 10 for Slurm.
 
     Returns:
-      A line for every trial that has no result, saying why and where its log is.
+      A line for every trial that has no result, by the trial's name, saying why and where its log is.
 
     Raises:
-      UserError: no Slurm here, or it refuses the jobs.
+      UserError: no Slurm here, or it refuses the jobs; or (`HeldError`) another process trains one of the trials.
       KeyboardInterrupt: after Ctrl-C; processes have been stopped, Slurm's jobs run on and are found again.
     """
     trials = [trial for group in groups for trial in group]
@@ -109,7 +112,7 @@ def run(
                 board.refresh()
                 if running:
                     time.sleep(poll_seconds)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, HeldError):
             board.say(where.stop(running))
             raise
     return problems
@@ -123,24 +126,33 @@ def _launcher(execute: Execute, launcher: LauncherConfig, folder: Path, board: b
     return Slurm(reference(execute), launcher, folder, board)
 
 
-def _unfinished(groups: Sequence[Sequence[Trial]], folder: Path, board: boards.Board) -> tuple[deque[Task], list[str]]:
-    """A task for each group that has trials to train, their config files written."""
-    waiting, problems = deque[Task](), list[str]()
+def _unfinished(
+    groups: Sequence[Sequence[Trial]], folder: Path, board: boards.Board
+) -> tuple[deque[Task], dict[str, str]]:
+    """A task for each group that has trials to train, their config files written.
+
+    Of a group, runs that have begun with other evaluations than the rest are a task of their own.
+    """
+    waiting, problems = deque[Task](), dict[str, str]()
     for group in groups:
-        trials = []
+        trials: dict[int, list[Trial]] = {}  # by how often they are evaluated
         for trial in group:
             try:
                 if _is_finished(trial, folder):
-                    board.set(trial, boards.DONE)
-                    continue
-                _write_config(trial, folder)
-                trials.append(trial)
+                    _done(trial, folder, board)
+                else:
+                    trials.setdefault(_write_config(trial, folder).eval_every, []).append(trial)
             except UserError as error:
-                problems.append(str(error))
+                problems[trial.name] = str(error)
                 board.set(trial, boards.FAILED, str(error))
-        if trials:
-            waiting.append(Task(trials))
+        waiting += [Task(members) for members in trials.values()]
     return waiting, problems
+
+
+def _done(trial: Trial, folder: Path, board: boards.Board) -> None:
+    """Note that a trial is finished; what failed before, or in another run of its group, is of no interest any more."""
+    (folder / trial.name / FAILURE).unlink(missing_ok=True)
+    board.set(trial, boards.DONE)
 
 
 def _is_finished(trial: Trial, folder: Path) -> bool:
@@ -152,32 +164,37 @@ def _is_finished(trial: Trial, folder: Path) -> bool:
     return True
 
 
-def _write_config(trial: Trial, folder: Path) -> None:
-    """Write the trial's config.json; a run that has begun keeps its rhythm of evaluations."""
+def _write_config(trial: Trial, folder: Path) -> TrainConfig:
+    """Write the trial's config.json, and return it; a run that has begun keeps its rhythm of evaluations."""
     stored = sweep.stored_config(trial, folder)
     config = dataclasses.replace(trial.config, eval_every=stored.eval_every) if stored else trial.config
     config_lib.save(config, folder / trial.name / CONFIG)
+    return config
 
 
 def _config_paths(task: Task, folder: Path) -> tuple[str, ...]:
     return tuple(str((folder / trial.name / CONFIG).absolute()) for trial in task.trials)
 
 
-def _settle(task: Task, folder: Path, retries: int, board: boards.Board, problems: list[str]) -> list[Task]:
+def _check_free(tasks: Iterable[Task], folder: Path) -> None:
+    check_free([folder / trial.name for task in tasks for trial in task.trials])
+
+
+def _settle(task: Task, folder: Path, retries: int, board: boards.Board, problems: dict[str, str]) -> list[Task]:
     """Note what became of an ended task's trials; a task for each that is to be tried again."""
     again = []
     alone = len(task.trials) == 1  # else a neighbour may be to blame, and the group's try does not count
     for trial in task.trials:
         try:
             if _is_finished(trial, folder):
-                board.set(trial, boards.DONE)
+                _done(trial, folder, board)
                 continue
         except UserError as error:
             why, hopeless = str(error), True
         else:
             why, hopeless = _why(trial, task, folder), alone and task.tries > retries
         if hopeless:
-            problems.append(f"{trial.name} is left out after {_times(task.tries)}: {why}")
+            problems[trial.name] = f"{trial.name} is left out after {_times(task.tries)}: {why}"
             board.set(trial, boards.FAILED, why)
         else:
             board.set(trial, boards.WAITING, f"to be tried again: {why}")
@@ -213,23 +230,25 @@ class Inline:
         self._execute, self._folder, self._board = execute, folder, board
 
     def adopt(self, waiting: deque[Task]) -> list[Task]:
-        """None can run already."""
+        """None: there is nothing that this process could take over. Raises `HeldError` if another one trains them."""
+        _check_free(waiting, self._folder)
         return []
 
     def start(self, waiting: deque[Task], running: Sequence[Task]) -> list[Task]:
-        """Run the next task to its end. Raises `KeyboardInterrupt` if Ctrl-C stopped it cleanly."""
+        """Run the next task to its end. Raises `KeyboardInterrupt` after a signal, which a training loop turns into a
+        checkpoint and a return without an error, and which may come too late to shorten a trial."""
         task = waiting.popleft()
         for trial in task.trials:
             self._board.set(trial, boards.RUNNING)
-        try:
-            attempt(self._execute, _config_paths(task, self._folder))
-        except Exception:  # `attempt` has kept the reason
-            return [task]
-        # A training loop turns SIGINT into a checkpoint and returns: no error, and yet not the end.
-        for trial in task.trials:
-            with contextlib.suppress(UserError):
-                if not _is_finished(trial, self._folder):
-                    raise KeyboardInterrupt
+        with StopSignal() as stop:
+            try:
+                attempt(self._execute, _config_paths(task, self._folder))
+            except HeldError:
+                raise
+            except Exception:  # of which `attempt` has kept the reason
+                pass
+        if stop.requested:
+            raise KeyboardInterrupt
         return [task]
 
     def ended(self, running: Sequence[Task]) -> list[Task]:
@@ -252,13 +271,16 @@ class Processes:
         self._slots: dict[str, int] = {}  # of a job's id
 
     def adopt(self, waiting: deque[Task]) -> list[Task]:
-        """None: a process that outlived its sweep keeps its runs locked."""
+        """None, as `Inline`: a process that outlived its sweep keeps its runs locked."""
+        _check_free(waiting, self._folder)
         return []
 
     def start(self, waiting: deque[Task], running: Sequence[Task]) -> list[Task]:
         """Fill the free places."""
         started: list[Task] = []
-        for _ in range(min(len(waiting), self._launcher.parallel - len(running))):
+        count = min(len(waiting), self._launcher.parallel - len(running))
+        _check_free(itertools.islice(waiting, count), self._folder)
+        for _ in range(count):
             task = waiting.popleft()
             taken = {self._slots[other.job.job_id] for other in [*running, *started]}
             slot = next(i for i in range(self._launcher.parallel) if i not in taken)
@@ -324,7 +346,7 @@ class Slurm:
             raise UserError("squeue does not answer, so jobs of an earlier start may run still: try again later")
         by_name = {trial.name: trial for task in waiting for trial in task.trials}
         adopted = []
-        for job_id, names in json.loads(self._record.read_text()).items():
+        for job_id, names in self._read().items():
             trials = [by_name.pop(name) for name in names if name in by_name] if job_id in alive else []
             if trials:
                 job: Any = submitit.SlurmJob(self._folder / JOBS, job_id)
@@ -352,6 +374,16 @@ class Slurm:
         self._save([*running, *tasks])
         self._board.say(f"submitted to Slurm as {submitted[0].job_id.partition('_')[0]}: jobs {len(tasks)}")
         return tasks
+
+    def _read(self) -> dict[str, list[str]]:
+        try:
+            record = json.loads(self._record.read_text())
+            return {str(job_id): [str(name) for name in names] for job_id, names in record.items()}
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(
+                f"{self._record} is damaged: see with squeue whether jobs of an earlier start still run, end them with "
+                "scancel, and delete that file"
+            ) from None
 
     def _save(self, tasks: Sequence[Task]) -> None:
         """Remember which job trains what, for `adopt`."""

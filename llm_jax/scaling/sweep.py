@@ -6,17 +6,20 @@ that run wrote there.
 
 import ast
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_jax import config as config_lib
-from llm_jax.config import ModelConfig, TrainConfig
+from llm_jax.config import DataConfig, ModelConfig, TrainConfig
+from llm_jax.data import identity, loader
+from llm_jax.data.records import SUMMARY
 from llm_jax.errors import UserError, require
 from llm_jax.optim import schedules
 from llm_jax.scaling import flops
@@ -86,7 +89,10 @@ def _bases(
             continue
         for variation in variations:
             try:
-                yield name, variation, _varied(config, model, variation, learning_rates.get(name))
+                varied = _varied(config, model, variation, learning_rates.get(name))
+                if "eval_batches" not in variation:
+                    varied = _scored_alike(config.base, varied, f"size {name}{_in_words(variation)}", problems)
+                yield name, variation, varied
             except UserError as error:
                 problems.append(f"size {name}{_in_words(variation)} is left out: {error}")
 
@@ -157,6 +163,19 @@ def _varied(config: ScalingConfig, model: ModelConfig, variation: Mapping[str, A
             group = group[part]
         group[name] = value
     return config_lib.from_config_dict(TrainConfig, values)
+
+
+def _scored_alike(base: TrainConfig, varied: TrainConfig, label: str, problems: list[str]) -> TrainConfig:
+    """The varied run, scored on as much held-out text as the base in batches of its own size."""
+    wanted, per_batch = (c.data.batch_size * c.data.sequence_length for c in (base, varied))
+    wanted *= base.eval_batches
+    batches = max(1, round(wanted / per_batch))
+    if batches * per_batch != wanted:
+        problems.append(
+            f"{label} is scored on {batches * per_batch:,} tokens of held-out text instead of {wanted:,}: choose "
+            "config.base.eval_batches so that its batches divide them"
+        )
+    return dataclasses.replace(varied, eval_batches=batches)
 
 
 def _budgets(grid: GridConfig, base: TrainConfig) -> Iterator[tuple[str, float]]:
@@ -261,7 +280,8 @@ def together(trials: Sequence[Trial], launcher: LauncherConfig) -> list[list[Tri
     """Groups of trials that train in one compiled step: they differ in their seeds and learning rate alone.
 
     A group holds at most `launcher.together` trials, none of more than `launcher.together_up_to` FLOPs, and the groups
-    of one shape are as equal as can be. Trials that use several devices or processes train alone.
+    of one shape are as equal as can be. Trials that use several devices or processes train alone, as those do whose
+    mesh takes all devices where the launcher gives a trial several: set `mesh.data=1` for one device each.
     """
     shapes: dict[str, list[Trial]] = {}
     for trial in trials:
@@ -278,7 +298,8 @@ def _is_alone(trial: Trial, launcher: LauncherConfig) -> bool:
     processes = launcher.nodes * launcher.tasks_per_node if launcher.kind == "slurm" else 1
     compute = flops.training_flops(trial.config.model, trial.config.data.sequence_length, trial.tokens)
     large = bool(launcher.together_up_to) and compute > launcher.together_up_to
-    return large or processes > 1 or mesh.replica * mesh.tensor * max(mesh.data, 1) > 1
+    all_devices = mesh.data == -1 and launcher.gpus_per_node > 1
+    return large or processes > 1 or all_devices or mesh.replica * mesh.tensor * max(mesh.data, 1) > 1
 
 
 def _shape(config: TrainConfig) -> str:
@@ -291,28 +312,33 @@ def _shape(config: TrainConfig) -> str:
 # What came of them
 
 
-def collect(trials: Sequence[Trial], folder: Path, dataset_tokens: int = 0) -> tuple[list[TrialResult], list[str]]:
-    """The results of the finished trials, and a line for every other one; see `result`."""
-    results, problems = [], []
+def collect(trials: Sequence[Trial], folder: Path, failed: Collection[str] = ()) -> tuple[list[TrialResult], list[str]]:
+    """The results of the finished trials, and a line for every other one but the `failed`; see `result`.
+
+    One more line for each dataset that is gone, so that `unique_tokens` cannot be known.
+    """
+    results, problems, gone = [], [], set()
     for trial in trials:
+        if trial.name in failed:
+            continue
         try:
-            results.append(result(trial, folder, dataset_tokens))
+            results.append(result(trial, folder))
         except UserError as error:
             problems.append(str(error))
+        else:
+            data = trial.config.data
+            gone |= {data.dataset} if data.dataset and _dataset(data) is None else set()
+    problems += [f"no whole dataset at {each}: its trials count as if they read no text twice" for each in sorted(gone)]
     return results, problems
 
 
-def result(trial: Trial, folder: Path, dataset_tokens: int = 0) -> TrialResult:
-    """What came of a trial, from the run in `folder / trial.name`.
-
-    Args:
-      trial: the trial.
-      folder: where the trials' folders are.
-      dataset_tokens: how many the training set has, to tell repeated data; 0 = more than any trial reads.
+def result(trial: Trial, folder: Path) -> TrialResult:
+    """What came of a trial, from the run in `folder / trial.name`; `unique_tokens` from its dataset, if that is there.
 
     Raises:
       UnfinishedError: the run is not at its end.
-      UserError: the folder holds another run, the loss diverged, or its metrics are damaged or were edited.
+      UserError: the folder holds another run or one on another dataset, the loss diverged, or its metrics are damaged
+        or were edited.
     """
     records = heldout_records(trial, folder)
     config, length = trial.config, trial.config.data.sequence_length
@@ -325,7 +351,7 @@ def result(trial: Trial, folder: Path, dataset_tokens: int = 0) -> TrialResult:
         parameters=parameters.total,
         non_embedding_parameters=parameters.non_embedding,
         tokens=trial.tokens,
-        unique_tokens=min(trial.tokens, dataset_tokens or trial.tokens),
+        unique_tokens=_unique_tokens(trial),
         compute=flops.training_flops(config.model, length, trial.tokens),
         learning_rate=config.optimizer.learning_rate,
         seed=config.seed,
@@ -339,16 +365,22 @@ def heldout_records(trial: Trial, folder: Path) -> list[dict[str, float]]:
     """The held-out evaluations of a finished trial, the last one at its end. Raises as `result` does."""
     run = folder / trial.name
     stored = stored_config(trial, folder)
+    _check_dataset(trial, run)
     if stored is None or not (run / metrics.FILE).is_file():
         raise UnfinishedError(f"{trial.name} is not trained yet: no run in {run}{_failure(run)}")
     try:
-        records = metrics.read(run, "heldout")
+        records, failed = metrics.read(run, "heldout"), metrics.read(run, metrics.FAILED)
         steps = [int(record["step"]) for record in records]
         finite = all(math.isfinite(record["loss"]) and record["loss"] > 0 for record in records)
         tokens = [int(record["tokens"]) for record in records]
+        diverged = [int(record["step"]) for record in failed]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         missing = "no held-out text in its dataset" if error.args == ("loss",) else "lines that are no records"
         raise _incomplete(trial, run, missing) from None
+    if diverged:
+        raise UserError(
+            f"{trial.name} diverged at step {diverged[0]}: lower its learning rate, or delete {run} to train it again"
+        )
     require(finite, f"{trial.name} diverged: a loss in {run / metrics.FILE} is not a positive number")
     if steps != _evaluated(stored):
         last = steps[-1] if steps else 0
@@ -379,6 +411,39 @@ def stored_config(trial: Trial, folder: Path) -> TrainConfig | None:
         "that folder",
     )
     return stored
+
+
+def _check_dataset(trial: Trial, run: Path) -> None:
+    """Raise `UserError` if a run was trained on another dataset than its trial names, wherever these lie."""
+    noted, info = identity.read(run), _dataset(trial.config.data)
+    require(
+        info is None or noted in (None, identity.of(info)),
+        f"{trial.name}: {run} was trained on another dataset than {trial.config.data.dataset}: choose another "
+        "--workdir, or delete that folder",
+    )
+
+
+def _unique_tokens(trial: Trial) -> int:
+    """How many different tokens a trial reads: of each source its share, but no more than there are."""
+    info = _dataset(trial.config.data)
+    if info is None:
+        return trial.tokens
+    return round(sum(min(s * trial.tokens, info.sources[name].train.tokens) for name, s in info.weights.items()))
+
+
+def _dataset(data: DataConfig) -> loader.DatasetInfo | None:
+    """A trial's dataset; None where it is gone or damaged, which does not matter to finished trials."""
+    try:
+        changed = (Path(data.dataset) / SUMMARY).stat().st_mtime_ns
+        return _described(data.dataset, tuple(data.weights.items()), changed)
+    except (OSError, UserError):
+        return None
+
+
+@functools.lru_cache
+def _described(dataset: str, weights: tuple[tuple[str, float], ...], changed: int) -> loader.DatasetInfo:
+    """The dataset as it was when it had last `changed`."""
+    return loader.describe(DataConfig(dataset=dataset, weights=dict(weights)))
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:

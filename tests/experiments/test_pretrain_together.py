@@ -199,7 +199,7 @@ def test_a_stop_during_the_last_evaluation_is_not_lost(dataset, tmp_path, monkey
 
 
 def test_a_diverged_single_run_says_so_in_its_records(dataset, tmp_path):
-    with pytest.raises(UserError, match="^non-finite loss"):
+    with pytest.raises(UserError, match=r"^non-finite loss"):
         run_all(dataset, tmp_path, {"wild": (5, 1e30)})
     (record,) = metrics.read(tmp_path / "wild", metrics.FAILED)
     assert not np.isfinite(record["parameter_norm"])

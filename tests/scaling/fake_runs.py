@@ -6,12 +6,15 @@ A slow one waits for a file called go in its folder.
 import json
 import math
 import os
+import signal
 import time
 from pathlib import Path
 
 from llm_jax.config import TrainConfig, load
+from llm_jax.errors import UserError
 
 FINE, ALWAYS_FAILS, FAILS_ONCE, STOPS_HALFWAY, DIVERGES, DIES, SLOW = 0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06
+STOPS_AT_ITS_END, ENDS_EARLY, DIVERGES_LOUDLY = 0.07, 0.08, 0.09
 
 
 def execute(config_paths: list[str]) -> None:
@@ -31,8 +34,13 @@ def train(config: TrainConfig, run: Path, group: int) -> None:
     while behaviour == SLOW and not (run / "go").exists():
         (run / "slow").touch()
         time.sleep(0.1)
-    steps = config.steps // 2 if behaviour == STOPS_HALFWAY else config.steps
+    steps = config.steps // 2 if behaviour in (STOPS_HALFWAY, ENDS_EARLY) else config.steps
     write(config, run, steps, math.nan if behaviour == DIVERGES else loss(config))
+    if behaviour in (STOPS_HALFWAY, STOPS_AT_ITS_END):
+        signal.raise_signal(signal.SIGINT)
+    if behaviour == DIVERGES_LOUDLY:
+        (run / "metrics.jsonl").write_text('{"kind": "failed", "step": 2, "loss": NaN}\n')
+        raise UserError("non-finite loss nan at step 2")
 
 
 def loss(config: TrainConfig) -> float:

@@ -45,7 +45,7 @@ def launch_all(groups, folder: Path, kind: str = "inline", retries: int = 1, **s
     out = io.StringIO()
     console = Console(file=out, width=200)
     problems = launch.run(groups, fake_runs.execute, launcher, folder, console=console, poll_seconds=0.05)
-    return problems, out.getvalue()
+    return list(problems.values()), out.getvalue()
 
 
 def tries(trial: Trial, folder: Path) -> list[tuple[int, int]]:
@@ -64,6 +64,7 @@ def test_failures_are_tried_again_and_left_out_and_the_rest_goes_on(tmp_path, ki
     assert [len(tries(trial, tmp_path)) for trial in (good, bad, unlucky)] == [1, 2, 2]
     here = {pid == os.getpid() for trial in (good, bad, unlucky) for pid, _ in tries(trial, tmp_path)}
     assert here == {kind == "inline"}
+    assert sweep.collect([good, bad, unlucky], tmp_path, failed=[bad.name])[1] == []
     results, missing = sweep.collect([good, bad, unlucky], tmp_path)
     assert [result.name for result in results] == [good.name, unlucky.name]
     assert len(missing) == 1 and f"no luck with {bad.name}" in missing[0]
@@ -98,6 +99,26 @@ def test_a_diverged_trial_is_not_tried_again(tmp_path):
     assert len(tries(diverged, tmp_path)) == 1
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_trial_that_training_called_diverged_is_not_tried_again_and_its_neighbour_has_not_failed(tmp_path, group):
+    diverged, good = make_trial(fake_runs.DIVERGES_LOUDLY), make_trial(seed=1)
+    groups = [[good, diverged]] if group == 2 else [[good], [diverged]]
+    for again in range(2):
+        problems, _ = launch_all(groups, tmp_path)
+        assert len(problems) == 1 and f"{diverged.name} diverged at step 2: lower its learning rate" in problems[0]
+        assert again or problems[0].startswith(f"{diverged.name} is left out after 1 try: ")
+    assert len(tries(diverged, tmp_path)) == len(tries(good, tmp_path)) == 1
+    assert not (tmp_path / good.name / "failure.txt").exists()
+
+
+def test_a_begun_trial_with_other_evaluations_is_no_longer_part_of_its_group(tmp_path):
+    begun, *new = make_trial(), make_trial(seed=1), make_trial(seed=2)
+    config_lib.save(dataclasses.replace(begun.config, eval_every=2), tmp_path / begun.name / "config.json")
+    assert launch_all([[begun, *new]], tmp_path)[0] == []
+    assert tries(begun, tmp_path) == [(os.getpid(), 1)]
+    assert [tries(trial, tmp_path) for trial in new] == [[(os.getpid(), 2)]] * 2
+
+
 def test_a_folder_with_another_run_is_left_alone(tmp_path):
     trial = make_trial()
     other = dataclasses.replace(trial.config, loss=dataclasses.replace(trial.config.loss, z_loss=0.5))
@@ -118,12 +139,20 @@ def test_a_begun_run_keeps_its_evaluations_and_may_change_what_decides_no_number
     assert (stored.eval_every, stored.log_every) == (4, 1)
 
 
-def test_a_run_that_stops_early_inline_stops_the_sweep(tmp_path):
+@pytest.mark.parametrize("behaviour", [fake_runs.STOPS_HALFWAY, fake_runs.STOPS_AT_ITS_END], ids=["middle", "end"])
+def test_ctrl_c_stops_the_sweep_inline_whenever_it_comes(tmp_path, behaviour):
     """Training turns Ctrl-C into a checkpoint and returns: the next trial must not begin."""
     after = make_trial(seed=1)
     with pytest.raises(KeyboardInterrupt):
-        launch_all([[make_trial(fake_runs.STOPS_HALFWAY)], [after]], tmp_path)
+        launch_all([[make_trial(behaviour)], [after]], tmp_path)
     assert tries(after, tmp_path) == []
+
+
+def test_a_run_that_ends_too_early_by_itself_has_failed(tmp_path):
+    trial, after = make_trial(fake_runs.ENDS_EARLY), make_trial(seed=1)
+    problems, _ = launch_all([[trial], [after]], tmp_path)
+    assert problems == [f"{trial.name} is left out after 2 tries: it stopped before its end"]
+    assert len(tries(after, tmp_path)) == 1
 
 
 def test_a_process_that_dies_without_a_word_is_reported_with_its_log(tmp_path):
@@ -140,15 +169,41 @@ def test_no_more_processes_than_allowed(tmp_path):
     assert states == ["running", "done"] * 3
 
 
-def test_a_run_that_another_process_trains_is_refused(tmp_path):
-    trial = make_trial()
+@pytest.mark.parametrize("kind", ["inline", "processes"])
+def test_a_run_that_another_process_trains_stops_the_sweep_before_it_starts(tmp_path, kind):
+    first, trial = make_trial(seed=1), make_trial()
     path = tmp_path / trial.name / "config.json"
     config_lib.save(trial.config, path)
-    with jobs._held(path.parent):
-        problems, _ = launch_all([[trial]], tmp_path, retries=0)
-    assert "is being trained by another process" in problems[0]
-    assert tries(trial, tmp_path) == []
-    assert launch_all([[trial]], tmp_path)[0] == []
+    with jobs._held(path.parent), pytest.raises(UserError, match="is being trained by another process, which holds "):
+        launch_all([[first], [trial]], tmp_path, kind)
+    assert tries(first, tmp_path) == tries(trial, tmp_path) == []
+    assert not (path.parent / "failure.txt").exists()
+    assert launch_all([[first], [trial]], tmp_path, kind)[0] == []
+
+
+@pytest.mark.parametrize("kind", ["inline", "processes"])
+def test_a_run_that_another_process_takes_meanwhile_is_not_tried_in_vain(tmp_path, kind, monkeypatch):
+    first, trial = make_trial(seed=1), make_trial()
+    path = tmp_path / trial.name / "config.json"
+    config_lib.save(trial.config, path)
+    monkeypatch.setattr(launch.Inline if kind == "inline" else launch.Processes, "adopt", lambda self, waiting: [])
+    with jobs._held(path.parent), pytest.raises(UserError, match="is being trained by another process"):
+        launch_all([[first], [trial]], tmp_path, kind, parallel=1)
+    assert (len(tries(first, tmp_path)), tries(trial, tmp_path)) == (1, [])
+    assert not (path.parent / "failure.txt").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"7_0": 3}'])
+def test_a_damaged_record_of_slurm_jobs_is_one_line(tmp_path, monkeypatch, text):
+    (tmp_path / "bin").mkdir()
+    for name in ("srun", "squeue"):
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin")
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / launch.RECORD).write_text(text)
+    with pytest.raises(UserError, match=r"slurm.json is damaged: see with squeue"):
+        launch_all([[make_trial()]], tmp_path, "slurm")
 
 
 def test_ctrl_c_ends_the_processes(tmp_path):

@@ -39,7 +39,7 @@ def launch_all(groups, folder: Path, execute=fake_runs.execute, retries: int = 1
         problems = launch.run(groups, execute, launcher, folder, console=Console(file=out, width=200), poll_seconds=0.5)
     finally:
         print(out.getvalue())
-    return problems, out.getvalue()
+    return list(problems.values()), out.getvalue()
 
 
 def when(condition, action) -> threading.Thread:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from llm_jax import config as config_lib
 from llm_jax import models
 from llm_jax.config import CheckpointConfig, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from llm_jax.data import identity, loader, records
 from llm_jax.errors import UserError
 from llm_jax.optim import schedules
 from llm_jax.scaling import flops, learning_rate, sweep
@@ -167,12 +169,26 @@ def test_too_few_tokens_for_a_step_or_its_warm_up_are_one_line_each():
         ({"vary": ("steps=10",)}, "steps follows from the grid"),
         ({"vary": ("optimizer.b1",)}, "should read KEY=VALUE,VALUE"),
         ({"vary": ("optimizer.b1=0.9", "optimizer.b1=0.8")}, "listed twice"),
+        ({"vary": ("data.weights=x",)}, "config.data.weights must hold names with numbers, got 'x'"),
     ],
 )
 def test_grids_that_mean_nothing_are_refused(grid, message):
     with pytest.raises(UserError, match=message) as error:
         expand(grid=grid)
     assert "\n" not in str(error.value)
+
+
+def test_batches_of_other_sizes_are_scored_on_as_much_text():
+    base = dataclasses.replace(make_config().base, eval_batches=6)
+    trials, problems = expand(base=base, grid={"sizes": (SMALL,), "vary": ("data.batch_size=2,4,8,16",)})
+    held_out = [(t.config.data.batch_size, t.config.eval_batches) for t in trials]
+    assert held_out == [(2, 12), (4, 6), (8, 3), (16, 2)]
+    assert problems == [
+        "size d16, data.batch_size=16 is scored on 256 tokens of held-out text instead of 192: choose "
+        "config.base.eval_batches so that its batches divide them"
+    ]
+    trials, problems = expand(base=base, grid={"sizes": (SMALL,), "vary": ("eval_batches=5", "data.batch_size=2")})
+    assert [t.config.eval_batches for t in trials] == [5] and problems == []
 
 
 def test_names_are_safe_as_folders():
@@ -218,8 +234,14 @@ def test_trials_of_several_processes_or_devices_train_alone():
     trials, _ = expand(grid={"seeds": (0, 1)})
     assert len(sweep.together(trials, LauncherConfig(kind="slurm", nodes=2))) == 4
     assert len(sweep.together(trials, LauncherConfig(kind="processes", nodes=2))) == 2
-    base = dataclasses.replace(make_config().base, mesh=MeshConfig(tensor=2))
-    assert len(sweep.together(expand(base=base, grid={"seeds": (0, 1)})[0], LauncherConfig())) == 4
+    for mesh, launcher, groups in (
+        (MeshConfig(tensor=2), LauncherConfig(), 4),
+        (MeshConfig(), LauncherConfig(kind="processes", gpus_per_node=1), 2),
+        (MeshConfig(), LauncherConfig(kind="processes", gpus_per_node=2), 4),
+        (MeshConfig(data=1), LauncherConfig(kind="slurm", gpus_per_node=2), 2),
+    ):
+        base = dataclasses.replace(make_config().base, mesh=mesh)
+        assert len(sweep.together(expand(base=base, grid={"seeds": (0, 1)})[0], launcher)) == groups
 
 
 # Results
@@ -241,7 +263,7 @@ def metrics_of(trained):
 
 def test_a_result_is_what_the_run_wrote(trained):
     trials, folder = trained
-    results, problems = sweep.collect(trials, folder, dataset_tokens=500)
+    results, problems = sweep.collect(trials, folder)
     assert problems == [] and [r.name for r in results] == [t.name for t in trials]
     result = results[3]
     model = trials[3].config.model
@@ -249,8 +271,7 @@ def test_a_result_is_what_the_run_wrote(trained):
     assert result.loss == fake_runs.loss(trials[3].config)
     # 20 steps of 32 tokens, evaluated every 5.
     assert result.curve == tuple((n * PER_STEP, result.loss + 1 - n / 20) for n in (5, 10, 15, 20))
-    assert (result.tokens, result.unique_tokens) == (640, 500)
-    assert sweep.result(trials[3], folder).unique_tokens == 640
+    assert (result.tokens, result.unique_tokens) == (640, 640)
     assert result.parameters == models.count_parameters(model)
     assert result.compute == flops.training_flops(model, 8, 640)
     assert result.varied == ("optimizer.b1=0.5",)
@@ -260,6 +281,65 @@ def test_what_decides_no_number_may_differ(trained):
     trial, folder, _ = metrics_of(trained)
     changed = dataclasses.replace(trial.config, log_every=3, checkpoint=CheckpointConfig(every_steps=7))
     assert sweep.result(dataclasses.replace(trial, config=changed), folder).loss > 0
+
+
+def on_dataset(trial, dataset: str, weights=None):
+    data = dataclasses.replace(trial.config.data, dataset=dataset, weights=weights or {})
+    return dataclasses.replace(trial, config=dataclasses.replace(trial.config, data=data))
+
+
+def write_dataset(folder, fingerprint: str = "of the corpus", **tokens: int) -> str:
+    """A dataset without files of its own: `tokens` to train on from each source."""
+
+    def source(count: int) -> records.SourceSummary:
+        return records.SourceSummary("en", 0, records.SplitSummary(2, 3 * count, count), records.SplitSummary())
+
+    folder.mkdir(exist_ok=True)
+    summary = records.Summary(64, "tokenizer.model", "digest", fingerprint, {n: source(c) for n, c in tokens.items()})
+    (folder / records.SUMMARY).write_text(json.dumps(dataclasses.asdict(summary)))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("weights", "unique"),
+    [
+        ({}, 450),  # all there is
+        ({"books": 1.0}, 50),
+        ({"books": 1.0, "web": 3.0}, 50 + 400),  # 160 of the books' 50, 480 of the web's 400
+        ({"books": 1.0, "web": 15.0}, 40 + 400),
+    ],
+)
+def test_tokens_read_more_than_once_are_counted_once(trained, weights, unique):
+    trial, folder, path = metrics_of(trained)
+    trial = on_dataset(trial, write_dataset(folder / "data", books=50, web=400), weights)
+    config_lib.save(trial.config, path.parent / "config.json")
+    results, problems = sweep.collect([trial], folder)
+    assert (results[0].tokens, results[0].unique_tokens, problems) == (640, unique, [])
+
+
+def test_a_dataset_that_is_gone_is_said_once(trained):
+    trials, folder = trained
+    results, problems = sweep.collect([on_dataset(trial, "/gone") for trial in trials], folder)
+    assert [result.unique_tokens for result in results] == [640] * 4
+    assert problems == ["no whole dataset at /gone: its trials count as if they read no text twice"]
+
+
+def test_a_run_on_another_dataset_is_refused_wherever_the_datasets_lie(trained):
+    trial, folder, path = metrics_of(trained)
+    one, other = write_dataset(folder / "one", "1", a=900), write_dataset(folder / "other", "2", a=900)
+    identity.write(loader.describe(DataConfig(dataset=one)), path.parent)
+    moved = write_dataset(folder / "moved", "1", a=900)
+    for dataset in (one, moved, "/gone"):
+        assert sweep.result(on_dataset(trial, dataset), folder).loss > 0
+    with pytest.raises(UserError, match=r"was trained on another dataset than .*/other: choose another --workdir"):
+        sweep.result(on_dataset(trial, other), folder)
+    time.sleep(0.01)
+    write_dataset(folder / "moved", "2", a=900)  # written anew
+    with pytest.raises(UserError, match=r"was trained on another dataset than .*/moved"):
+        sweep.result(on_dataset(trial, moved), folder)
+    drop_end(path)
+    with pytest.raises(UserError, match="was trained on another dataset"):
+        sweep.result(on_dataset(trial, other), folder)
 
 
 def edit(path, change):
@@ -279,10 +359,15 @@ def cut_short(path):
     path.write_text(path.read_text()[:-20])
 
 
+def append(path, line):
+    path.write_text(path.read_text() + line)
+
+
 DAMAGE = {
     "the end is missing": (drop_end, "evaluations up to step 15 of 20"),
     "a point is missing": (drop_middle, "3 in all"),
     "cut short": (cut_short, "lines that are no records"),
+    "diverged": (lambda path: append(path, '{"kind": "failed", "step": 7}\n'), "diverged at step 7: lower"),
     "not finite": (lambda path: edit(path, lambda r: r | {"loss": math.nan}), "diverged"),
     "not a number": (lambda path: edit(path, lambda r: r | {"loss": "low"}), "lines that are no records"),
     "not a record": (lambda path: path.write_text("[1]\n" + path.read_text()), "lines that are no records"),
@@ -376,15 +461,29 @@ def test_a_sweep_of_rates_is_a_grid_of_its_own():
     assert {t.size for t in trials} == {"d32"}
     assert [t.config.optimizer.learning_rate for t in trials[::2]] == list(RATES)
     assert problems == ["config.learning_rate.sizes: no size is called d64"]
+    with pytest.raises(UserError, match=r"^config.learning_rate.sizes: no size is called d64$"):
+        learning_rate.trials(rate_config(sizes=("d64",)))
     parameters = models.count_parameters(trials[0].config.model)
     assert all(abs(t.tokens / parameters - 20) < 0.1 for t in trials)
+
+
+@pytest.mark.parametrize("predicted", [dataclasses.replace(LARGE, name="target", num_layers=8), LARGE])
+def test_what_is_to_be_predicted_is_not_swept_before(predicted):
+    config = dataclasses.replace(rate_config(), prediction=PredictionConfig(compute=1e12, size=predicted))
+    trials, problems = learning_rate.trials(config)
+    assert {t.size for t in trials} == {"d16", "d32"} and problems == []
+    choices, _ = learning_rate.choose(config, swept(config, {"d16": 4e-3, "d32": 4e-3}))
+    if predicted.name == "target":
+        assert choices[-1].why.endswith("fitted to sizes d16, d32")
+    assert [choice.size for choice in choices] == list(dict.fromkeys(["d16", "d32", predicted.name]))
 
 
 def test_the_parabola_finds_the_best_rate_between_those_tried():
     config = rate_config()
     choices, problems = learning_rate.choose(config, swept(config, {"d16": 5e-3, "d32": 3.1e-3}))
     assert problems == []
-    assert {c.size: pytest.approx(c.rate) for c in choices} == {"d16": 5e-3, "d32": 3.1e-3}
+    assert {c.size: pytest.approx(c.rate, rel=5e-4) for c in choices} == {"d16": 5e-3, "d32": 3.1e-3}
+    assert all(choice.rate == float(f"{choice.rate:.4g}") for choice in choices)
     assert choices[0].why == "its own sweep of 5 rates: the lowest point of a parabola through 0.002, 0.004, 0.008"
 
 
@@ -403,7 +502,7 @@ def test_sizes_that_were_not_swept_follow_a_line_in_logarithms():
     assert problems == []
     assert [c.size for c in choices] == ["d16", "d24", "d32", "target"]
     for choice, size in zip(choices, (SMALL, middle, LARGE, target)):
-        assert choice.rate == pytest.approx(law(size), rel=1e-6)
+        assert choice.rate == pytest.approx(law(size), rel=5e-4)
     assert choices[1].why == "rate = 0.3 * N^-0.500 fitted to sizes d16, d32"
     json.dumps([dataclasses.asdict(c) for c in choices])
 
@@ -418,12 +517,33 @@ def test_a_best_rate_at_the_edge_is_said():
     ]
 
 
-def test_a_rate_beside_the_best_that_diverged_is_said():
+@pytest.mark.parametrize("seeds", [(0, 1), (1,)])
+def test_a_rate_that_not_every_seed_survives_counts_as_worse(seeds):
+    """Though its surviving seed is better than all others."""
     config = rate_config()
-    results = swept(config, {"d16": 8e-3, "d32": 4e-3}, left_out=[("d16", 16e-3)])
+    results = swept(config, {"d16": 20e-3, "d32": 4e-3})
+    results = [r for r in results if (r.size, r.learning_rate) != ("d16", 16e-3) or r.seed not in seeds]
     choices, problems = learning_rate.choose(config, results)
     assert choices[0].rate == 8e-3
-    assert problems == ["size d16: the learning rates beside the best one, 0.008, have no results to compare with"]
+    assert choices[0].why == "the best of its own sweep of 5 rates; 0.016 beside it, not finished, counts as worse"
+    assert problems == ["size d16: beside the best learning rate, 0.008, 0.016 has not finished every seed"]
+
+
+def test_a_best_rate_beside_one_that_diverged_is_a_point_of_the_line():
+    config = rate_config()
+    target = dataclasses.replace(LARGE, name="target", num_layers=8)
+    config = dataclasses.replace(config, prediction=PredictionConfig(compute=1e12, size=target))
+    results = swept(config, {"d16": 8e-3, "d32": 8e-3}, left_out=[("d16", 16e-3)])
+    choices, _ = learning_rate.choose(config, results)
+    assert choices[-1].rate == 8e-3 and choices[-1].why.endswith("fitted to sizes d16, d32")
+
+
+def test_a_size_without_a_whole_rate_follows_the_others():
+    config = rate_config()
+    results = [r for r in swept(config, {"d16": 4e-3, "d32": 4e-3}) if r.size == "d32" or r.seed == 0]
+    choices, problems = learning_rate.choose(config, results)
+    assert choices[0].why == "that of size d32, the only one swept"
+    assert problems == ["size d16: no learning rate has a result for every seed"]
 
 
 def test_the_line_is_fitted_to_enclosed_optima_where_there_are_enough():
@@ -445,9 +565,24 @@ def test_one_swept_size_gives_its_rate_to_all_and_none_the_bases():
     assert [c.rate for c in choices] == [1e-2, 1e-2] and len(problems) == 1
 
 
+def test_mup_says_where_more_than_the_width_differs():
+    config = make_config(learning_rate=LearningRateConfig(rule="mup", mup_base_width=16))
+    wider = SizeConfig(name="wider", hidden_size=48, num_layers=3, num_heads=2, ffn_size=99)
+    config = dataclasses.replace(config, grid=dataclasses.replace(config.grid, sizes=(SMALL, wider)))
+    _, problems = learning_rate.choose(config)
+    why = "but muP carries the learning rate over widths alone: make it equal"
+    assert problems == [
+        f"rule mup: head_dim is 8 of size d16 and 24 of wider, {why}",
+        f"rule mup: ffn_size / hidden_size is 2 of size d16 and 2.062 of wider, {why}",
+        f"rule mup: num_layers is 1 of size d16 and 3 of wider, {why}",
+    ]
+
+
 @pytest.mark.parametrize("rule", ["fixed", "mup"])
 def test_rules_without_a_sweep(rule):
-    config = make_config(learning_rate=LearningRateConfig(rule=rule, mup_base_width=16))
+    alike = dataclasses.replace(SMALL, name="d32", hidden_size=32, num_heads=4, ffn_size=65)
+    rates = LearningRateConfig(rule=rule, mup_base_width=16)
+    config = make_config(learning_rate=rates, grid={"sizes": (SMALL, alike)})
     choices, problems = learning_rate.choose(config)
     assert [c.rate for c in choices] == [1e-2, 1e-2] and problems == []
     widths = {trial.config.model.mup_base_width for trial in sweep.expand(config)[0]}
