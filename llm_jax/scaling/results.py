@@ -30,6 +30,17 @@ POSITIVE = (
     "learning_rate",
     "loss",
 )
+# Two records with the same of all these are two copies of one run.
+SAME_RUN = (
+    "model",
+    "sequence_length",
+    "tokens",
+    "unique_tokens",
+    "learning_rate",
+    "varied",
+    "seed",
+    "held_out",
+)
 TOLERANCE = 1e-6  # relative, of what follows from the model
 
 
@@ -62,16 +73,22 @@ def read(path: Path) -> tuple[list[TrialResult], list[str]]:
     """The trials of a `results.json`, and a line for each record that was left out, naming trial and field.
 
     A record must have every field, of its type; numbers must be finite and positive; parameters and compute must be
-    those of its model (`flops`); the curve must ascend in tokens and end with the trial; names must be unique.
+    those of its model (`flops`); the curve must ascend in tokens and end with the trial; names must be unique, and no
+    two records may be of one run (`SAME_RUN`), which would count as a seed more than there was.
     Raises `UserError` if the file is no results file at all.
     """
     results: dict[str, TrialResult] = {}
+    runs: dict[tuple[Any, ...], str] = {}
     problems = []
     for number, record in enumerate(_records(path), start=1):
         name = record.get("name") if isinstance(record, Mapping) else None
         try:
             result = _parse(record)
             require(result.name not in results, "is there twice; the first one counts")
+            first = runs.setdefault(tuple(getattr(result, field) for field in SAME_RUN), result.name)
+            require(
+                first == result.name, f"is the same run as trial {first!r}, by all its settings; the first one counts"
+            )
             results[result.name] = result
         except UserError as error:
             problems.append(f"{path}: {f'trial {name!r}' if name else f'trial number {number}'}: {error}")

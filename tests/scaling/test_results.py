@@ -24,7 +24,7 @@ def trial(name: str, **changes) -> TrialResult:
     result = TrialResult(
         name=name, size="tiny", model=MODEL, sequence_length=32, parameters=count.total,
         non_embedding_parameters=count.non_embedding, tokens=tokens, unique_tokens=tokens,
-        compute=flops.training_flops(MODEL, 32, tokens), learning_rate=3e-3, seed=1, loss=3.25,
+        compute=flops.training_flops(MODEL, 32, tokens), learning_rate=3e-3, seed=ord(name) - 96, loss=3.25,
         curve=((1024, 4.5), (2048, 3.75), (tokens, 3.25)), varied=("optimizer.weight_decay=0.0", "data.seed=4"),
     )  # fmt: skip
     return dataclasses.replace(result, **changes)
@@ -145,8 +145,22 @@ def test_a_nameless_trial_is_counted(edited, name, said):
 
 def test_of_two_trials_of_one_name_the_first_counts(edited):
     read, problems = edited(lambda record: {**record, "name": "a", "seed": 5})
-    assert [(result.name, result.seed) for result in read] == [("a", 1), ("c", 1)]
+    assert [(result.name, result.seed) for result in read] == [("a", 1), ("c", 3)]
     assert "trial 'a': is there twice" in problems[0]
+
+
+def test_a_copy_of_a_run_under_another_name_does_not_count_as_a_seed(edited):
+    read, problems = edited(lambda record: {**record, "seed": 1, "loss": 3.0, "curve": [[4096, 3.0]]})
+    assert [result.name for result in read] == ["a", "c"]
+    assert len(problems) == 1 and "trial 'b': is the same run as trial 'a'" in problems[0]
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 5}, {"learning_rate": 1e-3}, {"varied": []}, {"held_out": True}, {"unique_tokens": 1024}]
+)
+def test_runs_that_differ_in_a_setting_are_two(edited, change):
+    read, problems = edited(lambda record: {**record, "seed": 1, **change})
+    assert len(read) == 3 and not problems
 
 
 def test_values_to_within_rounding_are_accepted(edited):
