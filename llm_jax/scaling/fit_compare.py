@@ -1,4 +1,4 @@
-"""Which form of law predicts best: each is fitted to the smaller trials and scored on the larger ones.
+"""Which form of law predicts best: each is fitted to the smaller trials and scored on the best of the larger ones.
 
 Shapes: N trials.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 from llm_jax.errors import UserError, require
 from llm_jax.scaling import fit_curves
-from llm_jax.scaling.fit_budgets import seeds
+from llm_jax.scaling.fit_budgets import budget_numbers, seeds
 from llm_jax.scaling.fit_isoflop import parameters_of
 from llm_jax.scaling.fit_parametric import parametric
 from llm_jax.scaling.fit_power import fit_power_law
@@ -43,14 +43,17 @@ class Comparison:
 
 
 def compare(results: Sequence[TrialResult], *, held_out_above: float, embeddings: bool = True) -> Comparison:
-    """Fit every form to trials with at most `held_out_above` FLOPs, and predict the others.
+    """Fit every form to trials with at most `held_out_above` FLOPs, and predict the compute-efficient ones above.
+
+    All forms are scored on the same trials: a law of compute speaks of efficient trials alone, and could not know that
+    a size is a bad choice for its budget, as L(N, D) does.
 
     Laws of compute alone are fitted to the ends of compute-efficient trials with all their seeds: those that no other
     trial beats with less compute. "frontier of curves" is fitted to the points of all curves on their lower envelope.
 
     Args:
         results: trials.
-        held_out_above: FLOPs; trials with more are predicted.
+        held_out_above: FLOPs; the compute-efficient of the trials with more are predicted.
         embeddings: which N the parametric law counts.
 
     Raises:
@@ -60,6 +63,7 @@ def compare(results: Sequence[TrialResult], *, held_out_above: float, embeddings
     large = [result for result in results if result.compute > held_out_above]
     require(bool(large), f"no trial has more than {held_out_above:.3g} FLOPs: there is nothing to score the laws on")
     require(bool(small), f"no trial has {held_out_above:.3g} FLOPs or fewer: there is nothing to fit the laws to")
+    targets = efficient(large)
     forms: dict[str, Callable[[], Predict]] = {
         "power law": lambda: _power_law(small),
         "power law without L_inf": lambda: _straight(small, np.log, np.exp),
@@ -72,7 +76,7 @@ def compare(results: Sequence[TrialResult], *, held_out_above: float, embeddings
     for form, fit in forms.items():
         try:
             predict = fit()
-            scores += [_score(form, each, predict(each)) for each in large]
+            scores += [_score(form, each, predict(each)) for each in targets]
         except UserError as error:
             problems.append(f"{form}: {error}")
     require(bool(scores), "no form of law can be fitted to the smaller trials: " + "; ".join(problems))
@@ -117,9 +121,10 @@ def _straight(results: Sequence[TrialResult], scale: Callable, unscale: Callable
     """A straight line in log compute through the scaled losses."""
     ends = efficient(results)
     compute = [each.compute for each in ends]
+    budgets = len(set(budget_numbers(compute)))
     require(
-        len(set(compute)) >= MIN_POINTS,
-        f"{len(set(compute))} compute-efficient points are too few for a line: train {MIN_POINTS} sizes or more",
+        budgets >= MIN_POINTS,
+        f"{budgets} budgets of compute are too few for a line: train at {MIN_POINTS} or more",
     )
     slope, level = np.polyfit(np.log(compute), scale([each.loss for each in ends]), 1)
     return lambda trial: float(unscale(level + slope * np.log(trial.compute)))

@@ -10,8 +10,8 @@ import numpy as np
 
 from llm_jax.errors import require
 from llm_jax.scaling import fit_noise
-from llm_jax.scaling.fit_budgets import by_budget
-from llm_jax.scaling.fit_checks import percentiles
+from llm_jax.scaling.fit_budgets import best_variants, by_budget
+from llm_jax.scaling.fit_checks import check_confidence, check_losses, percentiles
 from llm_jax.scaling.fit_noise import Array
 from llm_jax.scaling.trial import TrialResult
 
@@ -71,6 +71,8 @@ def isoflop(
 ) -> IsoFlop:
     """Fit a parabola in log N to the losses of each compute; the optima's power laws N ~ C^x and D ~ C^y.
 
+    Of a size's variants at a budget (learning rates, the grid's further keys) the best counts, by its mean over seeds.
+
     Args:
         results: trials at two budgets of compute or more (the same within 5 %), each with three sizes or more.
         embeddings: N counts all parameters; False leaves out the input embedding and the output head.
@@ -79,15 +81,18 @@ def isoflop(
         seed: of the bootstrap.
 
     Raises:
-        UserError: fewer than two budgets have a parabola with its minimum between their sizes.
+        UserError: fewer than two budgets have a parabola with its minimum between their sizes, or a loss is not
+            positive and finite.
     """
-    problems: list[str] = []
+    check_confidence(confidence)
+    check_losses(results)
+    best, problems = best_variants(results)
     found = []
-    for trials in by_budget(results):
+    for trials in by_budget(best):
         found += _enclosed(trials, embeddings, problems)
     require(
         len(found) >= 2,
-        "IsoFLOP parabolas need two budgets of compute whose best size lies between others: "
+        "two budgets of compute are needed whose best size lies between others: "
         + ("; ".join(problems) or "there are no trials"),
     )
     optima_SB3 = _draw_optima(found, draws, seed, confidence, problems)

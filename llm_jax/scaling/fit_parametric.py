@@ -1,7 +1,9 @@
 """L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, equation 2 and section 3.3), and repeated data.
 
-Where data is read more than once, D becomes U + U * R_D * (1 - exp(-R / R_D)) with U unique tokens and R = D / U - 1
-repetitions (Muennighoff et al. 2023, section 3.1): a repetition is worth less and less, and R_D says how fast.
+Where data is read more than once, D becomes D' = U + U * R_D * (1 - exp(-R / R_D)) with U unique tokens and
+R = D / U - 1 repetitions (Muennighoff et al. 2023, section 3.1): a repetition is worth less and less, and R_D says how
+fast. Of their law only D' is fitted, not N', by which a model too large for its unique tokens counts as a smaller one.
+Hence R_D is not comparable with their 15.4, which belongs to a law with both.
 
 Shapes: N points, S draws or starts, K = 3 terms, P parameters: (log E, log A', alpha, log B', beta[, log R_D]), A' and
 B' at the centres of log N and log D.
@@ -16,7 +18,8 @@ import numpy as np
 from llm_jax.errors import require
 from llm_jax.scaling import fit_huber, fit_noise
 from llm_jax.scaling.config import MIN_DRAWS
-from llm_jax.scaling.fit_checks import STUCK, percentiles
+from llm_jax.scaling.fit_budgets import best_variants
+from llm_jax.scaling.fit_checks import STUCK, check_confidence, check_losses, percentiles
 from llm_jax.scaling.fit_isoflop import parameters_of
 from llm_jax.scaling.fit_noise import Array
 from llm_jax.scaling.fit_terms import MAX_R, MIN_R, parametric_terms, repetitions
@@ -40,7 +43,8 @@ class Optimum:
 class Parametric:
     """A fitted L(N, D) and the data that it was fitted to; `intervals` maps its constants' names to (low, high).
 
-    "parameters_exponent" is that of the compute-optimal N ~ C^(beta / (alpha + beta)).
+    "parameters_exponent" is that of the compute-optimal N. `cost` = (k, s): training took the trials about
+    k N^(1 + s) D FLOPs. `problems` has a line for what was left out, and why.
     """
 
     e: float
@@ -61,6 +65,8 @@ class Parametric:
     tokens: tuple[float, ...]
     unique_tokens: tuple[float, ...]
     loss: tuple[float, ...]
+    cost: tuple[float, float]
+    problems: tuple[str, ...] = ()
 
     def predict(self, parameters: float, tokens: float, unique_tokens: float | None = None) -> float:
         """The law's loss of a size (N by `convention`) and its tokens, of which `unique_tokens` differ (None: all)."""
@@ -74,15 +80,26 @@ class Parametric:
         log_S = self._log_losses(theta_SP, parameters, tokens, unique_tokens)
         return percentiles(np.exp(log_S + noise_S), self.confidence)
 
-    def optimum(self, compute: float, flops_per_parameter_token: float = 6.0) -> Optimum:
-        """The N and D with the least loss where training costs k*N*D, k = `flops_per_parameter_token`.
+    @property
+    def parameters_exponent(self) -> float:
+        """The x of the compute-optimal N ~ C^x at the trials' own cost: beta / (alpha + (1 + s) beta)."""
+        return self.beta / (self.alpha + (1 + self.cost[1]) * self.beta)
 
-        Hoffmann et al. 2022, equation 4, for data that is not repeated.
+    def optimum(self, compute: float) -> Optimum:
+        """The N and D with the least loss for so many FLOPs, of data that is not repeated.
+
+        Training costs k N^(1 + s) D as it cost the trials (`cost`), not 6 N D: small models spend more on embeddings,
+        output head and attention's scores for a parameter. Where k = 6 and s = 0 this is equation 4 of Hoffmann et al.
+        2022; like that one it follows from d loss / d N = 0 along the budget. Far beyond the trials' sizes, s tends
+        to 0, which a power law of N cannot know.
         """
-        product = compute / flops_per_parameter_token
-        ratio = (self.alpha * self.a / (self.beta * self.b)) ** (1 / (self.alpha + self.beta))
-        parameters = ratio * product ** (self.beta / (self.alpha + self.beta))
-        tokens = product / parameters
+        require(bool(np.isfinite(compute) and compute > 0), f"compute={compute} must be positive and finite")
+        k, s = self.cost
+        at_one = compute / k  # tokens of a single parameter
+        total = self.alpha + (1 + s) * self.beta
+        log_ratio = np.log(self.alpha * self.a) - np.log((1 + s) * self.beta * self.b) + self.beta * np.log(at_one)
+        parameters = float(np.exp(log_ratio / total))
+        tokens = float(at_one / parameters ** (1 + s))
         return Optimum(parameters, tokens, self.predict(parameters, tokens))
 
     @property
@@ -132,7 +149,8 @@ def parametric(
     """Fit L(N, D) to the trials' ends: the Huber loss on log losses, from many starts.
 
     Where any trial read its data twice or more (`unique_tokens <= tokens / 2`), the worth of a repetition is fitted,
-    too; where all read less, their tokens count as all new.
+    too; where all read less, their tokens count as all new. Of a size's variants with the same tokens (learning rates,
+    the grid's further keys) the best counts, by its mean over seeds.
 
     Args:
         results: trials with three sizes and three token counts or more, which do not grow in proportion.
@@ -145,15 +163,20 @@ def parametric(
     Raises:
         UserError: the trials cannot tell what the constants are; the message says why.
     """
+    check_confidence(confidence)
     require(draws >= MIN_DRAWS, f"the fit's draws={draws} are too few for an interval: draw {MIN_DRAWS} or more")
-    results = sorted(results, key=lambda result: (result.compute, result.loss, result.name))
+    require(huber_delta > 0, f"the fit's huber_delta={huber_delta} must be positive")
+    check_losses(results)
+    best, problems = best_variants(results, keep_repeats=True)
+    results = sorted(best, key=lambda result: (result.compute, result.loss, result.name))
     n_N = np.array([parameters_of(result, embeddings) for result in results])
-    d_N, unique_N, loss_N = (
-        np.array([float(getattr(result, name)) for result in results]) for name in ("tokens", "unique_tokens", "loss")
+    d_N, unique_N, compute_N, loss_N = (
+        np.array([float(getattr(result, name)) for result in results])
+        for name in ("tokens", "unique_tokens", "compute", "loss")
     )
     repeated = bool(np.any(d_N >= REPEATED * unique_N))
     unique_N = unique_N if repeated else d_N
-    _check(n_N, d_N, unique_N, loss_N, 6 if repeated else 5)
+    _check(n_N, d_N, unique_N, compute_N, 6 if repeated else 5)
     centres = _centres(n_N, d_N)
     terms = parametric_terms(n_N, d_N, unique_N, centres, repeated)
     theta_SP, value_S = fit_huber.minimise(
@@ -162,9 +185,8 @@ def parametric(
     theta_P = theta_SP[value_S.argmin()]
     residual_N = np.log(loss_N) - fit_huber.log_loss(terms, theta_P[None])[0]
     constants = {name: float(value[0]) for name, value in _constants(theta_P[None], centres).items()}
-    exponent = constants.pop("parameters_exponent")
     require(
-        np.isfinite(exponent) and constants["e"] > STUCK * loss_N.min(),
+        bool(np.isfinite(list(constants.values())).all()) and constants["e"] > STUCK * loss_N.min(),
         "the best E is at its bound, 0: these losses do not level off yet; train larger models on more tokens",
     )
     noise = fit_noise.estimate(residual_N, _groups(n_N, d_N, unique_N), theta_P.size)
@@ -187,6 +209,8 @@ def parametric(
         tokens=tuple(d_N.tolist()),
         unique_tokens=tuple(unique_N.tolist()),
         loss=tuple(loss_N.tolist()),
+        cost=_cost(n_N, d_N, compute_N),
+        problems=tuple(problems),
     )
     law.intervals.update(_intervals(law, float(loss_N.min())))
     return law
@@ -194,6 +218,13 @@ def parametric(
 
 def _centres(parameters: Sequence[float] | Array, tokens: Sequence[float] | Array) -> tuple[float, float]:
     return float(np.log(parameters).mean()), float(np.log(tokens).mean())
+
+
+def _cost(n_N: Array, d_N: Array, compute_N: Array) -> tuple[float, float]:
+    """The k and s of compute = k N^(1 + s) D, by a straight line through the logarithms."""
+    s, log_k = np.polyfit(np.log(n_N), np.log(compute_N / (n_N * d_N)), 1)
+    require(s > -1, f"a larger model costs no more than a smaller one here (compute / tokens ~ N^{1 + s:.2g})")
+    return float(np.exp(log_k)), float(s)
 
 
 def _groups(n_N: Array, d_N: Array, unique_N: Array) -> np.ndarray:
@@ -221,15 +252,14 @@ def _constants(theta_SP: Array, centres: tuple[float, float]) -> dict[str, Array
             "b": np.exp(log_b + beta * centres[1]),
             "alpha": alpha,
             "beta": beta,
-            "parameters_exponent": beta / (alpha + beta),
         }
     if theta_SP.shape[1] == 6:
         constants["repetitions"] = repetitions(theta_SP[:, 5])
     return constants
 
 
-def _check(n_N: Array, d_N: Array, unique_N: Array, loss_N: Array, parameters: int) -> None:
-    for name, values in (("parameters", n_N), ("tokens", d_N), ("unique_tokens", unique_N), ("loss", loss_N)):
+def _check(n_N: Array, d_N: Array, unique_N: Array, compute_N: Array, parameters: int) -> None:
+    for name, values in (("parameters", n_N), ("tokens", d_N), ("unique_tokens", unique_N), ("compute", compute_N)):
         require(
             bool(np.all(np.isfinite(values) & (values > 0))),
             f"the {name} of {np.sum(~(np.isfinite(values) & (values > 0)))} trials are not positive and finite: "
@@ -255,6 +285,8 @@ def _check(n_N: Array, d_N: Array, unique_N: Array, loss_N: Array, parameters: i
 
 def _intervals(law: Parametric, smallest: float) -> dict[str, tuple[float, float]]:
     drawn = _constants(law._draws[0], _centres(law.parameters, law.tokens))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn["parameters_exponent"] = drawn["beta"] / (drawn["alpha"] + (1 + law.cost[1]) * drawn["beta"])
     intervals = {name: percentiles(value_S, law.confidence) for name, value_S in drawn.items()}
     require(
         intervals["e"][0] > STUCK * smallest,

@@ -11,15 +11,17 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from scipy import optimize
 
-from llm_jax.errors import UserError, require
+from llm_jax.errors import require
 from llm_jax.scaling import fit_huber, fit_noise, fit_profile
 from llm_jax.scaling.config import MIN_DRAWS
-from llm_jax.scaling.fit_checks import STUCK, check_points, percentiles
+from llm_jax.scaling.fit_checks import STUCK, check_confidence, check_points, percentiles
 from llm_jax.scaling.fit_noise import Array, Noise
 from llm_jax.scaling.fit_profile import Profile
 from llm_jax.scaling.fit_terms import power_terms
 
 METHODS = ("least_squares", "huber")
+OUTLYING = 3.0  # standard deviations
+MEDIAN_TO_DEVIATION = 1.4826  # of Gaussian noise: its standard deviation over the median of its size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,11 @@ class PowerLaw:
     loss: tuple[float, ...]
     groups: tuple[int, ...]
 
+    @property
+    def floor_seen(self) -> bool:
+        """Whether the interval of L_inf stays above 0; else the data allow losses that never level off, too."""
+        return self.intervals["l_inf"][0] > 0
+
     def predict(self, compute: float) -> float:
         """The law's loss at a compute."""
         return float(_law(_checked(compute), self.a, self.b, self.l_inf))
@@ -62,7 +69,7 @@ class PowerLaw:
         x = np.log(compute) - self._centre
         if self.method == "least_squares":
             weight_B2 = np.stack([np.exp(self._profile.b_B * x), np.ones_like(self._profile.b_B)], axis=-1)
-            return self._profile.interval(weight_B2, new_run)
+            return _holding(self._profile.interval(weight_B2, new_run), self.predict(compute))
         theta_SP, noise_S = self._draws
         log_S = fit_huber.log_loss(power_terms(np.array([x])), theta_SP)[:, 0]
         return percentiles(np.exp(log_S + (noise_S if new_run else 0)), self.confidence)
@@ -99,6 +106,10 @@ def fit_power_law(
 ) -> PowerLaw:
     """Fit L(C) = a*C^b + L_inf with b < 0, a > 0 and L_inf > 0.
 
+    By either method a law is refused if its best L_inf is 0, or if the exact profile (of "huber": once outliers are
+    moved to three standard deviations) allows an exponent without bound. A law whose exponent is bounded stands even
+    if the data allow an L_inf of 0 as well: then its interval starts at 0, and `floor_seen` is False.
+
     Args:
         compute: training FLOPs, or any other measure of the work; its unit changes only `a`.
         loss: the losses reached, nats.
@@ -117,7 +128,7 @@ def fit_power_law(
         UserError: the data cannot tell what the law is; the message says why.
     """
     require(method in METHODS, f"the fit's method {method!r} is unknown; choose one of {', '.join(METHODS)}")
-    require(0 < confidence < 1, f"the fit's confidence {confidence} must be in (0, 1)")
+    check_confidence(confidence)
     require(draws >= MIN_DRAWS, f"the fit's draws={draws} are too few for an interval: draw {MIN_DRAWS} or more")
     require(huber_delta > 0, f"the fit's huber_delta={huber_delta} must be positive")
     compute_N, loss_N, group_N = check_points(compute, loss, groups)
@@ -201,7 +212,21 @@ def _huber(
     theta_SP, value_S = fit_huber.minimise(terms, np.log(loss_N)[None], start_SP, huber_delta)
     log_amplitude, b, log_l_inf = (float(value) for value in theta_SP[value_S.argmin()])
     _identified(np.exp(log_amplitude), np.exp(log_l_inf), float(loss_N.min()))
+    log_fitted_N = fit_huber.log_loss(terms, theta_SP[value_S.argmin()][None])[0]
+    usual_N = np.exp(log_fitted_N + _within_noise(np.log(loss_N) - log_fitted_N))
+    _bounded(fit_profile.profile(x_N, usual_N, group_N, confidence))
     return float(np.exp(log_amplitude - b * centre)), b, float(np.exp(log_l_inf))
+
+
+def _within_noise(residual_N: Array) -> Array:
+    """Residuals of a robust fit, outliers moved to three standard deviations of the others.
+
+    Such a fit passes through about as many points as it has parameters; these say nothing about the noise.
+    """
+    others = np.sort(np.abs(residual_N))[fit_profile.PARAMETERS :]
+    most = OUTLYING * MEDIAN_TO_DEVIATION * float(np.median(others))
+    result: Array = np.clip(residual_N, -most, most)
+    return result
 
 
 def _identified(amplitude: float, l_inf: float, smallest: float) -> None:
@@ -230,10 +255,15 @@ def _profile_intervals(law: PowerLaw) -> dict[str, tuple[float, float]]:
     one_B, zero_B = np.ones_like(found.b_B), np.zeros_like(found.b_B)
     low, high = found.interval(np.stack([zero_B, one_B], axis=-1))
     return {
-        "a": found.interval(np.stack([np.exp(-found.b_B * law._centre), zero_B], axis=-1)),
-        "b": found.exponents(),
-        "l_inf": (max(low, 0.0), high),
+        "a": _holding(found.interval(np.stack([np.exp(-found.b_B * law._centre), zero_B], axis=-1)), law.a),
+        "b": _holding(found.exponents(), law.b),
+        "l_inf": _holding((max(low, 0.0), high), law.l_inf),
     }
+
+
+def _holding(interval: tuple[float, float], estimate: float) -> tuple[float, float]:
+    """A profile's interval with the estimate in it: without noise both are one number, but for rounding."""
+    return min(interval[0], estimate), max(interval[1], estimate)
 
 
 def _bootstrap(
@@ -250,13 +280,16 @@ def _bootstrap(
 def _drawn_intervals(law: PowerLaw) -> dict[str, tuple[float, float]]:
     theta_SP, _ = law._draws
     log_amplitude_S, b_S, log_l_inf_S = theta_SP.T
+    steepest, flattest = percentiles(b_S, law.confidence)
+    span = float(np.log(law.compute[-1] / law.compute[0]))
+    require(
+        steepest * span > -fit_profile.STEEPEST and flattest * span < -fit_profile.FLATTEST,
+        f"the exponent b has no bound: draws of the noise put it between {steepest:.3g} and {flattest:.3g}; leave out "
+        "trials that went wrong, or train more seeds",
+    )
     low, high = percentiles(np.exp(log_l_inf_S), law.confidence)
-    if low <= STUCK * min(law.loss):
-        raise UserError(
-            "L_inf has no lower bound: too many draws of the noise put it at 0; span more compute, or train more seeds"
-        )
     return {
         "a": percentiles(np.exp(log_amplitude_S - b_S * law._centre), law.confidence),
-        "b": percentiles(b_S, law.confidence),
-        "l_inf": (low, high),
+        "b": (steepest, flattest),
+        "l_inf": (low if low > STUCK * min(law.loss) else 0.0, high),
     }

@@ -13,6 +13,10 @@ from llm_jax.scaling.fit import Allocation, Comparison, IsoFlop, Parametric, Pow
 from llm_jax.scaling.learning_rate import Choice
 from llm_jax.scaling.trial import TrialResult
 
+NO_FLOOR = (
+    "The interval of L_inf starts at 0: these runs also allow losses that never level off, so that only b and "
+    "predictions near the runs are known."
+)
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -74,8 +78,10 @@ def law(fitted: PowerLaw) -> Table:
         rows=_coefficients({"a": fitted.a, "b": fitted.b, "L_inf": fitted.l_inf}, fitted.intervals),
         numbers=frozenset({"value"}),
         notes=(
+            "compute: training FLOPs; loss: nats per token.",
             f"Fitted by {fitted.method.replace('_', ' ')} to {len(fitted.loss)} points of {span}; R² = "
             f"{fitted.r_squared:.4f}, and runs scatter by {fitted.noise:.2%} of their loss about it.",
+            *(() if fitted.floor_seen else (NO_FLOOR,)),
         ),
     )
 
@@ -85,18 +91,20 @@ def parametric(fitted: Parametric) -> Table:
     values = {"E": fitted.e, "A": fitted.a, "B": fitted.b, "alpha": fitted.alpha, "beta": fitted.beta}
     if fitted.repetitions is not None:
         values["repetitions"] = fitted.repetitions
-    exponent = fitted.beta / (fitted.alpha + fitted.beta)
     low, high = fitted.intervals["parameters_exponent"]
     counted = "all" if fitted.convention == "all" else "without embedding and output head"
+    cost = f"{fitted.cost[0]:.3g} * N^{1 + fitted.cost[1]:.3f} * D FLOPs"
     return Table(
         title="The parametric law: loss = E + A / N^alpha + B / D^beta",
         headings=_coefficient_headings(fitted.confidence),
         rows=_coefficients(values, fitted.intervals),
         numbers=frozenset({"value"}),
         notes=(
-            f"N: parameters ({counted}); D: tokens. Fitted to {len(fitted.loss)} trials, which scatter by "
-            f"{fitted.noise:.2%} of their loss about it.",
-            f"By this law the best N grows as compute to the power {exponent:.3f} ({low:.3f} to {high:.3f}).",
+            f"Loss: nats per token; N: parameters ({counted}); D: tokens. Fitted to {len(fitted.loss)} trials, which "
+            f"scatter by {fitted.noise:.2%} of their loss about it.",
+            f"By this law and the trials' own cost, {cost}, the best N grows as compute to the power "
+            f"{fitted.parameters_exponent:.3f} ({low:.3f} to {high:.3f}).",
+            *(f"Left out: {problem}." for problem in fitted.problems),
         ),
     )
 
@@ -161,8 +169,8 @@ def forms(comparison: Comparison) -> Table:
         rows=tuple(rows),
         numbers=frozenset({"mean error", "largest error"}),
         notes=(
-            f"Fitted to the {comparison.fitted} smaller trials, scored on the {larger} larger ones; the mean is of the "
-            "errors' sizes.",
+            f"Fitted to the {comparison.fitted} smaller trials, scored on the {larger} compute-efficient ones of the "
+            "larger; the mean is of the errors' sizes.",
             *(f"Not fitted: {problem}" for problem in comparison.problems),
         ),
     )
@@ -244,15 +252,15 @@ def as_markdown(table: Table) -> str:
     """The table in GitHub's Markdown, under a heading of the second level."""
     rule = ["---:" if heading in table.numbers else "---" for heading in table.headings]
     lines = [_line(table.headings), f"| {' | '.join(rule)} |", *map(_line, table.rows)]
-    notes = "\n".join(f"- {_escaped(note)}" for note in table.notes)
-    return "\n".join([f"## {_escaped(table.title)}", "", *lines, "", *([notes, ""] if notes else [])])
+    notes = "\n".join(f"- {escaped(note)}" for note in table.notes)
+    return "\n".join([f"## {escaped(table.title)}", "", *lines, "", *([notes, ""] if notes else [])])
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(_escaped, cells))} |"
+    return f"| {' | '.join(map(escaped, cells))} |"
 
 
-def _escaped(cell: str) -> str:
+def escaped(cell: str) -> str:
     """Text as Markdown that shows it as it is."""
     return " ".join(cell.split()).translate({ord(sign): f"\\{sign}" for sign in "\\|<*_`"})
 

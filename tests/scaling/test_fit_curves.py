@@ -177,9 +177,34 @@ def test_budgets_without_a_minimum_inside_are_left_out_and_named():
     found = fit.isoflop(inner)
     assert len(found.budgets) == 3
     assert "is not between" in found.problems[0]
-    with pytest.raises(UserError, match="two budgets"):
+    with pytest.raises(UserError, match=r"^two budgets"):
         fit.isoflop([r for r in results if r.compute < 2 * low])
     with pytest.raises(UserError, match="2 sizes, of 3"):
         fit.isoflop(budgets(sizes=2))
     with pytest.raises(UserError, match="there are no trials"):
         fit.isoflop([])
+
+
+def worse(trial: TrialResult) -> TrialResult:
+    """The trial at a bad learning rate."""
+    return dataclasses.replace(trial, name=f"{trial.name}-worse", learning_rate=1.0, loss=trial.loss * 1.2)
+
+
+def test_a_worse_variant_of_a_size_does_not_bend_the_parabolas():
+    results = budgets(0.002)
+    one, two = fit.isoflop(results, draws=50), fit.isoflop([*results, *map(worse, results[::3])], draws=50)
+    assert two.budgets == one.budgets
+    assert "variant or learning rate" in two.problems[0]
+
+
+@pytest.mark.parametrize(
+    "change, options, message",
+    [({"loss": float("nan")}, {}, "has the loss nan"), ({"loss": 0.0}, {}, "has the loss 0.0"),
+     ({}, {"confidence": 2}, "confidence 2 must"), ({}, {"confidence": float("nan")}, "confidence nan must")],
+)  # fmt: skip
+def test_what_parabolas_cannot_be_fitted_to_is_refused_in_one_line(change, options, message):
+    results = budgets(0.002)
+    results[3] = dataclasses.replace(results[3], **change)
+    with pytest.raises(UserError, match=message) as error:
+        fit.isoflop(results, draws=50, **options)
+    assert "\n" not in str(error.value)

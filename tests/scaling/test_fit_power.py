@@ -233,16 +233,22 @@ def changed(index: int, value: float) -> np.ndarray:
     return loss
 
 
+ROUNDED = np.array([1e13, 1.01e13, 1.02e13, 1.03e13, 1e17, 1.01e17, 1.02e17])  # whole steps of two budgets
+
 REFUSALS = {
     "not-finite": ((SIZES, changed(2, np.nan)), {}, "the loss of point 2 is nan"),
     "not-positive": ((SIZES, changed(1, -1.0)), {}, "the loss of point 1 is -1.0"),
     "compute": (([0.0, *SIZES[1:]], law(SIZES)), {}, "the compute of point 0 is 0.0"),
-    "lengths": ((SIZES, law(SIZES)[1:]), {}, "lists of one length"),
-    "few": ((SIZES[:4], law(SIZES[:4])), {}, "4 distinct compute points"),
-    "few-in-seeds": ((np.repeat(SIZES[:3], 4), law(np.repeat(SIZES[:3], 4))), {}, "3 distinct compute points"),
+    "lengths": ((SIZES, law(SIZES)[1:]), {}, "lists of one length, not of 7 and 6"),
+    "ragged": (([[1e12, 2e12], [3e12]], law(SIZES)), {}, "compute must be a list of numbers, not [[1000000000000.0"),
+    "text": ((SIZES, ["a"] * 7), {}, "loss must be a list of numbers, not ['a', 'a'"),
+    "table": (([SIZES, SIZES], law(SIZES)), {}, "compute must be a list of numbers, not of shape (2, 7)"),
+    "few": ((SIZES[:4], law(SIZES[:4])), {}, "4 distinct budgets of compute"),
+    "few-in-seeds": ((np.repeat(SIZES[:3], 4), law(np.repeat(SIZES[:3], 4))), {}, "3 distinct budgets of compute"),
+    "few-but-rounded": ((ROUNDED, law(ROUNDED)), {}, "2 distinct budgets of compute"),
     "narrow": ((np.geomspace(1e12, 5e12, 6), law(np.geomspace(1e12, 5e12, 6))), {}, "spans a factor of 5"),
     "rising": ((SIZES, law(SIZES)[::-1]), {}, "do not fall with compute"),
-    "empty": (([], []), {}, "0 distinct compute points"),
+    "empty": (([], []), {}, "0 distinct budgets of compute"),
     "method": ((SIZES, law(SIZES)), {"method": "magic"}, "least_squares, huber"),
     "confidence": ((SIZES, law(SIZES)), {"confidence": 1.0}, "must be in (0, 1)"),
     "draws": ((SIZES, law(SIZES)), {"draws": 3}, "draws=3"),
@@ -271,13 +277,16 @@ def test_a_law_without_a_floor_is_refused(method):
 
 @pytest.mark.parametrize("method", fit_methods())
 def test_noise_that_hides_the_floor_is_refused_or_the_interval_holds_it(method):
-    refused, missed = 0, 0
+    refused, missed, unseen = 0, 0, 0
     for seed in range(12):
         noise = 0.01 * np.random.default_rng(seed).normal(size=7)
         loss = (3.0 * (SIZES / 1e12) ** -0.05 + 0.3) * np.exp(noise)
         try:
-            low, high = fit.fit_power_law(SIZES, loss, method=method, draws=100).intervals["l_inf"]
+            found = fit.fit_power_law(SIZES, loss, method=method, draws=100)
+            low, high = found.intervals["l_inf"]
             missed += not low <= 0.3 <= high
+            unseen += not found.floor_seen
+            assert found.floor_seen == (low > 0)
         except UserError as error:
             refused += 1
             assert "bound" in str(error)
@@ -285,10 +294,48 @@ def test_noise_that_hides_the_floor_is_refused_or_the_interval_holds_it(method):
     assert missed <= 1
 
 
-def test_an_exponent_without_bound_is_refused():
-    loss = np.array([4.0, 3.0, 3.001, 2.999, 3.0005, 2.9995, 3.0])
-    with pytest.raises(UserError, match="bound"):
+@pytest.mark.parametrize("method", fit_methods())
+def test_a_law_with_a_bounded_exponent_stands_though_its_floor_may_be_zero(method):
+    """Losses of a pure power law but for a small floor: b is known well, and that it levels off is not."""
+    compute = np.repeat(np.geomspace(1e10, 1e16, 9), 2)
+    loss = (3.0 * (compute / 1e10) ** -0.1 + 0.15) * np.exp(0.02 * np.random.default_rng(0).normal(size=18))
+    found = fit.fit_power_law(compute, loss, method=method, draws=200)
+    assert found.intervals["l_inf"][0] == 0.0 and not found.floor_seen
+    assert found.intervals["b"][0] < -0.1 < found.intervals["b"][1] < 0
+
+
+STEPS = (
+    np.array([4.0, 3.0, 3.001, 2.999, 3.0005, 2.9995, 3.0]),
+    np.array([5.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0]),
+)
+
+
+@pytest.mark.parametrize("method", fit_methods())
+@pytest.mark.parametrize("loss", STEPS, ids=("noisy", "exact"))
+def test_an_exponent_without_bound_is_refused(method, loss):
+    with pytest.raises(UserError, match="the exponent b has no bound"):
+        fit.fit_power_law(SIZES, loss, method=method, draws=50)
+
+
+def test_one_outlier_that_least_squares_refuses_is_none_to_huber():
+    loss = law(SIZES) * np.exp(0.002 * np.random.default_rng(0).normal(size=7))
+    loss[3] *= 1.05
+    with pytest.raises(UserError, match="L_inf has no lower bound"):
         fit.fit_power_law(SIZES, loss)
+    assert fit.fit_power_law(SIZES, loss, method="huber", draws=50).l_inf == pytest.approx(TRUTH[2], abs=0.1)
+    loss[3] *= 2
+    with pytest.raises(UserError, match="the exponent b has no bound: draws of the noise put it between"):
+        fit.fit_power_law(SIZES, loss, method="huber", draws=50)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_interval_holds_its_estimate_though_there_is_no_noise(seed):
+    compute = SIZES * np.exp(np.random.default_rng(seed).normal(size=7))
+    found = fit.fit_power_law(compute, law(compute))
+    for name, (low, high) in found.intervals.items():
+        assert low <= getattr(found, name) <= high
+    for low, high in (found.law_interval(1e17), found.predict_interval(1e17)):
+        assert low <= found.predict(1e17) <= high
 
 
 @pytest.mark.parametrize("compute", [0.0, -1.0, np.inf, np.nan])

@@ -74,7 +74,11 @@ def test_the_law_with_its_intervals():
     assert rows["b"]["value"] == f"{fitted.b:.4g}"
     low, high = fitted.intervals["l_inf"]
     assert rows["L_inf"]["95% interval"] == f"{low:.4g} to {high:.4g}"
-    assert f"{len(fitted.loss)} points" in table.notes[0]
+    assert table.notes[0] == "compute: training FLOPs; loss: nats per token."
+    assert f"{len(fitted.loss)} points" in table.notes[1]
+    assert len(table.notes) == 2
+    unseen = dataclasses.replace(fitted, intervals={**fitted.intervals, "l_inf": (0.0, high)})
+    assert "The interval of L_inf starts at 0" in report.law(unseen).notes[2]
 
 
 def test_the_parametric_law_with_its_intervals():
@@ -83,13 +87,14 @@ def test_the_parametric_law_with_its_intervals():
     fitted = Parametric(
         **constants, repetitions=None, intervals={**intervals, "parameters_exponent": (0.6, 0.7)}, noise=0.002,
         residuals=(0.0,), convention="all", confidence=0.9, draws=100, seed=0, huber_delta=1e-3, parameters=(1.0,),
-        tokens=(1.0,), unique_tokens=(1.0,), loss=(2.0,),
+        tokens=(1.0,), unique_tokens=(1.0,), loss=(2.0,), cost=(20.0, -0.1), problems=("3 trials",),
     )  # fmt: skip
     table = report.parametric(fitted)
     rows = {row["coefficient"]: row for row in cells(table)}
     assert list(rows) == ["E", "A", "B", "alpha", "beta"]
     assert (rows["B"]["value"], rows["B"]["90% interval"]) == ("300", "270 to 330")
-    assert "to the power 0.667 (0.600 to 0.700)" in table.notes[1]  # 0.6 / (0.3 + 0.6)
+    assert "to the power 0.714 (0.600 to 0.700)" in table.notes[1]  # 0.6 / (0.3 + 0.9 * 0.6)
+    assert "20 * N^0.900 * D FLOPs" in table.notes[1] and table.notes[2] == "Left out: 3 trials."
     repeated = report.parametric(
         dataclasses.replace(fitted, repetitions=15.0, intervals={**fitted.intervals, "repetitions": (5.0, 40.0)})
     )
@@ -117,7 +122,7 @@ def test_forms_are_ranked_by_their_error():
     )
     table = report.forms(Comparison(scores, {"straight": 0.075, "bent": 0.0075}, 7, ("cubic: too few points",)))
     assert table.rows == (("bent", "0.75%", "-1.00%", "big-s0"), ("straight", "7.50%", "+10.00%", "big-s0"))
-    assert "7 smaller trials, scored on the 2 larger" in table.notes[0]
+    assert "7 smaller trials, scored on the 2 compute-efficient" in table.notes[0]
     assert table.notes[1] == "Not fitted: cubic: too few points"
 
 
