@@ -33,6 +33,7 @@ class Laws:
     isoflop: fit.IsoFlop | None
     parametric: fit.Parametric | None
     forms: fit.Comparison | None  # fitted to the smaller trials, scored on the largest
+    edges: tuple[str, ...]  # a line for each budget whose best size is not known to be enclosed
     problems: tuple[str, ...]
 
 
@@ -81,6 +82,7 @@ def fit_laws(results: Sequence[TrialResult], config: FitConfig) -> Laws:
         attempt("the IsoFLOP parabolas", lambda: fit.isoflop(results, **options)),
         attempt("the parametric law", lambda: fit.parametric(results, huber_delta=config.huber_delta, **options)),
         attempt("the comparison of forms", forms),
+        tuple(fit.edges(results)),
         tuple(problems),
     )
 
@@ -110,7 +112,9 @@ def tables(study: Study) -> list[report.Table]:
     """The study's tables, the law and its prediction first."""
     laws, shown = study.laws, []
     if laws.power:
-        shown.append(report.law(laws.power))
+        law = report.law(laws.power)
+        notes = (f"Perhaps above the frontier, since not enclosed: {line}." for line in laws.edges)
+        shown.append(dataclasses.replace(law, notes=(*law.notes, *notes)))
     if study.predictions:
         shown.append(report.predictions(study.predictions))
     if laws.robust:
@@ -142,7 +146,8 @@ def write(study: Study, command: str, folder: Path) -> None:
         "left_out": study.left_out,
     }
     write_json(values, folder / LAWS)
-    parts = ["# Scaling laws", f"`{command}`", *(f"Not fitted: {line}." for line in study.laws.problems)]
+    parts = ["# Scaling laws", f"    {command}"]
+    parts += [f"Not fitted: {report.escaped(line)}." for line in study.laws.problems]
     parts += [f"![{panel.title}]({FIGURES}/{panel.name}.png)" for panel in drawn]
     _write(folder / REPORT, "\n\n".join([*parts, *(report.as_markdown(table) for table in tables(study))]))
 
