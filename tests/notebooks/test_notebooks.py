@@ -60,6 +60,23 @@ def test_notebooks_are_committed_without_outputs(path):
             assert not cell.outputs and cell.execution_count is None, f"{path.name}: clear the outputs of {cell.id}"
 
 
+@pytest.mark.parametrize("source, found", [("nowhere", False), (str(ROOT), True), ("git+https://example.org/x", True)])
+def test_the_project_is_installed_from_where_it_is_or_the_cell_says_what_to_set(monkeypatch, source, found):
+    notebook = nbformat.read(SCALING_LAWS, as_version=4)
+    (cell,) = (cell for cell in notebook.cells if cell.id == "install")
+    assert 'SOURCE = ".."' in cell.source and "%pip install --quiet {SOURCE}" in cell.source
+    code = cell.source.replace('SOURCE = ".."', f"SOURCE = {source!r}")
+    code = code.replace("%pip install --quiet {SOURCE}", "done = 1")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    names: dict[str, object] = {}
+    if found:
+        exec(code, names)
+        assert names["done"] == 1
+    else:
+        with pytest.raises(SystemExit, match="no project in nowhere: set SOURCE"):
+            exec(code, names)
+
+
 def test_scaling_laws_from_results(tmp_path, monkeypatch, finished_study):
     notebook = execute(SCALING_LAWS, tmp_path, monkeypatch, RESULTS=str(finished_study), WORKDIR="drawn")
     hovers = json.dumps(figure(notebook, "frontier"))
