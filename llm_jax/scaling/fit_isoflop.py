@@ -21,6 +21,7 @@ class Budget:
     """The trials of one compute, and the parabola c0 + c1 log N + c2 (log N)^2 through their losses."""
 
     compute: float
+    names: tuple[str, ...]  # of the trials
     parameters: tuple[float, ...]
     tokens: tuple[float, ...]
     loss: tuple[float, ...]
@@ -124,6 +125,7 @@ def _enclosed(trials: Sequence[TrialResult], embeddings: bool, problems: list[st
         return []
     budget = Budget(
         compute,
+        tuple(trial.name for trial in trials),
         tuple(parameters_N.tolist()),
         tuple(tokens_N.tolist()),
         tuple(loss_N.tolist()),

@@ -1,5 +1,6 @@
 """What the figures of a scaling study show, as plain data: `figures` draws the same panel as PNG and as HTML."""
 
+import collections
 import dataclasses
 import math
 import statistics
@@ -99,20 +100,23 @@ def loss_by_tokens(results: Sequence[TrialResult]) -> Panel:
 def residuals(results: Sequence[TrialResult], law: PowerLaw, predictions: Sequence[Prediction] = ()) -> Panel:
     """How far the points that the law was fitted to lie from it, and the predicted runs, in per cent of its loss.
 
-    A point is told by its loss: it takes the colour and the name of the run in `results` that has it.
+    A point takes the colour and the name of the run in `results` that has its compute and its loss.
     """
     actual = _actual(predictions)
     ends = (min(law.compute), max([*law.compute, *(run.compute for run in actual)]))
     series = [Series("the law", ends, (0.0, 0.0), LAW_COLOUR, line="solid")]
-    points = dict.fromkeys(zip(law.compute, law.loss))
+    left = collections.Counter(zip(law.compute, law.loss))
     for size in _sizes([*results, *actual]):
-        hovers = {loss: _hover(run, tokens, loss) for run in size.runs for tokens, loss in run.curve}
-        own = [point for point in points if point[1] in hovers]
-        points = {point: None for point in points if point not in own}
-        texts = tuple(hovers[loss] for _, loss in own)
-        series += _residuals(law, own, size.label, size.colour, texts, "circle")
-    texts = tuple(f"{c:.3g} FLOPs: loss {loss:.4f}" for c, loss in points)
-    series += _residuals(law, list(points), "fitted points", LAW_COLOUR, texts, "circle")
+        own, texts = [], []
+        for run, tokens, point in _points(size.runs):
+            if left[point]:
+                left[point] -= 1
+                own.append(point)
+                texts.append(_hover(run, tokens, point[1]))
+        series += _residuals(law, own, size.label, size.colour, tuple(texts), "circle")
+    others = list(left.elements())
+    hovers = tuple(f"{c:.3g} FLOPs: loss {loss:.4f}" for c, loss in others)
+    series += _residuals(law, others, "fitted points", LAW_COLOUR, hovers, "circle")
     ends_of_actual = [(run.compute, run.loss) for run in actual]
     series += _residuals(law, ends_of_actual, "predicted runs", PREDICTED_COLOUR, _hovers(actual), "diamond")
     return Panel(
@@ -261,6 +265,15 @@ def _predictions(predictions: Sequence[Prediction]) -> Iterator[Series]:
             yield Series("actual", compute, losses, ACTUAL_COLOUR, _hovers(runs), marker="diamond")
 
 
+def _points(runs: Sequence[TrialResult]) -> Iterator[tuple[TrialResult, int, tuple[float, float]]]:
+    """Every run's end, then what lies before it: the run, its tokens so far, and (compute, loss)."""
+    for run in runs:
+        yield run, run.tokens, (run.compute, run.loss)
+    for run in runs:
+        for tokens, loss in run.curve[:-1]:
+            yield run, tokens, (run.compute * tokens / run.tokens, loss)
+
+
 def _residuals(
     law: PowerLaw,
     points: Sequence[tuple[float, float]],
@@ -280,8 +293,8 @@ def _residuals(
 def _budget(results: Sequence[TrialResult], budget: Budget, colour: str) -> Iterator[Series]:
     """The runs of one budget, and the parabola over their sizes."""
     label = f"{budget.compute:.2g} FLOPs"
-    names = {run.loss: _hover(run, run.tokens, run.loss) for run in results}
-    hover = tuple(names.get(loss, f"loss {loss:.4f}") for loss in budget.loss)
+    hovers = {run.name: _hover(run, run.tokens, run.loss) for run in results}
+    hover = tuple(hovers.get(name, f"{name}\nloss {loss:.4f}") for name, loss in zip(budget.names, budget.loss))
     yield Series(label, budget.parameters, budget.loss, colour, hover, marker="circle")
     sizes = np.geomspace(min(budget.parameters), max(budget.parameters), LAW_POINTS)
     losses = np.polyval(budget.parabola[::-1], np.log(sizes))

@@ -121,10 +121,23 @@ def test_residuals_are_per_cent_of_the_law_for_every_fitted_point():
     assert held_out.y == pytest.approx([100 * (r.loss / LAW.predict(r.compute) - 1) for r in PREDICTION.actual])
 
 
+def test_runs_of_one_loss_keep_their_names():
+    """Two sizes may end with the same loss to the last digit."""
+    same = [dataclasses.replace(run, loss=3.0, curve=((run.tokens, 3.0),)) for run in BUDGETS[:5]]
+    panel = panels.isoflop([*same, *BUDGETS[5:]], PARABOLAS)
+    assert {text.split("\n")[0] for text in panel.series[0].hover} == {run.name for run in same}
+    runs = [dataclasses.replace(run, loss=LAW.predict(4e11)) for run in RESULTS[:2]]
+    runs = [dataclasses.replace(run, curve=((run.tokens, run.loss),)) for run in runs]
+    law = dataclasses.replace(LAW, compute=(runs[0].compute, 2e10), loss=(runs[0].loss, runs[1].loss))
+    marked = [series for series in panels.residuals(runs, law).series if series.marker == "circle"]
+    assert next(text.split("\n")[0] for series in marked for text in series.hover) == runs[0].name
+    assert marked[-1].label == "fitted points" and marked[-1].x == (2e10,)
+
+
 def test_points_that_are_no_run_are_shown_all_the_same():
     panel = panels.residuals([], LAW)
     (points,) = labelled(panel, "fitted points")
-    assert len(points.x) == len(set(zip(LAW.compute, LAW.loss)))
+    assert sorted(points.x) == sorted(LAW.compute)
 
 
 def test_learning_rates_against_the_best_one_seeds_averaged():
