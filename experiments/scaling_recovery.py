@@ -46,6 +46,10 @@ def run(config: RecoveryConfig, workdir: Path) -> None:
     studies = [(scenario, method) for method in ("least_squares", "huber") for scenario in recovery.SCENARIOS]
     for scenario, method in track(studies, "power laws"):
         of_compute += recovery.power_law(scenario, method, config.draws, seed=config.seed, bootstrap=config.bootstrap)
+    for method in ("least_squares", "huber"):
+        of_compute += recovery.efficient(
+            recovery.EFFICIENT, method, config.draws, seed=config.seed, bootstrap=config.bootstrap
+        )
     of_both = recovery.parametric(recovery.PARAMETRIC, config.draws, seed=config.seed, bootstrap=config.bootstrap)
     tables = (table(of_compute, "a * C^b + L_inf recovered"), table(of_both, "E + A / N^alpha + B / D^beta recovered"))
     for made in tables:

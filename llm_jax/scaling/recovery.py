@@ -56,15 +56,39 @@ class ParametricScenario:
         """The law's."""
         return self.e + self.a / parameters**self.alpha + self.b / tokens**self.beta
 
+    def best(self, compute: float) -> tuple[float, float]:
+        """The parameters and the tokens with the least loss at 6 FLOPs each: Hoffmann et al. 2022, equation 4."""
+        ratio = (self.alpha * self.a / (self.beta * self.b)) ** (1 / (self.alpha + self.beta))
+        parameters = ratio * (compute / 6) ** (self.beta / (self.alpha + self.beta))
+        return parameters, compute / 6 / parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class EfficientScenario:
+    """Trials of a known L(N, D) at budgets of compute; L(C) is fitted to those that `fit.efficient` picks.
+
+    No size is the best one of its budget exactly, and where a budget has one seed the luckiest of its sizes is picked.
+    """
+
+    name: str
+    law: ParametricScenario = ParametricScenario("Hoffmann et al.'s law")
+    budgets: tuple[float, ...] = tuple(np.geomspace(1e19, 1e22, 7).tolist())
+    sizes: tuple[float, ...] = tuple(np.geomspace(2e7, 2e10, 16).tolist())
+    tokens_per_parameter: tuple[float, float] = (2.0, 200.0)
+    seeds: int = 3
+    single_budgets: int = 3  # so many of the largest budgets have one seed
+
 
 SCENARIOS = (
     Scenario("8 sizes; seeds differ by 0.4 %", 8, 0.0, 0.004),
     Scenario("6 sizes; seeds differ by 0.4 %", 6, 0.0, 0.004),
+    Scenario("5 sizes; seeds differ by 0.4 %", 5, 0.0, 0.004),
     Scenario("8 sizes; sizes by 0.3 %, seeds by 0.3 %", 8, 0.003, 0.003),
     Scenario("7 sizes; sizes by 0.3 %, seeds by 0.2 %", 7, 0.003, 0.002),
     Scenario("6 sizes; sizes by 0.3 %, seeds by 0.3 %", 6, 0.003, 0.003),
     Scenario("8 sizes of one seed, which differ by 0.3 %", 8, 0.0, 0.003, seeds=1),
 )
+EFFICIENT = EfficientScenario("7 budgets, about 5 sizes each; seeds differ by 0.4 %")
 PARAMETRIC = ParametricScenario("7 sizes, 4 token counts; seeds differ by 0.4 %")
 
 
@@ -94,6 +118,8 @@ def power_law(
     generator = np.random.default_rng(seed)
     group_N, compute_N = _design(scenario)
     target = EXTRAPOLATION * scenario.largest
+    truths = {"a": float(scenario.amplitude * _middle(scenario) ** -scenario.b), "b": scenario.b}
+    truths |= {"l_inf": scenario.l_inf, "law at 10x": float(_true(scenario, target))}
     rows = []
     for draw in range(draws):
         loss_N = _noisy(scenario, compute_N, group_N, generator)
@@ -102,7 +128,32 @@ def power_law(
             law = fit.fit_power_law(compute_N.tolist(), loss_N.tolist(), method=method, draws=bootstrap, seed=draw)
         except UserError:
             continue
-        rows.append(_said_of_compute(law, scenario, target, new_run))
+        rows.append(_said_of_compute(law, truths, target, new_run))
+    return _summarise(scenario.name, method, rows, draws)
+
+
+def efficient(
+    scenario: EfficientScenario, method: str, draws: int, *, seed: int = 0, bootstrap: int = 200
+) -> tuple[Recovery, ...]:
+    """Pick the compute-efficient trials of `draws` synthetic sweeps, fit L(C) to them, and count as `power_law` does.
+
+    The truth is the law's loss at the best N and D of each compute, a power law itself.
+    """
+    generator = np.random.default_rng(seed)
+    law, target = scenario.law, EXTRAPOLATION * max(scenario.budgets)
+    b = -law.alpha * law.beta / (law.alpha + law.beta)
+    truth = law.loss(*law.best(target))
+    truths = {"a": (truth - law.e) * target**-b, "b": b, "l_inf": law.e, "law at 10x": truth}
+    rows = []
+    for draw in range(draws):
+        ends = fit.efficient(_at_budgets(scenario, generator))
+        new_run = truth * float(np.exp(generator.normal() * law.noise))
+        compute, loss = [end.compute for end in ends], [end.loss for end in ends]
+        try:
+            found = fit.fit_power_law(compute, loss, method=method, draws=bootstrap, seed=draw)
+        except UserError:
+            continue
+        rows.append(_said_of_compute(found, truths, target, new_run))
     return _summarise(scenario.name, method, rows, draws)
 
 
@@ -127,8 +178,7 @@ def parametric(
         except UserError:
             continue
         row: dict[str, Said] = {name: (getattr(law, name), *law.intervals[name], truths[name]) for name in truths}
-        fitted = law.beta / (law.alpha + law.beta)
-        row["best N"] = (fitted, *law.intervals["parameters_exponent"], exponent)
+        row["best N"] = (law.parameters_exponent, *law.intervals["parameters_exponent"], exponent)
         row["new run at 10x N, D"] = (law.predict(size, count), *law.predict_interval(size, count), new_run)
         rows.append(row)
     return _summarise(scenario.name, "huber, L(N, D)", rows, draws)
@@ -141,6 +191,20 @@ def trials(scenario: ParametricScenario, generator: np.random.Generator) -> list
         for count in scenario.tokens:
             for seed in range(scenario.seeds if index < len(scenario.sizes) - scenario.single_sizes else 1):
                 loss = scenario.loss(size, count) * float(np.exp(generator.normal() * scenario.noise))
+                results.append(trial(size, count, loss, seed))
+    return results
+
+
+def _at_budgets(scenario: EfficientScenario, generator: np.random.Generator) -> list[TrialResult]:
+    """Every size with every budget that gives it a reasonable number of tokens."""
+    results = []
+    least, most = scenario.tokens_per_parameter
+    for index, compute in enumerate(scenario.budgets):
+        seeds = scenario.seeds if index < len(scenario.budgets) - scenario.single_budgets else 1
+        for size in scenario.sizes:
+            count = compute / 6 / size
+            for seed in range(seeds if least <= count / size <= most else 0):
+                loss = scenario.law.loss(size, count) * float(np.exp(generator.normal() * scenario.law.noise))
                 results.append(trial(size, count, loss, seed))
     return results
 
@@ -188,14 +252,11 @@ def _noisy(scenario: Scenario, compute_N: Array, group_N: np.ndarray, generator:
     return result
 
 
-def _said_of_compute(law: fit.PowerLaw, scenario: Scenario, target: float, new_run: float) -> dict[str, Said]:
-    a = float(scenario.amplitude * _middle(scenario) ** -scenario.b)
+def _said_of_compute(law: fit.PowerLaw, truths: Mapping[str, float], target: float, new_run: float) -> dict[str, Said]:
     predicted = law.predict(target)
     return {
-        "a": (law.a, *law.intervals["a"], a),
-        "b": (law.b, *law.intervals["b"], scenario.b),
-        "l_inf": (law.l_inf, *law.intervals["l_inf"], scenario.l_inf),
-        "law at 10x": (predicted, *law.law_interval(target), float(_true(scenario, target))),
+        **{name: (getattr(law, name), *law.intervals[name], truths[name]) for name in ("a", "b", "l_inf")},
+        "law at 10x": (predicted, *law.law_interval(target), truths["law at 10x"]),
         "new run at 10x": (predicted, *law.predict_interval(target), new_run),
     }
 

@@ -40,6 +40,22 @@ def test_without_noise_nothing_is_uncertain():
         assert row.median == pytest.approx(row.truth, rel=1e-6) and row.width < 1e-6 * abs(row.truth), row
 
 
+def test_intervals_cover_what_is_picked_as_efficient():
+    rows = recovery.efficient(recovery.EFFICIENT, "least_squares", 40)
+    for row in rows:
+        assert row.refused == 0 and row.covered >= least(40), row
+        assert abs(row.median - row.truth) < row.width
+
+
+def test_the_best_of_a_compute_is_a_power_law_and_the_least_loss():
+    law = recovery.PARAMETRIC
+    b = -law.alpha * law.beta / (law.alpha + law.beta)
+    above = [law.loss(*law.best(compute)) - law.e for compute in (1e19, 1e21)]
+    assert above[1] / above[0] == pytest.approx(100**b)
+    size, count = law.best(1e21)
+    assert all(law.loss(size * factor, count / factor) > law.e + above[1] for factor in (0.9, 1.1))
+
+
 def test_law_of_both_is_recovered():
     rows = recovery.parametric(recovery.PARAMETRIC, 8, bootstrap=80)
     assert {row.quantity for row in rows} >= {"e", "a", "b", "alpha", "beta", "best N", "new run at 10x N, D"}
@@ -56,7 +72,7 @@ def test_study_writes_its_table(tmp_path):
     argv = ["scaling_recovery", f"--workdir={tmp_path}", "--config.draws=2", "--config.bootstrap=40"]
     runner.main(scaling_recovery.run, scaling_recovery.RecoveryConfig, "configs/scaling_laws/recovery.py", argv=argv)
     text = (tmp_path / "table.md").read_text()
-    assert all(scenario.name in text for scenario in (*recovery.SCENARIOS, recovery.PARAMETRIC))
+    assert all(scenario.name in text for scenario in (*recovery.SCENARIOS, recovery.EFFICIENT, recovery.PARAMETRIC))
     assert (tmp_path / "results.json").exists()
 
 
@@ -66,6 +82,14 @@ def test_study_writes_its_table(tmp_path):
 def test_coverage_over_500_draws(scenario, method):
     for row in recovery.power_law(scenario, method, 500):
         assert 0.90 <= row.covered <= 0.99, row
+        assert row.refused <= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["least_squares", "huber"])
+def test_coverage_through_efficient_trials_over_500_draws(method):
+    for row in recovery.efficient(recovery.EFFICIENT, method, 500):
+        assert 0.88 <= row.covered <= 0.99, row
         assert row.refused <= 5
 
 
