@@ -54,7 +54,7 @@ class LearningRateConfig:
 
     rule: str = "fixed"  # fixed: the base's; sweep: see `rates`; mup: the base's, at width `mup_base_width`
     rates: tuple[float, ...] = ()  # sweep: tried for each of `sizes`
-    sizes: tuple[str, ...] = ()  # sweep: names of the sizes that try them; () = all. The others follow a fitted line
+    sizes: tuple[str, ...] = ()  # sweep: names of the sizes that try them; () = the whole grid. Others follow a line
     tokens_per_parameter: float = 20.0  # sweep: how long each try trains
     seeds: tuple[int, ...] = (0,)
     mup_base_width: int = 0  # mup: the hidden size at which the base's learning rate holds
@@ -82,7 +82,7 @@ class LauncherConfig:
     together: int = 16  # at most so many trials of one shape in one compiled step; 1 = every trial alone
     together_up_to: float = 0.0  # FLOPs of a trial; larger ones run alone; 0 = no limit
     parallel: int = 2  # jobs at the same time, of processes and slurm
-    retries: int = 1  # of a failed job
+    retries: int = 1  # of a failed job; not of a trial that diverged
     timeout_minutes: int = 7 * 24 * 60
     # Slurm only; "" and 0 = the cluster's default.
     partition: str = ""
