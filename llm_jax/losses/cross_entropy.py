@@ -135,21 +135,24 @@ def _scan_chunks(
     C = min(config.chunk_size, T)
 
     def one(carry: tuple[Sums, jax.Array | None], rows: tuple[jax.Array, ...]):  # type: ignore[no-untyped-def]
-        sums, dunembedding_VD = carry
+        sums, dunembedding_DV = carry
         chunk_sums, gradients = _chunk(config, differentiate, parts, unembedding_VD, *rows)
         sums = jax.tree.map(jnp.add, sums, chunk_sums)
-        if gradients is None or dunembedding_VD is None:
+        if gradients is None or dunembedding_DV is None:
             return (sums, None), None
-        return (sums, dunembedding_VD + gradients[1]), gradients[0].astype(hidden_BTD.dtype)
+        return (sums, dunembedding_DV + gradients[1]), gradients[0].astype(hidden_BTD.dtype)
 
     zero = jnp.zeros((), jnp.float32)
-    start = (Sums(*[zero] * len(Sums._fields)), jnp.zeros(unembedding_VD.shape, jnp.float32) if differentiate else None)
+    zeros_DV = jnp.zeros(unembedding_VD.shape[::-1], jnp.float32) if differentiate else None
     rows = tuple(_split(x, C) for x in (hidden_BTD, targets_BT, weights_BT))
-    (sums, dunembedding_VD), dhidden_XRD = jax.lax.scan(one, start, rows)
+    (sums, dunembedding_DV), dhidden_XRD = jax.lax.scan(one, (Sums(*[zero] * len(Sums._fields)), zeros_DV), rows)
     sums = jax.lax.psum(sums, parts.batch)
-    if dunembedding_VD is None:
+    if dunembedding_DV is None:
         return sums, None
     dhidden_BTD = jnp.moveaxis(dhidden_XRD.reshape(-1, B, C, D), 0, 1).reshape(B, -1, D)[:, :T]
+    # Without the barrier XLA turns the product into one that comes out as [V,D], for which its CPU compiler transposes
+    # a whole chunk of logits.
+    dunembedding_VD = jax.lax.optimization_barrier(dunembedding_DV).T
     return sums, (dhidden_BTD, jax.lax.psum(dunembedding_VD, parts.batch).astype(unembedding_VD.dtype))
 
 
@@ -170,7 +173,7 @@ def _chunk(
     targets_R: jax.Array,
     weights_R: jax.Array,
 ) -> tuple[Sums, Gradients | None]:
-    """One chunk's sums, and its float32 gradients for hidden and unembedding."""
+    """One chunk's sums, and its float32 gradients for hidden [R,D] and unembedding [D,V]."""
     logits_RV = _matmul("rd,vd->rv", hidden_RD, unembedding_VD)
     targets_R = targets_R - _first_entry(logits_RV.shape[1], parts)
     highest_R = jax.lax.pmax(jnp.max(logits_RV, axis=1), parts.vocabulary)
@@ -199,7 +202,7 @@ def _chunk(
         dlogits_RV += jnp.where(is_highest_RV, share_R[:, None], 0.0)
     dlogits_RV = jax.lax.optimization_barrier(dlogits_RV.astype(hidden_RD.dtype))
     dhidden_RD = jax.lax.psum(_matmul("rv,vd->rd", dlogits_RV, unembedding_VD), parts.vocabulary)
-    return sums, (dhidden_RD, _matmul("rv,rd->vd", dlogits_RV, hidden_RD))
+    return sums, (dhidden_RD, _matmul("rd,rv->dv", hidden_RD, dlogits_RV))
 
 
 def _first_entry(vocab_size: int, parts: Parts) -> jax.Array | int:
