@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
             max_length=LENGTH,
             init_std=0.06,  # at 0.02, models so narrow take long to leave the start
         ),
-        # For batches of 512 tokens, the reports' b2 of 0.95 is too noisy: it costs up to 0.2 nats, and not all sizes alike.
+        # For batches of 512 tokens the reports' b2, 0.95, is too noisy: it costs 0.05 to 0.2 nats (docs/log.md).
         optimizer=config.OptimizerConfig(learning_rate=8e-3, final_fraction=0.0, b2=0.999),
         mesh=config.MeshConfig(data=1),
         data=config.DataConfig(sequence_length=LENGTH, batch_size=4),
