@@ -1,5 +1,6 @@
 """The notebooks run from the first cell to the last, and are committed without outputs."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def finished_study(tmp_path) -> Path:
     """The results.json of a made-up study with its config beside it."""
     folder = tmp_path / "study"
     config.save(studies.config(), folder / "config.json")
-    results.write([*studies.sweep(), *studies.prediction().actual], folder)
+    predicted = [dataclasses.replace(run, held_out=True) for run in studies.prediction().actual]
+    results.write([*studies.sweep(), *predicted], folder)
     return folder / "results.json"
 
 
@@ -88,7 +90,7 @@ def test_scaling_laws_from_results(tmp_path, monkeypatch, finished_study):
         "actual",
     }
     assert figure(notebook, "residuals")["layout"]["yaxis"]["title"]["text"].endswith("(%)")
-    assert len(figure(notebook, "tokens")["data"]) == 2 * len(studies.sweep())
+    assert len(figure(notebook, "tokens")["data"]) == 2 * len([*studies.sweep(), *studies.prediction().actual])
     (missing,) = outputs(notebook, "rates")
     assert "no figure `learning_rates`" in missing["text/markdown"]
     (report,) = outputs(notebook, "report")
