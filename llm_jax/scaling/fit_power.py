@@ -288,8 +288,10 @@ def _drawn_intervals(law: PowerLaw) -> dict[str, tuple[float, float]]:
         "trials that went wrong, or train more seeds",
     )
     low, high = percentiles(np.exp(log_l_inf_S), law.confidence)
+    with np.errstate(over="ignore"):  # of a steep draw's a, at a compute of 1
+        a_S = np.exp(log_amplitude_S - b_S * law._centre)
     return {
-        "a": percentiles(np.exp(log_amplitude_S - b_S * law._centre), law.confidence),
+        "a": percentiles(a_S, law.confidence),
         "b": (steepest, flattest),
         "l_inf": (low if low > STUCK * min(law.loss) else 0.0, high),
     }
