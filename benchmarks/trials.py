@@ -1,0 +1,127 @@
+"""How many of a sweep's smallest trials are trained in an hour, in three ways.
+
+    python -m benchmarks.trials [--config=configs/scaling_laws/tiny.py] [--trials=10] [--rounds=1]
+
+The trials of least compute of a study's grid, one after the other:
+
+- processes: `python -m experiments.pretrain` for each;
+- one_process: in one process, as a sweep of `launcher.together=1` trains them;
+- together: in one process, those of one shape in one compiled step, as a sweep trains them.
+
+Each way starts with an empty compilation cache, which its own processes share, and writes to folders of its own; the
+ways take turns. Prints one JSON line per way; `speed_over_processes` is the median of the ratios within a round.
+`busy_elsewhere` is the share of the machine that other programs took meanwhile; `processor_seconds` suffer less from
+them. The dataset is made in the study's --workdir, if it is not there.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.turns import ROOT, machine_busy_seconds
+from experiments import runner, scaling_laws
+from llm_jax import config as config_lib
+from llm_jax.scaling import flops, sweep
+from llm_jax.scaling.config import ScalingConfig
+from llm_jax.scaling.trial import Trial
+
+WAYS = ("processes", "one_process", "together")
+
+
+def smallest(study: ScalingConfig, count: int) -> list[Trial]:
+    """The trials of least compute of the study's grid."""
+
+    def compute(trial: Trial) -> float:
+        return flops.training_flops(trial.config.model, trial.config.data.sequence_length, trial.tokens)
+
+    return sorted(sweep.expand(study)[0], key=compute)[:count]
+
+
+def commands(way: str, study: ScalingConfig, trials: Sequence[Trial], folder: Path) -> list[list[str]]:
+    """What to run, one after the other."""
+    if way == "processes":
+        paths = [folder / trial.name for trial in trials]
+        program = [sys.executable, "-m", "experiments.pretrain"]
+        return [[*program, f"--config={path / 'config.json'}", f"--workdir={path}"] for path in paths]
+    most = study.launcher.together if way == "together" else 1
+    groups = sweep.together(trials, dataclasses.replace(study.launcher, together=most))
+    files = [[str(folder / trial.name / "config.json") for trial in group] for group in groups]
+    return [[sys.executable, "-m", "benchmarks.peers.sweep", json.dumps(files)]]
+
+
+def take_turn(way: str, study: ScalingConfig, trials: Sequence[Trial], folder: Path) -> dict[str, float]:
+    """Train all trials in one way, from nothing."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for trial in trials:
+        config_lib.save(trial.config, folder / trial.name / "config.json")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    start, busy, own = time.perf_counter(), machine_busy_seconds(), _processor_seconds()
+    for command in commands(way, study, trials, folder):
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    seconds, processor = time.perf_counter() - start, _processor_seconds() - own
+    elsewhere = machine_busy_seconds() - busy - processor
+    capacity = seconds * (os.cpu_count() or 1)
+    return {"seconds": seconds, "processor_seconds": processor, "busy_elsewhere": max(0.0, elsewhere / capacity)}
+
+
+def _processor_seconds() -> float:
+    """Of all programs that this one has run."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def report(way: str, count: int, turns: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """The JSON line of one way."""
+
+    def median(key: str) -> float:
+        return statistics.median(turn[key] for turn in turns[way])
+
+    def ratio(key: str) -> float:
+        pairs = zip(turns["processes"], turns[way], strict=True)
+        return round(statistics.median(theirs[key] / ours[key] for theirs, ours in pairs), 2)
+
+    return {
+        "benchmark": "trials",
+        "implementation": way,
+        "trials": count,
+        "rounds": len(turns[way]),
+        "seconds": round(median("seconds"), 1),
+        "processor_seconds": round(median("processor_seconds"), 1),
+        "busy_elsewhere": round(median("busy_elsewhere"), 3),
+        "trials_per_hour": round(3600 * count / median("seconds")),
+        "speed_over_processes": ratio("seconds"),
+        "processor_speed_over_processes": ratio("processor_seconds"),
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """Measure the three ways."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/scaling_laws/tiny.py", help="a study")
+    parser.add_argument("--trials", type=int, default=10, help="how many of its smallest")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--workdir", default="runs/benchmark_trials", help="for the dataset and the runs")
+    options = parser.parse_args(arguments)
+    workdir = Path(options.workdir).absolute()
+    study = scaling_laws.with_dataset(runner.load_config(options.config, ScalingConfig), workdir)
+    trials = smallest(study, options.trials)
+    turns: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(options.rounds):
+        for way in WAYS:
+            turns[way].append(take_turn(way, study, trials, workdir / way))
+    for way in WAYS:
+        print(json.dumps(report(way, len(trials), turns)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
