@@ -159,7 +159,9 @@ def learned(width, base, head):
     return margin(together.take(states, 0).params) - margin(models.init(config, jax.random.key(0)))
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    "head", ["head", pytest.param("tied", marks=pytest.mark.slow), pytest.param("norm_head", marks=pytest.mark.slow)]
+)
 def test_steps_teach_every_width_as_much(head):
     """The coordinate check of the paper (appendix D.1), of what a step does to the logits that it aims at."""
     narrow = learned(BASE, BASE, head)
