@@ -17,7 +17,7 @@ from benchmarks.peers.serve import serve
 from benchmarks.peers.shapes import ALL, Shape
 from llm_jax.training.host_memory import keep_freed_memory
 
-REPEATS = 4  # of a step's products in one measured step
+FLOPS = 4e9  # about so many in one measured step: a small step's products are repeated
 TRIES = 5  # of each way to compute a product, to find the fastest
 
 
@@ -61,7 +61,8 @@ def repeat(equation: str, left: jax.Array, right: jax.Array, times: int) -> jax.
         return small, product(small)
 
     small = left if left.size <= right.size else right
-    return jax.lax.fori_loop(0, times, one, (small, product(small)))[1]
+    result = jax.eval_shape(product, small)
+    return jax.lax.fori_loop(0, times, one, (small, jnp.zeros(result.shape, result.dtype)))[1]
 
 
 def fastest(left: jax.Array, right: jax.Array, times: int) -> Callable[[], jax.Array]:
@@ -91,17 +92,18 @@ def main(name: str) -> None:
     keep_freed_memory()
     shape = ALL[name]
     assert sum(product.flops for product in products(shape)) == shape.flops
+    repeats = max(1, round(FLOPS / shape.flops))
     work = []
     for product in products(shape):
         B, R, K, C = product.batch, product.rows, product.inner, product.columns
         for rows, inner, columns in ((R, K, C), (R, C, K), (K, R, C)):
             factors = jnp.full((B, rows, inner), 1e-3), jnp.full((B, inner, columns), 1e-3)
-            work.append(fastest(*factors, REPEATS * product.times))
+            work.append(fastest(*factors, repeats * product.times))
 
     def step() -> float:
         return sum(float(way()[0, 0, 0]) for way in work)
 
-    serve(step, library=f"jax {jax.__version__}", repeats=REPEATS)
+    serve(step, library=f"jax {jax.__version__}", repeats=repeats)
 
 
 if __name__ == "__main__":
