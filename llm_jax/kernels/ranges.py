@@ -20,8 +20,8 @@ class Ranges(NamedTuple):
     """For each block of one side, int32 [B, blocks], the blocks of the other side that it has to do with.
 
     Every visible pair lies in blocks [first, last). In [full_first, full_last), a part of that or empty, every pair is
-    visible and no block is cut short by the end of the sequence, so that no mask is needed. `first == last` where nothing
-    is visible.
+    visible and no block is cut short by the end of a sequence, so that no mask is needed. `first == last` where
+    nothing is visible.
     """
 
     first: jax.Array
