@@ -1,15 +1,16 @@
-"""How many of a sweep's smallest trials are trained in an hour, in three ways.
+"""How many of a sweep's smallest trials are trained in an hour, in four ways.
 
-    python -m benchmarks.trials [--config=configs/scaling_laws/tiny.py] [--trials=10] [--rounds=1]
+    python -m benchmarks.trials [--config=configs/scaling_laws/cpu.py] [--trials=10] [--rounds=1]
 
 The trials of least compute of a study's grid, one after the other:
 
-- processes: `python -m experiments.pretrain` for each;
+- alone: `python -m experiments.pretrain` for each, which compiles for itself;
+- processes: the same, and they share a compilation cache;
 - one_process: in one process, as a sweep of `launcher.together=1` trains them;
 - together: in one process, those of one shape in one compiled step, as a sweep trains them.
 
-Each way starts with an empty compilation cache, which its own processes share, and writes to folders of its own; the
-ways take turns. Prints one JSON line per way; `speed_over_processes` is the median of the ratios within a round.
+No way finds anything compiled when it starts, and each writes to folders of its own; the ways take turns. Prints one
+JSON line per way; `speed_over_alone` and `speed_over_processes` are medians of the ratios within a round.
 `busy_elsewhere` is the share of the machine that other programs took meanwhile; `processor_seconds` suffer less from
 them. The dataset is made in the study's --workdir, if it is not there.
 """
@@ -35,7 +36,7 @@ from llm_jax.scaling import flops, sweep
 from llm_jax.scaling.config import ScalingConfig
 from llm_jax.scaling.trial import Trial
 
-WAYS = ("processes", "one_process", "together")
+WAYS = ("alone", "processes", "one_process", "together")
 
 
 def smallest(study: ScalingConfig, count: int) -> list[Trial]:
@@ -49,7 +50,7 @@ def smallest(study: ScalingConfig, count: int) -> list[Trial]:
 
 def commands(way: str, study: ScalingConfig, trials: Sequence[Trial], folder: Path) -> list[list[str]]:
     """What to run, one after the other."""
-    if way == "processes":
+    if way in ("alone", "processes"):
         paths = [folder / trial.name for trial in trials]
         program = [sys.executable, "-m", "experiments.pretrain"]
         return [[*program, f"--config={path / 'config.json'}", f"--workdir={path}"] for path in paths]
@@ -64,9 +65,12 @@ def take_turn(way: str, study: ScalingConfig, trials: Sequence[Trial], folder: P
     shutil.rmtree(folder, ignore_errors=True)
     for trial in trials:
         config_lib.save(trial.config, folder / trial.name / "config.json")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | cache
     start, busy, own = time.perf_counter(), machine_busy_seconds(), _processor_seconds()
     for command in commands(way, study, trials, folder):
+        if way == "alone":
+            shutil.rmtree(folder / "cache", ignore_errors=True)
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     seconds, processor = time.perf_counter() - start, _processor_seconds() - own
     elsewhere = machine_busy_seconds() - busy - processor
@@ -86,8 +90,8 @@ def report(way: str, count: int, turns: dict[str, list[dict[str, float]]]) -> di
     def median(key: str) -> float:
         return statistics.median(turn[key] for turn in turns[way])
 
-    def ratio(key: str) -> float:
-        pairs = zip(turns["processes"], turns[way], strict=True)
+    def ratio(other: str, key: str) -> float:
+        pairs = zip(turns[other], turns[way], strict=True)
         return round(statistics.median(theirs[key] / ours[key] for theirs, ours in pairs), 2)
 
     return {
@@ -99,15 +103,16 @@ def report(way: str, count: int, turns: dict[str, list[dict[str, float]]]) -> di
         "processor_seconds": round(median("processor_seconds"), 1),
         "busy_elsewhere": round(median("busy_elsewhere"), 3),
         "trials_per_hour": round(3600 * count / median("seconds")),
-        "speed_over_processes": ratio("seconds"),
-        "processor_speed_over_processes": ratio("processor_seconds"),
+        "speed_over_alone": ratio("alone", "seconds"),
+        "speed_over_processes": ratio("processes", "seconds"),
+        "processor_speed_over_alone": ratio("alone", "processor_seconds"),
     }
 
 
 def main(arguments: list[str]) -> None:
-    """Measure the three ways."""
+    """Measure the four ways."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/scaling_laws/tiny.py", help="a study")
+    parser.add_argument("--config", default="configs/scaling_laws/cpu.py", help="a study")
     parser.add_argument("--trials", type=int, default=10, help="how many of its smallest")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--workdir", default="runs/benchmark_trials", help="for the dataset and the runs")
