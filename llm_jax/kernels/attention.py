@@ -4,21 +4,22 @@ Legend: B batch, T query length, S key length, N query heads, K key/value heads,
 """
 
 import dataclasses
-import difflib
-import functools
-import logging
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from llm_jax.errors import UserError, require
+from llm_jax.errors import require
+from llm_jax.kernels import choice
+from llm_jax.kernels.choice import Implementation, Problem
 from llm_jax.kernels.chunked import KEY_BLOCK, QUERY_BLOCK, chunked_attention
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.reference import reference_attention
 
-logger = logging.getLogger(__name__)
+Run = Callable[[jax.Array, jax.Array, jax.Array, AttentionMask], jax.Array]
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 # Up to so many scores per head "auto" takes the plain form. On a CPU the tiles of the chunked form stay in the cache
 # and skip the upper triangle, so they win as soon as there is more than one. Elsewhere memory decides.
@@ -26,36 +27,31 @@ REFERENCE_SCORES = {"cpu": QUERY_BLOCK * KEY_BLOCK}
 REFERENCE_SCORES_ELSEWHERE = 1024 * 1024
 
 
-class Problem(NamedTuple):
-    """What an implementation may look at to say whether it can serve: everything static."""
+def plain(run: Run) -> Run:
+    """A form in plain JAX, which knows visibility and bias, given the rest: clean keys and scaled queries.
 
-    platform: str
-    dtype: str
-    batch: int
-    num_queries: int
-    num_keys: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    features: tuple[str, ...]  # names of the mask's fields that are in use
+    Keys and values that no query may look at are zeroed (0 * NaN would otherwise reach the output), and
+    `mask.query_scale` is applied. Pallas kernels do both in their loads.
+    """
 
+    def cleaned(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: AttentionMask) -> jax.Array:
+        k_BSKH, v_BSKH = _clean_keys(q_BTNH, k_BSKH, v_BSKH, mask)
+        if mask.query_scale is not None:
+            scale_BT = jax.lax.stop_gradient(mask.query_scale)
+            q_BTNH = (q_BTNH.astype(jnp.float32) * scale_BT[:, :, None, None]).astype(q_BTNH.dtype)
+            mask = dataclasses.replace(mask, query_scale=None)
+        return run(q_BTNH, k_BSKH, v_BSKH, mask)
 
-class Implementation(NamedTuple):
-    """A kernel: `run(q, k, v, mask)`, and `refuses(problem)`, the reason why it cannot serve or None."""
-
-    run: Callable[[jax.Array, jax.Array, jax.Array, AttentionMask], jax.Array]
-    refuses: Callable[[Problem], str | None]
+    return cleaned
 
 
-def _never(problem: Problem) -> str | None:
-    return None
-
-
-# Kernels for one platform are added here; `_choose` decides when "auto" takes them.
+# What each form handles by itself is said in `plain`. Kernels for one platform are imported when first looked at.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "reference": Implementation(reference_attention, _never),
-    "chunked": Implementation(chunked_attention, _never),
+    "reference": Implementation(plain(reference_attention), choice.never),
+    "chunked": Implementation(plain(chunked_attention), choice.never),
 }
+# What "auto" tries on each platform before it falls back on the plain forms.
+PREFERRED: dict[str, tuple[str, ...]] = {}
 
 
 def attention(
@@ -76,14 +72,9 @@ def attention(
     Raises `UserError` if shapes do not fit, or if the named implementation does not exist or cannot serve.
     """
     _check_shapes(q_BTNH, k_BSKH, v_BSKH)
+    _check_dtypes(q_BTNH, k_BSKH, v_BSKH)
     _check_mask(q_BTNH, k_BSKH, mask)
-    name, reason = _choose(_problem(q_BTNH, k_BSKH, mask), implementation)
-    _announce(name, reason)
-    k_BSKH, v_BSKH = _clean_keys(q_BTNH, k_BSKH, v_BSKH, mask)
-    if mask.query_scale is not None:
-        scale_BT = jax.lax.stop_gradient(mask.query_scale)
-        q_BTNH = (q_BTNH.astype(jnp.float32) * scale_BT[:, :, None, None]).astype(q_BTNH.dtype)
-        mask = dataclasses.replace(mask, query_scale=None)
+    name = _choose(_problem(q_BTNH, k_BSKH, mask), implementation)
     with jax.named_scope(f"attention_{name}"):
         return IMPLEMENTATIONS[name].run(q_BTNH, k_BSKH, v_BSKH, mask)
 
@@ -91,8 +82,7 @@ def attention(
 def _clean_keys(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: AttentionMask
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys and values in q's dtype, zero where no query may look: 0 * NaN would otherwise reach the output."""
-    k_BSKH, v_BSKH = k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype)
+    """Keys and values, zero where no query may look."""
     visible_BS = mask.visible_keys(q_BTNH.shape[1], k_BSKH.shape[1])
     if visible_BS is None:
         return k_BSKH, v_BSKH
@@ -102,9 +92,10 @@ def _clean_keys(
 
 def _problem(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: AttentionMask) -> Problem:
     B, T, N, H = q_BTNH.shape
-    fields = (f.name for f in dataclasses.fields(mask))
+    platform, device_kind = choice.device()
     return Problem(
-        platform=jax.default_backend(),
+        platform=platform,
+        device_kind=device_kind,
         dtype=str(q_BTNH.dtype),
         batch=B,
         num_queries=T,
@@ -112,36 +103,22 @@ def _problem(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: AttentionMask) -> Probl
         num_heads=N,
         num_kv_heads=k_BSKH.shape[2],
         head_dim=H,
-        features=tuple(name for name in fields if getattr(mask, name) is not None and getattr(mask, name) is not False),
+        features=choice.used_features(mask),
+        static_window=int(mask.window) if isinstance(mask.window, int | np.integer) else None,
     )
 
 
-def _choose(problem: Problem, implementation: str) -> tuple[str, str]:
-    """The implementation to run, and why."""
-    if implementation != "auto":
-        _check_name(implementation)
-        reason = IMPLEMENTATIONS[implementation].refuses(problem)
-        require(reason is None, f"attention implementation {implementation!r} cannot serve: {reason}")
-        return implementation, "asked for by name"
+def _choose(problem: Problem, implementation: str) -> str:
+    """The implementation to run: a kernel of the platform if one serves, else the plain form that fits in memory."""
     size = f"{problem.num_queries} queries x {problem.num_keys} keys on {problem.platform}"
     limit = REFERENCE_SCORES.get(problem.platform, REFERENCE_SCORES_ELSEWHERE)
-    if problem.num_queries == 1 or problem.num_queries * problem.num_keys <= limit:
-        return "reference", f"{size}: the score matrix is small"
-    return "chunked", f"{size}: memory linear in the length"
-
-
-def _check_name(implementation: str) -> None:
-    if implementation not in IMPLEMENTATIONS:
-        known = ("auto", *IMPLEMENTATIONS)
-        near = difflib.get_close_matches(implementation, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"attention implementation {implementation!r} is not one of {', '.join(known)}{hint}")
-
-
-@functools.cache
-def _announce(name: str, reason: str) -> None:
-    """Log a choice; the cache makes it once per distinct choice."""
-    logger.info("attention: %s (%s)", name, reason)
+    single = problem.num_queries == 1
+    if single or problem.num_queries * problem.num_keys <= limit:
+        otherwise = "reference", f"{size}: the score matrix is small"
+    else:
+        otherwise = "chunked", f"{size}: memory linear in the length"
+    preferred = () if single else PREFERRED.get(problem.platform, ())
+    return choice.choose("attention", IMPLEMENTATIONS, problem, implementation, preferred, otherwise)[0]
 
 
 def _check_shapes(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> None:
@@ -150,9 +127,12 @@ def _check_shapes(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> No
     require(k == v, f"attention: keys {k} and values {v} differ in shape")
     require(q[0] == k[0] and q[3] == k[3], f"attention: queries {q} and keys {k} differ in batch or head dim")
     require(q[2] % k[2] == 0, f"attention: {q[2]} query heads are not a multiple of {k[2]} key/value heads")
-    require(
-        jnp.issubdtype(q_BTNH.dtype, jnp.floating), f"attention: queries must be floating point, got {q_BTNH.dtype}"
-    )
+
+
+def _check_dtypes(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> None:
+    dtypes = [str(array.dtype) for array in (q_BTNH, k_BSKH, v_BSKH)]
+    require(len(set(dtypes)) == 1, f"attention: queries, keys and values must have one dtype, got {', '.join(dtypes)}")
+    require(dtypes[0] in DTYPES, f"attention: dtype {dtypes[0]} is not one of {', '.join(DTYPES)}")
 
 
 def _check_mask(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: AttentionMask) -> None:
@@ -177,5 +157,9 @@ def _check_mask(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: AttentionMask) -> No
             shape = jnp.shape(value)
             wanted = " or ".join(map(str, shapes))
             require(shape in shapes, f"attention: mask.{field} has shape {shape}, expected {wanted}")
-    if isinstance(mask.window, int):
+            whole = field not in ("slopes", "query_scale")
+            kind, called = (jnp.integer, "integers") if whole else (jnp.floating, "floating point")
+            dtype = jnp.result_type(value)
+            require(jnp.issubdtype(dtype, kind), f"attention: mask.{field} has dtype {dtype}, expected {called}")
+    if isinstance(mask.window, int | np.integer):
         require(mask.window >= 0, f"attention: mask.window={mask.window} must be positive, or 0 for unlimited")

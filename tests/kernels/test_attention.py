@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.errors import UserError
 from llm_jax.kernels import attention as dispatch
+from llm_jax.kernels import choice
 from llm_jax.kernels.attention import IMPLEMENTATIONS, attention
 from llm_jax.kernels.chunked import chunked_attention
 from llm_jax.kernels.mask import AttentionMask
@@ -34,7 +35,7 @@ def inputs(B, T, S, N, K, H, seed=0, dtype=jnp.float32):
 
 def small_blocks(query_block, key_block):
     """The table of implementations with another tile size, small enough for short sequences."""
-    run = functools.partial(chunked_attention, query_block=query_block, key_block=key_block)
+    run = dispatch.plain(functools.partial(chunked_attention, query_block=query_block, key_block=key_block))
     return mock.patch.dict(IMPLEMENTATIONS, chunked=IMPLEMENTATIONS["chunked"]._replace(run=run))
 
 
@@ -290,8 +291,8 @@ def test_the_materialised_mask_and_bias_agree_with_the_definition():
 
 
 def test_auto_chooses_by_length_and_says_so_once():
-    dispatch._announce.cache_clear()
-    with mock.patch.object(dispatch.logger, "info") as info:
+    choice.announce.cache_clear()
+    with mock.patch.object(choice.logger, "info") as info:
         for length in (16, 16, 2048):
             q, k, v, _ = inputs(1, length, length, 1, 1, 4)
             jax.eval_shape(lambda *x: attention(*x, AttentionMask()), q, k, v)

@@ -1,0 +1,143 @@
+"""Which implementation of a kernel runs: what each may look at to refuse, the order of preference, and the log line.
+
+Attention and decoding share this; each has its own table of implementations.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from llm_jax.errors import UserError, require
+from llm_jax.kernels.mask import AttentionMask
+
+logger = logging.getLogger(__name__)
+
+
+class Problem(NamedTuple):
+    """What an implementation may look at to say whether it can serve: everything static."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    device_kind: str  # such as "NVIDIA A100-SXM4-80GB" or "TPU v5p"
+    dtype: str  # of queries, keys and values alike
+    batch: int
+    num_queries: int
+    num_keys: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    features: tuple[str, ...]  # names of the mask's fields that are in use
+    static_window: int | None = None  # the window, if it is a plain number and not an array
+
+
+class Implementation(NamedTuple):
+    """A kernel: `run(q, k, v, mask)`, and `refuses(problem)`, the reason why it cannot serve or None."""
+
+    run: Callable[..., jax.Array]
+    refuses: Callable[[Problem], str | None]
+
+
+def never(problem: Problem) -> str | None:
+    """Of an implementation that serves every problem."""
+    return None
+
+
+def device() -> tuple[str, str]:
+    """Platform and kind of the devices that the mesh in context is made of, absent ones too, or of this process."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described.platform, described.device_kind
+    first = jax.local_devices(backend=jax.default_backend())[0]
+    return jax.default_backend(), first.device_kind
+
+
+def used_features(mask: AttentionMask) -> tuple[str, ...]:
+    """The names of the mask's fields that are in use."""
+    values = {field.name: getattr(mask, field.name) for field in dataclasses.fields(mask)}
+    return tuple(name for name, value in values.items() if value is not None and value is not False)
+
+
+def on_platform(platform: str, module: str, run: str) -> Implementation:
+    """The implementation that `module` offers for one platform, not imported before it is looked at there.
+
+    The compilers' Python parts take a second to import, and need not be importable where they have no use.
+    """
+
+    def run_lazily(*arguments: Any) -> jax.Array:
+        result: jax.Array = getattr(importlib.import_module(module), run)(*arguments)
+        return result
+
+    def refuses(problem: Problem) -> str | None:
+        if problem.platform != platform:
+            return f"it runs on {platform}, and the devices here are {problem.platform}"
+        reason: str | None = importlib.import_module(module).refuses(problem)
+        return reason
+
+    return Implementation(run_lazily, refuses)
+
+
+def choose(
+    task: str,
+    table: Mapping[str, Implementation],
+    problem: Problem,
+    asked: str,
+    preferred: Sequence[str],
+    otherwise: tuple[str, str],
+) -> tuple[str, str]:
+    """The name of the implementation to run, and why; the choice is logged once.
+
+    Args:
+      task: what the table's implementations do, for messages.
+      table: the implementations by name.
+      problem: what is to be served.
+      asked: a name in the table, or "auto".
+      preferred: names that "auto" tries, in this order.
+      otherwise: the name that "auto" takes when all of those refuse, and the reason that speaks for it.
+
+    Raises `UserError` if the name asked for does not exist or cannot serve.
+    """
+    name, reason = _chosen(task, table, problem, asked, preferred, otherwise)
+    announce(task, name, reason)
+    return name, reason
+
+
+def _chosen(
+    task: str,
+    table: Mapping[str, Implementation],
+    problem: Problem,
+    asked: str,
+    preferred: Sequence[str],
+    otherwise: tuple[str, str],
+) -> tuple[str, str]:
+    if asked != "auto":
+        _check_name(task, table, asked)
+        refusal = table[asked].refuses(problem)
+        require(refusal is None, f"{task} implementation {asked!r} cannot serve: {refusal}")
+        return asked, "asked for by name"
+    passed_over = []
+    for name in preferred:
+        refusal = table[name].refuses(problem)
+        if refusal is None:
+            return name, "; ".join([f"the first on {problem.platform} that serves", *passed_over])
+        passed_over.append(f"not {name}: {refusal}")
+    name, reason = otherwise
+    return name, "; ".join([reason, *passed_over])
+
+
+def _check_name(task: str, table: Mapping[str, Implementation], asked: str) -> None:
+    if asked not in table:
+        known = ("auto", *table)
+        near = difflib.get_close_matches(asked, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{task} implementation {asked!r} is not one of {', '.join(known)}{hint}")
+
+
+@functools.cache
+def announce(task: str, name: str, reason: str) -> None:
+    """Log a choice; the cache makes it once per distinct choice."""
+    logger.info("%s: %s (%s)", task, name, reason)
