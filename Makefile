@@ -1,6 +1,6 @@
 # Every target makes and reuses .venv, with a Python that suits; PYTHON=/path/to/python chooses another.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench aot clean
 SHELL := /bin/bash
 BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -11,6 +11,7 @@ help:
 	@echo 'make test-all  all the tests'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     measurements against other libraries, as JSON lines'
+	@echo 'make aot       attention kernels compiled for GPUs and TPUs that need not be here, as a table'
 	@echo 'make clean     remove the environments and all caches; runs/ stays'
 	@echo 'PYTHON=/path/to/python chooses the interpreter (3.11 or newer).'
 
@@ -28,18 +29,22 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch and Tunix pin versions of their own, so they get an environment of their own.
+# torch and Tunix pin versions of their own, so they get an environment of their own. Attention's are not for a CPU.
 bench: .venv-bench/.bench
-	@set -e; for file in benchmarks/[!_]*.py; do \
+	@set -e; for file in $(filter-out %attention_aot.py %attention_device.py %tune_attention.py,$(wildcard benchmarks/[!_]*.py)); do \
 		echo ".venv-bench/bin/python -m benchmarks.$$(basename $$file .py)" >&2; \
 		.venv-bench/bin/python -m benchmarks.$$(basename $$file .py); \
 	done
 
+# The compilers for GPUs and TPUs, for a machine that has neither.
+aot: .venv-aot/.aot
+	.venv-aot/bin/python -m benchmarks.attention_aot
+
 clean:
-	rm -rf .venv .venv-bench .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-bench .venv-aot .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What is installed in an environment follows setup.cfg: ENVIRONMENT/.EXTRA is touched when the extra is in place.
-.venv/.% .venv-bench/.%: setup.cfg pyproject.toml
+.venv/.% .venv-bench/.% .venv-aot/.%: setup.cfg pyproject.toml
 	@bash .ci/install "$(@D)" "$*"
 	@touch $@

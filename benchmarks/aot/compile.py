@@ -1,0 +1,142 @@
+"""Compiles one implementation of one case for one device that is not here: a JSON line per kernel or reason.
+
+    python -m benchmarks.aot.compile --target=a100 --case=baichuan2_7b --kernel=pallas_gpu --dump=FOLDER
+
+`benchmarks.attention_aot` starts it with the environment that the compilers need, one process for each.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.aot import cases, hlo, mosaic, ptxas, traffic
+from benchmarks.aot import kernels as implementations
+from benchmarks.aot.cases import Case
+from benchmarks.aot.kernels import Kernel
+from benchmarks.aot.targets import TARGETS, Target, device
+
+LOWERING = {"gpu": "cuda", "tpu": "tpu"}
+
+
+def program(kernel: Kernel, case: Case, which: str, blocks: Any = None) -> tuple[Any, tuple[Any, ...]]:
+    """The function of a pass and the shapes of its arguments; a backward pass starts from what the forward saved."""
+    run = kernel.build(case, blocks=blocks)
+    if which == "decode":
+        return run, cases.decode_inputs(case, kernel.dtype)
+    arguments = cases.inputs(case, kernel.dtype)
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.vjp(run, q, k, v)[0]
+
+    if which == "forward":
+        return forward, arguments
+    pullback = jax.eval_shape(lambda *qkv: jax.vjp(run, *qkv)[1], *arguments)
+
+    def backward(pullback: Any, dout: jax.Array) -> Any:
+        return pullback(dout)
+
+    return backward, (pullback, arguments[0])
+
+
+def rows(target: Target, case: Case, kernel: Kernel, dump: Path, blocks: Any = None) -> list[dict[str, Any]]:
+    """All rows of the table for this implementation: a row per kernel, or per pass where there is none or an error."""
+    found = []
+    for which in kernel.passes:
+        head = {"target": target.name, "case": case.name, "implementation": kernel.name, "pass": which}
+        try:
+            found += [head | row for row in _pass_rows(target, case, kernel, which, dump, blocks)]
+        except Exception as error:  # whatever a compiler raises is this row's reason
+            found.append(head | {"reason": one_line(error)})
+    return found
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error that says something, not too long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) < 300 else text[:297] + "..."
+
+
+def _pass_rows(
+    target: Target, case: Case, kernel: Kernel, which: str, dump: Path, blocks: Any = None
+) -> list[dict[str, Any]]:
+    function, arguments = program(kernel, case, which, blocks)
+    for file in dump.iterdir():  # of the pass before
+        file.unlink()
+    compiled = _compile(target, function, arguments, f"{kernel.name}_{which}")
+    files = sorted(dump.iterdir())
+    text = compiled.as_text()
+    memory = compiled.memory_analysis()
+    shape, size = hlo.largest(text)
+    common: dict[str, Any] = {
+        "largest_array": shape,
+        "largest_bytes": size,
+        "has_scores": which != "decode" and hlo.has_scores(text, case.length, case.length),
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "least_bytes": cases.least_bytes(case, which),
+        "least_flops": cases.least_flops(case, which),
+        "program_bytes": hlo.moved(text),
+    }
+    common |= _counted(kernel, case, which, blocks)
+    entries = ptxas.kernels(target, files) if target.platform == "gpu" else mosaic.kernels(target, files, text)
+    return [common | entry for entry in entries] or [common]
+
+
+def _compile(target: Target, function: Any, arguments: Any, name: str) -> Any:
+    mesh = jax.sharding.Mesh(np.array([device(target)]), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+
+    def named(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    named.__name__ = name
+    with jax.set_mesh(mesh):
+        return jax.jit(named).trace(*placed).lower(lowering_platforms=(LOWERING[target.platform],)).compile()
+
+
+def _counted(kernel: Kernel, case: Case, which: str, blocks: Any) -> dict[str, Any]:
+    """Bytes and products of the Pallas kernels by their construction, over all heads and rows."""
+    try:
+        work = _work(kernel, case.one_group(), which, blocks)
+        dense = _work(kernel, case.one_group().everything_visible(), which, blocks)
+    except traffic.NotCounted as reason:
+        return {"not_counted": str(reason)}
+    if not work:
+        return {}
+    groups = case.num_kv_heads * (case.decode_batch if which == "decode" else case.batch)
+    return {
+        "moved_bytes": groups * sum(entry.bytes_read + entry.bytes_written for entry in work.values()),
+        "flops": groups * sum(entry.flops for entry in work.values()),
+        "tiles_visited": sum(entry.flops for entry in work.values()) / sum(entry.flops for entry in dense.values()),
+        "by_kernel": {name: groups * (entry.bytes_read + entry.bytes_written) for name, entry in work.items()},
+    }
+
+
+def _work(kernel: Kernel, case: Case, which: str, blocks: Any) -> dict[str, traffic.Work]:
+    function, arguments = program(kernel, case, which, blocks)
+    if which != "decode":
+        return traffic.count(function, *arguments)
+    lengths = np.full((case.decode_batch,), case.length, np.int32)
+    return traffic.count(lambda *qkv: function(*qkv, lengths), *arguments[:3])
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=TARGETS, required=True)
+    parser.add_argument("--case", choices=cases.CASES, required=True)
+    parser.add_argument("--kernel", choices=[kernel.name for kernel in implementations.KERNELS], required=True)
+    parser.add_argument("--dump", type=Path, required=True, help="where the compilers write, as the environment says")
+    options = parser.parse_args()
+    kernel = next(entry for entry in implementations.KERNELS if entry.name == options.kernel)
+    for row in rows(TARGETS[options.target], cases.CASES[options.case], kernel, options.dump):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
