@@ -1,5 +1,7 @@
 """The chunked attention's temporary memory, forward and backward, as XLA plans it: linear in the length."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -24,9 +26,9 @@ def temporary_bytes(run, mask: AttentionMask, length: int) -> int:
 
 def test_chunked_memory_grows_with_the_length():
     sizes = [temporary_bytes(chunked_attention, AttentionMask(), length) for length in LENGTHS]
-    for smaller, larger in zip(sizes, sizes[1:]):  # a line with an offset: each doubling at most doubles it
+    for smaller, larger in itertools.pairwise(sizes):  # a line with an offset: each doubling at most doubles it
         assert larger <= 2.05 * smaller
-    assert sizes[-1] <= 16 * LENGTHS[-1] * HEAD_DIM * 4  # of arrays like the queries
+    assert sizes[-1] <= 10 * LENGTHS[-1] * HEAD_DIM * 4  # of arrays like the queries
 
 
 def test_alibi_and_windows_add_no_array_of_pairs():
