@@ -16,13 +16,15 @@ from llm_jax.kernels.choice import Implementation, Problem
 from llm_jax.kernels.chunked import KEY_BLOCK, QUERY_BLOCK, chunked_attention
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.reference import reference_attention
+from llm_jax.kernels.sharded import on_shards
 
 Run = Callable[[jax.Array, jax.Array, jax.Array, AttentionMask], jax.Array]
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-# Up to so many scores per head "auto" takes the plain form. On a CPU the tiles of the chunked form stay in the cache
-# and skip the upper triangle, so they win as soon as there is more than one. Elsewhere memory decides.
+# Where no kernel of the platform serves, "auto" takes the reference up to so many scores per head. On a CPU the tiles
+# of the chunked form stay in the cache and skip the upper triangle, so they win as soon as there is more than one.
+# Elsewhere memory decides.
 REFERENCE_SCORES = {"cpu": QUERY_BLOCK * KEY_BLOCK}
 REFERENCE_SCORES_ELSEWHERE = 1024 * 1024
 
@@ -45,13 +47,18 @@ def plain(run: Run) -> Run:
     return cleaned
 
 
-# What each form handles by itself is said in `plain`. Kernels for one platform are imported when first looked at.
+def _kernel(platform: str, module: str, run: str) -> Implementation:
+    return on_shards(choice.on_platform(platform, f"llm_jax.kernels.{module}", run))
+
+
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(plain(reference_attention), choice.never),
     "chunked": Implementation(plain(chunked_attention), choice.never),
+    "pallas_gpu": _kernel("gpu", "pallas_gpu", "gpu_attention"),
+    "pallas_tpu": _kernel("tpu", "pallas_tpu", "tpu_attention"),
 }
-# What "auto" tries on each platform before it falls back on the plain forms.
-PREFERRED: dict[str, tuple[str, ...]] = {}
+# What "auto" tries on each platform, in this order, before it falls back on the plain forms.
+PREFERRED: dict[str, tuple[str, ...]] = {"gpu": ("pallas_gpu",), "tpu": ("pallas_tpu",)}
 
 
 def attention(
@@ -67,14 +74,26 @@ def attention(
     Query head n reads key/value head n // (N / K), without repeating keys or values in memory. Scores are divided by
     sqrt(H); softmax is float32. A query that sees nothing gives exactly 0 and zero gradients. What keys and values
     hold beyond `mask.key_lengths`, in padding or after the last query never matters, be it NaN. The output carries the
-    checkpoint name "attention_out" (and the chunked form's log-sum-exp "attention_lse") for remat policies.
+    checkpoint name "attention_out" (and the log-sum-exp of all forms but the reference "attention_lse") for remat
+    policies.
 
-    Raises `UserError` if shapes do not fit, or if the named implementation does not exist or cannot serve.
+    On a mesh in context (`jax.set_mesh`) the kernels for one platform run per device, see `sharded`.
+
+    Args:
+      q_BTNH: bfloat16, float16 or float32, as are keys and values.
+      k_BSKH: N is a multiple of K.
+      v_BSKH: of the keys' shape.
+      mask: what is visible, the ALiBi slopes and the queries' scale.
+      implementation: a name in `IMPLEMENTATIONS`, or "auto": the first in `PREFERRED` that serves, else the reference
+        where the score matrix is small, else the chunked form.
+
+    Raises `UserError` if shapes, dtypes or the mask do not fit, or if the named implementation does not exist or cannot
+    serve.
     """
     _check_shapes(q_BTNH, k_BSKH, v_BSKH)
     _check_dtypes(q_BTNH, k_BSKH, v_BSKH)
-    _check_mask(q_BTNH, k_BSKH, mask)
-    name = _choose(_problem(q_BTNH, k_BSKH, mask), implementation)
+    check_mask(q_BTNH, k_BSKH.shape[1], mask)
+    name = _choose(describe(q_BTNH, k_BSKH.shape[1], k_BSKH.shape[2], mask), implementation)
     with jax.named_scope(f"attention_{name}"):
         return IMPLEMENTATIONS[name].run(q_BTNH, k_BSKH, v_BSKH, mask)
 
@@ -90,7 +109,8 @@ def _clean_keys(
     return jnp.where(visible_BS11, k_BSKH, 0), jnp.where(visible_BS11, v_BSKH, 0)
 
 
-def _problem(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: AttentionMask) -> Problem:
+def describe(q_BTNH: jax.Array, num_keys: int, num_kv_heads: int, mask: AttentionMask) -> Problem:
+    """What an implementation may look at, of queries and mask on the devices in context."""
     B, T, N, H = q_BTNH.shape
     platform, device_kind = choice.device()
     return Problem(
@@ -99,9 +119,9 @@ def _problem(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: AttentionMask) -> Probl
         dtype=str(q_BTNH.dtype),
         batch=B,
         num_queries=T,
-        num_keys=k_BSKH.shape[1],
+        num_keys=num_keys,
         num_heads=N,
-        num_kv_heads=k_BSKH.shape[2],
+        num_kv_heads=num_kv_heads,
         head_dim=H,
         features=choice.used_features(mask),
         static_window=int(mask.window) if isinstance(mask.window, int | np.integer) else None,
@@ -135,9 +155,9 @@ def _check_dtypes(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> No
     require(dtypes[0] in DTYPES, f"attention: dtype {dtypes[0]} is not one of {', '.join(DTYPES)}")
 
 
-def _check_mask(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: AttentionMask) -> None:
+def check_mask(q_BTNH: jax.Array, num_keys: int, mask: AttentionMask) -> None:
+    """Raise `UserError` if a field of the mask does not fit the queries and the number of keys."""
     B, T, N, _ = q_BTNH.shape
-    S = k_BSKH.shape[1]
     require(
         (mask.query_segment_ids is None) == (mask.key_segment_ids is None),
         "attention: query_segment_ids and key_segment_ids must be given together",
@@ -145,7 +165,7 @@ def _check_mask(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: AttentionMask) -> No
     expected = {
         "window": ((),),
         "query_segment_ids": ((B, T),),
-        "key_segment_ids": ((B, S),),
+        "key_segment_ids": ((B, num_keys),),
         "query_offset": ((), (B,)),
         "key_lengths": ((B,),),
         "slopes": ((N,),),

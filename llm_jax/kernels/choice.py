@@ -119,7 +119,7 @@ def _chosen(
         refusal = table[asked].refuses(problem)
         require(refusal is None, f"{task} implementation {asked!r} cannot serve: {refusal}")
         return asked, "asked for by name"
-    passed_over = []
+    passed_over: list[str] = []
     for name in preferred:
         refusal = table[name].refuses(problem)
         if refusal is None:
