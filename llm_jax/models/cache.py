@@ -12,30 +12,21 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.config import ModelConfig
+from llm_jax.kernels.flash_decoding import Slots
 
 INT8_LIMIT = 127
 
 
-class LayerCache(NamedTuple):
-    """One layer's keys and values, [B, K, S, H] each (or all layers', with a leading L).
+class LayerCache(Slots):
+    """One layer's keys and values, which decoding reads as they lie (or all layers', with a leading L)."""
 
-    In int8, each vector of H numbers has a float32 scale, in [B, K, S, 1]; other dtypes have none.
-    """
-
-    key: jax.Array
-    value: jax.Array
-    key_scale: jax.Array | None = None
-    value_scale: jax.Array | None = None
+    __slots__ = ()
 
     def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, index: jax.Array) -> "LayerCache":
         """This layer's cache with new keys and values at slots `index` to `index + T`."""
         key, key_scale = _write(self.key, self.key_scale, k_BTKH, index)
         value, value_scale = _write(self.value, self.value_scale, v_BTKH, index)
         return LayerCache(key, value, key_scale, value_scale)
-
-    def read(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, K, S, H] in `dtype`."""
-        return _read(self.key, self.key_scale, dtype), _read(self.value, self.value_scale, dtype)
 
 
 def _write(
@@ -49,12 +40,6 @@ def _write(
     scaled_BKTH = new_BKTH / jnp.where(new_scales_BKT1 > 0, new_scales_BKT1, 1.0)
     slots_BKSH = jax.lax.dynamic_update_slice(slots_BKSH, jnp.round(scaled_BKTH).astype(jnp.int8), start)
     return slots_BKSH, jax.lax.dynamic_update_slice(scales_BKS1, new_scales_BKT1, start)
-
-
-def _read(slots_BKSH: jax.Array, scales_BKS1: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    if scales_BKS1 is None:
-        return slots_BKSH.astype(dtype)
-    return (slots_BKSH.astype(jnp.float32) * scales_BKS1).astype(dtype)
 
 
 class Cache(NamedTuple):

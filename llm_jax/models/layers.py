@@ -121,9 +121,10 @@ class Attention(nn.Module):
 
 def _cached_attention(q_BTNH: jax.Array, cache: LayerCache, mask: AttentionMask, implementation: str) -> jax.Array:
     """Attention over the cache's slots; a single query reads them where they lie."""
-    k_BKSH, v_BKSH = (constrain(array, "batch", "kv_heads", None, None) for array in cache.read(q_BTNH.dtype))
+    cache = jax.tree.map(lambda slots: constrain(slots, "batch", "kv_heads", None, None), cache)
     if q_BTNH.shape[1] == 1:
-        return decode_attention(q_BTNH, k_BKSH, v_BKSH, mask)
+        return decode_attention(q_BTNH, cache, mask, implementation=implementation)
+    k_BKSH, v_BKSH = cache.read(q_BTNH.dtype)
     k_BSKH, v_BSKH = k_BKSH.transpose(0, 2, 1, 3), v_BKSH.transpose(0, 2, 1, 3)
     return attention(q_BTNH, k_BSKH, v_BSKH, mask, implementation=implementation)
 
