@@ -384,8 +384,9 @@ def attention_query_gradients(plan: _Plan, refs: _Operands, dq_ref: Any) -> None
         weights_TS = jnp.exp2(scores_TS * plan.log2_scale - lse_T[:, None])
         if masked:
             weights_TS = jnp.where(_seen(plan, refs, queries, keys, query_axis=0), weights_TS, 0.0)
-        dweights_TS = _scores(dout, _load(plan, refs.v_BSKH, (rows,), keys.exists))
-        return _add_product(dq, weights_TS * (dweights_TS - delta_T[:, None]), k)
+        v = _load(plan, refs.v_BSKH, (rows,), keys.exists)
+        dscores_TS = weights_TS * (_scores(dout, v) - delta_T[:, None])
+        return _add_product(dq, dscores_TS, k)
 
     dq = _walk(refs, tile, _zeros(plan, plan.tile.queries))
     _store(plan, dq_ref, tuple(part * plan.scale for part in dq), queries.exists)
@@ -397,7 +398,7 @@ def attention_key_gradients(plan: _Plan, refs: _Operands, dk_ref: Any, dv_ref: A
     k = _load(plan, refs.k_BSKH, (slice(None),), keys.exists)
     v = _load(plan, refs.v_BSKH, (slice(None),), keys.exists)
 
-    def head(g: jax.Array | int, carry: tuple[Parts, Parts]) -> tuple[Parts, Parts]:
+    def head(g: jax.Array, carry: tuple[Parts, Parts]) -> tuple[Parts, Parts]:
         slope = None if refs.slopes_N is None else refs.slopes_N[g]
 
         def tile(x: jax.Array, carry: tuple[Parts, Parts], masked: bool) -> tuple[Parts, Parts]:
@@ -415,13 +416,13 @@ def attention_key_gradients(plan: _Plan, refs: _Operands, dk_ref: Any, dv_ref: A
                 weights_ST = jnp.where(_seen(plan, refs, queries, keys, query_axis=1), weights_ST, 0.0)
             dout = _load(plan, refs.dout_BTNH, (rows, g), sees_T)
             dv = _add_product(dv, weights_ST, dout)
-            dk = _add_product(dk, weights_ST * (_scores(v, dout) - delta_T[None, :]), q)
-            return dk, dv
+            dscores_ST = weights_ST * (_scores(v, dout) - delta_T[None, :])
+            return _add_product(dk, dscores_ST, q), dv
 
         return _walk(refs, tile, carry)
 
     start = (_zeros(plan, plan.tile.keys), _zeros(plan, plan.tile.keys))
-    dk, dv = head(0, start) if plan.group == 1 else jax.lax.fori_loop(0, plan.group, head, start)
+    dk, dv = jax.lax.fori_loop(0, plan.group, head, start)
     inside_S = keys.index < plan.num_keys
     _store(plan, dk_ref, tuple(part * plan.scale for part in dk), inside_S)
     _store(plan, dv_ref, dv, inside_S)

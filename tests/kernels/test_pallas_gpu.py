@@ -1,0 +1,303 @@
+"""The GPU's fused attention, interpreted, against the float64 oracle; and that it lowers for a GPU that is not here."""
+
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.errors import UserError
+from llm_jax.kernels import pallas_gpu
+from llm_jax.kernels.mask import AttentionMask
+from llm_jax.kernels.pallas_gpu import Blocks, Pass, gpu_attention
+from llm_jax.kernels.ranges import key_ranges, query_ranges
+from tests.kernels import oracle
+
+NAMES = ("out", "dq", "dk", "dv")
+SAVED = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+SMALL = Blocks(Pass(16, 32, 4, 2), Pass(16, 16, 4, 2), Pass(32, 16, 4, 2))
+
+
+def inputs(B, T, S, N, K, H, dtype=jnp.float32, seed=0):
+    """Queries, keys, values and a cotangent of the output."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))
+    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+
+
+def output_and_gradients(q, k, v, mask, dout):
+    attend = functools.partial(gpu_attention, blocks=SMALL, interpret=True)
+    out, pullback = jax.vjp(lambda *x: attend(*x, mask), q, k, v)
+    return out, *pullback(dout)
+
+
+compiled = jax.jit(output_and_gradients)  # one compilation for all masks of a structure
+
+
+def relative_errors(actual, expected):
+    """Relative L2 error of the output and of each gradient."""
+    pairs = zip(NAMES, actual, expected, strict=True)
+    return {name: np.linalg.norm(np.asarray(a, np.float64) - e) / np.linalg.norm(e) for name, a, e in pairs}
+
+
+def check(q, k, v, mask, dout, tolerance=4e-6):
+    actual = compiled(q, k, v, mask, dout)
+    assert all(a.dtype == q.dtype for a in actual)
+    errors = relative_errors(actual, oracle.attention(q, k, v, mask, dout))
+    assert max(errors.values()) < tolerance, errors
+    return actual
+
+
+# Two sequences of several blocks on either side, none of them whole at the end, every rule in force.
+SHAPE = (2, 37, 45, 4, 2, 32)
+EVERYTHING = AttentionMask(
+    window=jnp.int32(30),
+    query_segment_ids=jnp.asarray([[1] * 20 + [2] * 17, [3] * 33 + [0] * 4], jnp.int32),
+    key_segment_ids=jnp.asarray([[1] * 22 + [2] * 23, [3] * 42 + [0] * 3], jnp.int32),
+    query_offset=jnp.asarray([4, 6], jnp.int32),
+    key_lengths=jnp.asarray([45, 38], jnp.int32),
+    slopes=jnp.asarray([0.5, 0.1, 0.3, 0.9], jnp.float32),
+    query_scale=jnp.linspace(0.5, 1.5, 74).reshape(2, 37),
+)
+
+
+def test_all_rules_at_once():
+    q, k, v, dout = inputs(*SHAPE)
+    check(q, k, v, EVERYTHING, dout)
+
+
+@pytest.mark.parametrize("window", [0, 2, 17])
+def test_the_window_is_an_argument_of_the_compiled_program(window):
+    q, k, v, dout = inputs(*SHAPE)
+    check(q, k, v, dataclasses.replace(EVERYTHING, window=jnp.int32(window)), dout)
+
+
+CASES = {
+    "bidirectional, head dim 96": ((1, 33, 18, 1, 1, 96), AttentionMask(causal=False), jnp.float32, 4e-6),
+    "causal, head dim 192, bfloat16": ((1, 20, 36, 2, 1, 192), AttentionMask(), jnp.bfloat16, 1.2e-2),
+    "more queries than keys, float16": ((1, 40, 5, 2, 2, 32), AttentionMask(), jnp.float16, 2e-3),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_head_dims_and_dtypes(case):
+    shape, mask, dtype, tolerance = CASES[case]
+    q, k, v, dout = inputs(*shape, dtype=dtype)
+    check(q, k, v, mask, dout, tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", pallas_gpu.HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_head_dim_at_its_own_blocks(head_dim, dtype):
+    """The tiles of the table, on lengths of more than one of them."""
+    q, k, v, dout = inputs(1, 150, 140, 2, 1, head_dim, dtype=dtype)
+    mask = AttentionMask(slopes=jnp.asarray([0.5, 0.1], jnp.float32))
+    attend = functools.partial(gpu_attention, interpret=True)
+    out, pullback = jax.vjp(lambda *x: attend(*x, mask), q, k, v)
+    errors = relative_errors((out, *pullback(dout)), oracle.attention(q, k, v, mask, dout))
+    assert max(errors.values()) < (4e-6 if dtype == jnp.float32 else 1.2e-2), errors
+
+
+def test_rounding_is_that_of_a_dense_computation():
+    """Against float64, no more than twice the error of the whole score matrix in float32."""
+    q, k, v, dout = inputs(*SHAPE)
+    mask = dataclasses.replace(EVERYTHING, window=jnp.int32(0))
+
+    def dense(q, k, v):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        q = q * mask.query_scale[:, :, None, None]
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(32) + mask.bias(37, 45)
+        seen = mask.visible(37, 45)
+        weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1), 0)
+        return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+    out, pullback = jax.vjp(dense, q, k, v)
+    expected = oracle.attention(q, k, v, mask, dout)
+    own = relative_errors(compiled(q, k, v, mask, dout), expected)
+    for name, error in relative_errors((out, *pullback(dout)), expected).items():
+        assert own[name] < 2 * error, name
+
+
+WRONG_MASKS = {
+    "a window off by one": {"window": EVERYTHING.window + 1},
+    "a length off by one": {"key_lengths": EVERYTHING.key_lengths + 1},
+    "slopes of the wrong sign": {"slopes": -EVERYTHING.slopes},
+    "slopes of other heads": {"slopes": EVERYTHING.slopes[::-1]},
+    "an offset off by one": {"query_offset": EVERYTHING.query_offset - 1},
+    "a segment's end off by one": {"key_segment_ids": jnp.roll(EVERYTHING.key_segment_ids, 1, axis=1)},
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG_MASKS)
+def test_wrong_masks_are_caught(mistake):
+    """The comparison with the oracle can fail."""
+    q, k, v, dout = inputs(*SHAPE)
+    actual = compiled(q, k, v, dataclasses.replace(EVERYTHING, **WRONG_MASKS[mistake]), dout)
+    errors = relative_errors(actual, oracle.attention(q, k, v, EVERYTHING, dout))
+    assert min(errors.values()) > 1e-3, errors
+
+
+def test_wrong_kernels_are_caught():
+    """A tail that is not masked, and a backward pass whose weights are not divided by their sums."""
+    q, k, v, dout = inputs(1, 18, 18, 1, 1, 32)
+    mask = AttentionMask(causal=False)
+    expected = oracle.attention(q, k, v, mask, dout)
+
+    def endless(query_index, key_index, num_keys, **rules):
+        return pallas_gpu_visible(query_index, key_index, 2**30, **rules)
+
+    pallas_gpu_visible = pallas_gpu.visible
+    with mock.patch.object(pallas_gpu, "visible", endless):
+        errors = relative_errors(output_and_gradients(q, k, v, mask, dout), expected)
+    assert min(errors.values()) > 1e-2, errors
+    with mock.patch.object(jnp, "log2", jnp.zeros_like):
+        errors = relative_errors(output_and_gradients(q, k, v, mask, dout), expected)
+    assert errors["out"] < 4e-6 and min(errors[name] for name in NAMES[1:]) > 1e-2, errors
+
+
+HIDDEN_KEYS = {
+    "beyond the length": ({"key_lengths": jnp.asarray([19, 0], jnp.int32)}, {0: slice(19, None), 1: slice(None)}),
+    "padding": ({"key_segment_ids": EVERYTHING.key_segment_ids.at[0, :9].set(0)}, {0: slice(9), 1: slice(42, None)}),
+    "not yet written": ({"query_offset": jnp.asarray([-5, 2], jnp.int32)}, {0: slice(32, None), 1: slice(39, None)}),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN_KEYS)
+def test_nan_where_no_query_looks_does_not_leak(case):
+    changes, hidden = HIDDEN_KEYS[case]
+    q, k, v, dout = inputs(*SHAPE)
+    mask = dataclasses.replace(EVERYTHING, **changes)
+    clean = check(q, k, v, mask, dout)
+    for b, keys in hidden.items():
+        k, v = k.at[b, keys].set(jnp.nan), v.at[b, keys].set(jnp.nan)
+    for a, b in zip(clean, compiled(q, k, v, mask, dout), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_queries_that_see_nothing_are_zero_and_pass_no_gradient():
+    """Padding, and a sequence without keys: whatever such rows hold, NaN included."""
+    q, k, v, dout = inputs(*SHAPE)
+    mask = dataclasses.replace(EVERYTHING, key_lengths=jnp.asarray([0, 45], jnp.int32))
+    clean = check(q, k, v, mask, dout)
+    empty = np.array([[True] * 37, [False] * 33 + [True] * 4])
+    assert not np.any(np.asarray(clean[0])[empty]) and not np.any(np.asarray(clean[1])[empty])
+    assert not np.any(np.asarray(clean[2])[0]) and not np.any(np.asarray(clean[3])[0])
+    q, dout = q.at[empty].set(jnp.nan), dout.at[empty].set(jnp.nan)
+    for a, b in zip(clean, compiled(q, k, v, mask, dout), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def tiles_visited(mask, dout_of=None):
+    """How often a kernel forms the scores of a tile: in the forward pass, or in both directions together."""
+    visits = []
+    q, k, v, dout = inputs(1, 128, 128, 2, 1, 32)
+    original = pallas_gpu._scores
+
+    def counted(left, right):
+        jax.debug.callback(lambda: visits.append(1))
+        return original(left, right)
+
+    with mock.patch.object(pallas_gpu, "_scores", counted):
+        jax.block_until_ready(output_and_gradients(q, k, v, mask, dout))
+        jax.effects_barrier()
+    return len(visits)
+
+
+def tiles_in_ranges(mask):
+    """What the ranges allow: one product of scores per tile forward, two in each backward pass, for two heads."""
+
+    def tiles(ranges, tile):
+        found = ranges(mask, 1, 128, 128, (tile.queries, tile.keys))
+        return 2 * int(jnp.sum(found.last - found.first))
+
+    forward, gradients = tiles(key_ranges, SMALL.forward), tiles(key_ranges, SMALL.query_gradients)
+    return forward + 2 * gradients + 2 * tiles(query_ranges, SMALL.key_gradients)
+
+
+def test_work_is_proportional_to_the_tiles_that_hold_a_visible_pair():
+    segments = jnp.repeat(jnp.arange(1, 5), 32)[None]
+    masks = {
+        "everything": AttentionMask(causal=False),
+        "causal": AttentionMask(),
+        "window": AttentionMask(window=16),
+        "segments": AttentionMask(causal=False, query_segment_ids=segments, key_segment_ids=segments),
+    }
+    visited = {name: tiles_visited(mask) for name, mask in masks.items()}
+    assert visited == {name: tiles_in_ranges(mask) for name, mask in masks.items()}
+    assert visited["causal"] < 0.65 * visited["everything"]
+    assert visited["window"] < 0.35 * visited["everything"]
+    assert visited["segments"] == 0.25 * visited["everything"]
+
+
+def test_vmap():
+    """Over examples with windows and offsets of their own."""
+    q, k, v, _ = inputs(3, 20, 20, 2, 1, 32)
+    windows, offsets = jnp.asarray([3, 0, 5], jnp.int32), jnp.asarray([0, 2, -1], jnp.int32)
+
+    def one(q, k, v, window, offset):
+        mask = AttentionMask(window=window, query_offset=offset)
+        return gpu_attention(q[None], k[None], v[None], mask, blocks=SMALL, interpret=True)[0]
+
+    def loss(attend):
+        return lambda q, k, v: jnp.sum(attend(q, k, v, windows, offsets) ** 2)
+
+    expected = jax.grad(loss(lambda *x: jnp.stack([one(*(a[i] for a in x)) for i in range(3)])), (0, 1, 2))(q, k, v)
+    for a, b in zip(jax.grad(loss(jax.vmap(one)), (0, 1, 2))(q, k, v), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def kernels(function, *args):
+    """The names of the kernels that a program calls, for a GPU that need not be here."""
+    jaxpr = str(jax.make_jaxpr(function)(*args))
+    return [jaxpr.count(f"name={name}") for name in ("attention_forward", "attention_query_gradients")]
+
+
+def test_remat_that_saves_the_named_values_does_not_repeat_the_forward_pass():
+    q, k, v, _ = inputs(1, 16, 16, 1, 1, 32)
+
+    def loss(wrap):
+        return jax.grad(lambda q: jnp.sum(wrap(lambda q: gpu_attention(q, k, v, AttentionMask(), blocks=SMALL))(q)))
+
+    assert kernels(loss(jax.checkpoint), q)[0] == 2
+    assert kernels(loss(functools.partial(jax.checkpoint, policy=SAVED)), q)[0] == 1
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192])
+def test_lowers_for_cuda_without_a_gpu(head_dim):
+    q, k, v, dout = inputs(2, 300, 333, 4, 2, head_dim, dtype=jnp.bfloat16)
+    segments = {"query_segment_ids": jnp.ones((2, 300), jnp.int32), "key_segment_ids": jnp.ones((2, 333), jnp.int32)}
+
+    @jax.jit
+    def run(q, k, v, dout, window):
+        mask = AttentionMask(window=window, slopes=jnp.ones(4), key_lengths=jnp.asarray([5, 300]), **segments)
+        return jax.vjp(lambda *x: gpu_attention(*x, mask), q, k, v)[1](dout)
+
+    text = run.trace(q, k, v, dout, jnp.int32(5)).lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("attention_forward", "attention_query_gradients", "attention_key_gradients"):
+        assert text.count(f'name = "{name}"') == 1
+
+
+def problem(**changes):
+    plain = {"platform": "gpu", "dtype": "bfloat16", "head_dim": 128}
+    return mock.Mock(**(plain | changes))
+
+
+def test_refusals():
+    assert pallas_gpu.refuses(problem()) is None
+    assert "NVIDIA GPUs, not on cpu" in pallas_gpu.refuses(problem(platform="cpu"))
+    assert "not int8" in pallas_gpu.refuses(problem(dtype="int8"))
+    assert "32, 64, 96, 128, 192, 256, not 80" in pallas_gpu.refuses(problem(head_dim=80))
+
+
+def test_mistakes_are_one_line():
+    q, k, v, _ = inputs(1, 4, 4, 1, 1, 80)
+    with pytest.raises(UserError, match="head dims are .* not 80") as error:
+        gpu_attention(q, k, v, AttentionMask())
+    assert "\n" not in str(error.value)
+    q, k, v, _ = inputs(1, 4, 4, 1, 1, 32)
+    with pytest.raises(UserError, match="cast them to one"):
+        gpu_attention(q.astype(jnp.bfloat16), k, v, AttentionMask())
