@@ -18,7 +18,7 @@ H head dim, X query blocks, Y key blocks, L lanes. Inside a tile T and S are the
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from llm_jax.errors import require
 from llm_jax.kernels import ranges, tile
+from llm_jax.kernels.choice import Problem
 from llm_jax.kernels.chunked import Tile
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.reference import HIDDEN, LOWEST
@@ -55,14 +56,18 @@ def default_blocks(dtype: str, head_dim: int) -> Blocks:
     return Blocks()
 
 
-def refuses(problem: Any) -> str | None:
-    """Why the kernel cannot serve an `attention.Problem`, or None."""
+def refuses(problem: Problem) -> str | None:
+    """Why these kernels cannot serve a problem, or None."""
     if problem.platform != "tpu":
-        return f"it is for TPUs, and this is a {problem.platform}"
-    if problem.dtype not in DTYPES:
-        return f"dtype {problem.dtype} is not one of {', '.join(DTYPES)}"
-    if problem.head_dim not in HEAD_DIMS:
-        return f"head dim {problem.head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
+        return f"it runs on TPUs, not on {problem.platform}"
+    return _unsupported(problem.dtype, problem.head_dim)
+
+
+def _unsupported(dtype: str, head_dim: int) -> str | None:
+    if dtype not in DTYPES:
+        return f"its dtypes are {', '.join(DTYPES)}, not {dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"its head dims are {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     return None
 
 
@@ -80,19 +85,23 @@ def tpu_attention(
     The output carries the checkpoint name "attention_out", the saved float32 log-sum-exp "attention_lse".
 
     Args:
-      q_BTNH: bfloat16 or float32, as are keys and values. Lengths need not divide by the blocks.
+      q_BTNH: bfloat16 or float32, as are keys and values; head dim 32, 64, 96, 128, 192 or 256. Lengths need not
+        divide by the blocks.
       k_BSKH: N is a multiple of K; keys are not repeated in memory.
       v_BSKH: of the keys' shape.
       mask: what is visible, the ALiBi slopes and the queries' scale.
       blocks: sizes of the tiles; None takes `default_blocks`.
-      interpret: run on any platform, slowly; head dims and blocks may then be of any size.
+      interpret: run on any platform, slowly; blocks may then be of any size.
 
-    Raises `UserError` if blocks are not multiples of 128 (unless interpreted).
+    Raises `UserError` for another dtype or head dim, and for blocks that are not multiples of 128 unless interpreted.
     """
-    blocks = blocks or default_blocks(str(q_BTNH.dtype), q_BTNH.shape[3])
+    dtype, head_dim = str(q_BTNH.dtype), q_BTNH.shape[3]
+    refusal = _unsupported(dtype, head_dim)
+    require(refusal is None, f"attention on TPUs: {refusal}")
+    blocks = blocks or default_blocks(dtype, head_dim)
     for sizes in blocks:
-        fits = all(size % LANES == 0 for size in sizes)
-        require(fits or interpret, f"attention: TPU blocks must be multiples of {LANES}, got {tuple(sizes)}")
+        fits = interpret or all(size % LANES == 0 for size in sizes)
+        require(fits, f"attention on TPUs: blocks must be multiples of {LANES}, not {tuple(sizes)}")
     if mask.query_scale is not None:
         scale_BT11 = jax.lax.stop_gradient(mask.query_scale)[:, :, None, None]
         q_BTNH = (q_BTNH.astype(jnp.float32) * scale_BT11).astype(q_BTNH.dtype)
@@ -327,7 +336,7 @@ def _locate(plan: _Plan, size: Tile, by_keys: bool, *grid: Any) -> _Place:
     return _Place(
         b=b,
         n=n,
-        k=n // plan.group,
+        k=jax.lax.div(n, jnp.int32(plan.group)),  # a floor would be more work, and n is not negative
         x=inner if by_keys else outer,
         y=outer if by_keys else inner,
         begins=((flags & _BEGINS) != 0) & (g == 0),
@@ -362,7 +371,7 @@ def _call(
     mask: AttentionMask,
     inputs: dict[str, jax.Array],
     outputs: dict[str, jax.ShapeDtypeStruct],
-    scratch: list[tuple[int, ...]],
+    scratch: Sequence[tuple[int, ...]],
     *,
     by_keys: bool = False,
 ) -> dict[str, jax.Array]:
@@ -375,7 +384,7 @@ def _call(
     inputs = inputs | _segments(plan, size, mask)
     specs = _specs(plan, size, locate)
     heads = (plan.kv_heads, count, plan.group) if by_keys else (plan.heads, count, 1)
-    return pl.pallas_call(
+    run = pl.pallas_call(
         functools.partial(kernel, plan, size, locate),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -390,7 +399,10 @@ def _call(
         ),
         interpret=plan.interpret,
         name=kernel.__name__.strip("_"),
-    )(_scalars(plan, mask, steps), inputs)
+    )
+    # Under remat a kernel whose results were saved is dead code. JAX removes that of a jit, but never a bare kernel.
+    results: dict[str, jax.Array] = jax.jit(run)(_scalars(plan, mask, steps), inputs)
+    return results
 
 
 def _scalars(plan: _Plan, mask: AttentionMask, steps: _Steps) -> _Scalars:

@@ -1,0 +1,338 @@
+"""The TPU's fused attention, interpreted, against the float64 oracle; and that it lowers for a TPU that is not here."""
+
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.errors import UserError
+from llm_jax.kernels import pallas_tpu, splash
+from llm_jax.kernels.choice import Problem
+from llm_jax.kernels.chunked import Tile
+from llm_jax.kernels.mask import AttentionMask
+from llm_jax.kernels.pallas_tpu import Blocks, tpu_attention
+from llm_jax.kernels.ranges import key_ranges, query_ranges
+from tests.kernels import oracle
+
+NAMES = ("out", "dq", "dk", "dv")
+SAVED = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+SMALL = Blocks(Tile(16, 32), Tile(32, 16), Tile(16, 16))
+
+
+def inputs(B, T, S, N, K, H, dtype=jnp.float32, seed=0):
+    """Queries, keys, values and a cotangent of the output."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))
+    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+
+
+def output_and_gradients(q, k, v, mask, dout, blocks=SMALL):
+    out, pullback = jax.vjp(lambda *x: tpu_attention(*x, mask, blocks=blocks, interpret=True), q, k, v)
+    return out, *pullback(dout)
+
+
+compiled = jax.jit(output_and_gradients)  # one compilation for all masks of a structure
+
+
+def relative_errors(actual, expected):
+    """Relative L2 error of the output and of each gradient."""
+    pairs = zip(NAMES, actual, expected, strict=True)
+    return {name: np.linalg.norm(np.asarray(a, np.float64) - e) / np.linalg.norm(e) for name, a, e in pairs}
+
+
+def check(q, k, v, mask, dout, tolerance=4e-6):
+    actual = compiled(q, k, v, mask, dout)
+    assert all(a.dtype == q.dtype for a in actual)
+    errors = relative_errors(actual, oracle.attention(q, k, v, mask, dout))
+    assert max(errors.values()) < tolerance, errors
+    return actual
+
+
+# Two sequences of several blocks on either side, none of them whole at the end, every rule in force.
+SHAPE = (2, 37, 45, 4, 2, 32)
+EVERYTHING = AttentionMask(
+    window=jnp.int32(30),
+    query_segment_ids=jnp.asarray([[1] * 20 + [2] * 17, [3] * 33 + [0] * 4], jnp.int32),
+    key_segment_ids=jnp.asarray([[1] * 22 + [2] * 23, [3] * 42 + [0] * 3], jnp.int32),
+    query_offset=jnp.asarray([4, 6], jnp.int32),
+    key_lengths=jnp.asarray([45, 38], jnp.int32),
+    slopes=jnp.asarray([0.5, 0.1, 0.3, 0.9], jnp.float32),
+    query_scale=jnp.linspace(0.5, 1.5, 74).reshape(2, 37),
+)
+
+
+def test_all_rules_at_once():
+    q, k, v, dout = inputs(*SHAPE)
+    check(q, k, v, EVERYTHING, dout)
+
+
+@pytest.mark.parametrize("window", [0, 2, 17])
+def test_the_window_is_an_argument_of_the_compiled_program(window):
+    q, k, v, dout = inputs(*SHAPE)
+    check(q, k, v, dataclasses.replace(EVERYTHING, window=jnp.int32(window)), dout)
+
+
+CASES = {
+    "bidirectional, head dim 96": ((1, 33, 18, 1, 1, 96), AttentionMask(causal=False), jnp.float32, 4e-6),
+    "causal, head dim 192, bfloat16": ((1, 20, 36, 2, 1, 192), AttentionMask(), jnp.bfloat16, 1.2e-2),
+    "more queries than keys": ((1, 40, 5, 2, 2, 32), AttentionMask(), jnp.float32, 4e-6),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_head_dims_and_dtypes(case):
+    shape, mask, dtype, tolerance = CASES[case]
+    q, k, v, dout = inputs(*shape, dtype=dtype)
+    check(q, k, v, mask, dout, tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", pallas_tpu.HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_head_dim_at_whole_registers(head_dim, dtype):
+    """Tiles that a TPU can have, on lengths of more than one of them."""
+    q, k, v, dout = inputs(1, 300, 260, 2, 1, head_dim, dtype=dtype)
+    mask = AttentionMask(slopes=jnp.asarray([0.5, 0.1], jnp.float32))
+    blocks = Blocks(Tile(128, 256), Tile(256, 128), Tile(128, 128))
+    errors = relative_errors(output_and_gradients(q, k, v, mask, dout, blocks), oracle.attention(q, k, v, mask, dout))
+    assert max(errors.values()) < (4e-6 if dtype == jnp.float32 else 1.2e-2), errors
+
+
+def test_rounding_is_that_of_a_dense_computation():
+    """Against float64, no more than twice the error of the whole score matrix in float32."""
+    q, k, v, dout = inputs(*SHAPE)
+    mask = dataclasses.replace(EVERYTHING, window=jnp.int32(0))
+
+    def dense(q, k, v):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        q = q * mask.query_scale[:, :, None, None]
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(32) + mask.bias(37, 45)
+        seen = mask.visible(37, 45)
+        weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1), 0)
+        return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+    out, pullback = jax.vjp(dense, q, k, v)
+    expected = oracle.attention(q, k, v, mask, dout)
+    own = relative_errors(compiled(q, k, v, mask, dout), expected)
+    for name, error in relative_errors((out, *pullback(dout)), expected).items():
+        assert own[name] < 2 * error, name
+
+
+WRONG_MASKS = {
+    "a window off by one": {"window": EVERYTHING.window + 1},
+    "a length off by one": {"key_lengths": EVERYTHING.key_lengths + 1},
+    "slopes of the wrong sign": {"slopes": -EVERYTHING.slopes},
+    "slopes of other heads": {"slopes": EVERYTHING.slopes[::-1]},
+    "an offset off by one": {"query_offset": EVERYTHING.query_offset - 1},
+    "a segment's end off by one": {"key_segment_ids": jnp.roll(EVERYTHING.key_segment_ids, 1, axis=1)},
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG_MASKS)
+def test_wrong_masks_are_caught(mistake):
+    """The comparison with the oracle can fail."""
+    q, k, v, dout = inputs(*SHAPE)
+    actual = compiled(q, k, v, dataclasses.replace(EVERYTHING, **WRONG_MASKS[mistake]), dout)
+    errors = relative_errors(actual, oracle.attention(q, k, v, EVERYTHING, dout))
+    assert min(errors.values()) > 1e-3, errors
+
+
+def wrong_kernels():
+    """Name, what to patch, and the results that go wrong."""
+    rows, visible = pallas_tpu._rows, pallas_tpu.tile.visible
+
+    def dirty(ref, block, size, length, masked):
+        return rows(ref, block, size, length, False)
+
+    def endless(query, key, num_keys, **rules):
+        return visible(query, key, 2**30, **rules)
+
+    return {
+        "rows beyond the end enter a product": (pallas_tpu, "_rows", dirty, NAMES),
+        "the tail of the keys is not masked": (pallas_tpu.tile, "visible", endless, NAMES),
+        "weights are not divided by their sums": (jnp, "log", jnp.zeros_like, NAMES[1:]),
+    }
+
+
+@pytest.mark.parametrize("mistake", wrong_kernels())
+def test_wrong_kernels_are_caught(mistake):
+    module, name, wrong, caught = wrong_kernels()[mistake]
+    q, k, v, dout = inputs(1, 18, 18, 1, 1, 32)
+    mask = AttentionMask(causal=False)
+    with mock.patch.object(module, name, wrong):
+        errors = relative_errors(output_and_gradients(q, k, v, mask, dout), oracle.attention(q, k, v, mask, dout))
+    assert all(not errors[result] < 1e-2 for result in caught), errors
+
+
+HIDDEN_KEYS = {
+    "beyond the length": ({"key_lengths": jnp.asarray([19, 0], jnp.int32)}, {0: slice(19, None), 1: slice(None)}),
+    "padding": ({"key_segment_ids": EVERYTHING.key_segment_ids.at[0, :9].set(0)}, {0: slice(9), 1: slice(42, None)}),
+    "not yet written": ({"query_offset": jnp.asarray([-5, 2], jnp.int32)}, {0: slice(32, None), 1: slice(39, None)}),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN_KEYS)
+def test_nan_where_no_query_looks_does_not_leak(case):
+    changes, hidden = HIDDEN_KEYS[case]
+    q, k, v, dout = inputs(*SHAPE)
+    mask = dataclasses.replace(EVERYTHING, **changes)
+    clean = check(q, k, v, mask, dout)
+    for b, keys in hidden.items():
+        k, v = k.at[b, keys].set(jnp.nan), v.at[b, keys].set(jnp.nan)
+    for a, b in zip(clean, compiled(q, k, v, mask, dout), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_queries_that_see_nothing_are_zero_and_pass_no_gradient():
+    """Padding, and a sequence without keys: whatever such rows hold, NaN included."""
+    q, k, v, dout = inputs(*SHAPE)
+    mask = dataclasses.replace(EVERYTHING, key_lengths=jnp.asarray([0, 45], jnp.int32))
+    clean = check(q, k, v, mask, dout)
+    empty = np.array([[True] * 37, [False] * 33 + [True] * 4])
+    assert not np.any(np.asarray(clean[0])[empty]) and not np.any(np.asarray(clean[1])[empty])
+    assert not np.any(np.asarray(clean[2])[0]) and not np.any(np.asarray(clean[3])[0])
+    q, dout = q.at[empty].set(jnp.nan), dout.at[empty].set(jnp.nan)
+    for a, b in zip(clean, compiled(q, k, v, mask, dout), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def listed(mask, by_keys, length=64, tile=(16, 8)):
+    """The steps of a kernel's grid: (outer, inner, flags) of each."""
+    side = query_ranges if by_keys else key_ranges
+    steps, count = pallas_tpu._steps(side(mask, 1, length, length, tile), length // tile[0 if by_keys else 1])
+    return np.stack([np.asarray(x) for x in steps], axis=1)[: int(count)]
+
+
+@pytest.mark.parametrize("by_keys", [False, True])
+def test_the_grid_is_as_long_as_there_are_visible_tiles(by_keys):
+    segments = jnp.repeat(jnp.arange(1, 5), 16)[None]
+    packed = AttentionMask(causal=False, query_segment_ids=segments, key_segment_ids=segments)
+    lengths = {"everything": AttentionMask(causal=False), "causal": AttentionMask(), "segments": packed}
+    counts = {name: len(listed(mask, by_keys)) for name, mask in lengths.items()}
+    assert counts == {"everything": 32, "causal": 20, "segments": 8}
+
+
+def test_steps_begin_and_end_each_block_once_and_say_which_tiles_are_full():
+    steps = listed(AttentionMask(window=16), False)
+    begins, ends, visits, full = ((steps[:, 2] & flag) != 0 for flag in (1, 2, 4, 8))
+    assert begins.sum() == ends.sum() == 4 and visits.all()
+    np.testing.assert_array_equal(steps[begins, 0], range(4))
+    assert [tuple(step) for step in steps[:6, :2]] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3)]
+    assert not full.any()
+    full = (listed(AttentionMask(), False)[:, 2] & 8) != 0
+    assert full.sum() == 12
+
+
+def test_a_block_that_sees_nothing_still_has_a_step_to_write_zeros():
+    steps = listed(AttentionMask(causal=False, key_lengths=jnp.asarray([0])), False)
+    assert [tuple(step) for step in steps] == [(x, 0, 3) for x in range(4)]
+
+
+def test_vmap():
+    """Over examples with windows and offsets of their own."""
+    q, k, v, _ = inputs(3, 20, 20, 2, 1, 32)
+    windows, offsets = jnp.asarray([3, 0, 5], jnp.int32), jnp.asarray([0, 2, -1], jnp.int32)
+
+    @jax.jit
+    def one(q, k, v, window, offset):
+        mask = AttentionMask(window=window, query_offset=offset)
+        return tpu_attention(q[None], k[None], v[None], mask, blocks=SMALL, interpret=True)[0]
+
+    def loss(attend):
+        return lambda q, k, v: jnp.sum(attend(q, k, v, windows, offsets) ** 2)
+
+    expected = jax.grad(loss(lambda *x: jnp.stack([one(*(a[i] for a in x)) for i in range(3)])), (0, 1, 2))(q, k, v)
+    for a, b in zip(jax.jit(jax.grad(loss(jax.vmap(one)), (0, 1, 2)))(q, k, v), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_remat_that_saves_the_named_values_does_not_repeat_the_forward_pass():
+    q, k, v, _ = inputs(1, 16, 16, 1, 1, 32)
+
+    def forwards(wrap):
+        attend = wrap(lambda q: tpu_attention(q, k, v, AttentionMask(), blocks=SMALL, interpret=True))
+        return str(jax.make_jaxpr(jax.grad(lambda q: jnp.sum(attend(q))))(q)).count("name=forward_kernel")
+
+    assert forwards(jax.checkpoint) == 2
+    assert forwards(functools.partial(jax.checkpoint, policy=SAVED)) == 1
+
+
+@pytest.mark.parametrize("head_dim", [64, 192])
+def test_lowers_for_tpu_without_a_tpu(head_dim):
+    q, k, v, dout = inputs(2, 300, 333, 4, 2, head_dim, dtype=jnp.bfloat16)
+    segments = {"query_segment_ids": jnp.ones((2, 300), jnp.int32), "key_segment_ids": jnp.ones((2, 333), jnp.int32)}
+
+    @jax.jit
+    def run(q, k, v, dout, window):
+        mask = AttentionMask(window=window, slopes=jnp.ones(4), key_lengths=jnp.asarray([5, 300]), **segments)
+        return jax.vjp(lambda *x: tpu_attention(*x, mask), q, k, v)[1](dout)
+
+    text = run.trace(q, k, v, dout, jnp.int32(5)).lower(lowering_platforms=("tpu",)).as_text()
+    for name in ("forward_kernel", "key_gradients_kernel", "query_gradients_kernel"):
+        assert text.count(f'kernel_name = "{name}"') == 1
+
+
+SPLASH_SEGMENTS = jnp.asarray([[1] * 100 + [2] * 100 + [0] * 56], jnp.int32)
+SPLASH_MASKS = {
+    "causal": ((1, 128, 256), AttentionMask()),
+    "window": ((1, 256, 256), AttentionMask(window=70)),
+    "segments": (
+        (1, 256, 256),
+        AttentionMask(
+            query_segment_ids=SPLASH_SEGMENTS,
+            key_segment_ids=SPLASH_SEGMENTS,
+            query_scale=jnp.linspace(0.5, 1.5, 256)[None],
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPLASH_MASKS)
+def test_splash_agrees_where_it_serves(case):
+    """NaN in padding included, which both must not see."""
+    (B, T, S), mask = SPLASH_MASKS[case]
+    q, k, v, dout = inputs(B, T, S, 4, 2, 32)
+    hidden = ~mask.visible_keys(T, S)[0] if mask.visible_keys(T, S) is not None else np.zeros(S, bool)
+    k, v = k.at[:, hidden].set(jnp.nan), v.at[:, hidden].set(jnp.nan)
+
+    def run(attend):
+        out, pullback = jax.vjp(lambda *x: attend(*x, mask, interpret=True), q, k, v)
+        return out, *pullback(dout)
+
+    ours = run(functools.partial(tpu_attention, blocks=Blocks(*[Tile(128, 128)] * 3)))
+    for name, a, b in zip(NAMES, run(splash.splash_attention), ours, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+PROBLEM = Problem("tpu", "TPU v5p", "bfloat16", 1, 256, 256, 4, 2, 128, ("causal",))
+
+
+def test_refusals():
+    assert pallas_tpu.refuses(PROBLEM) is None
+    assert "on TPUs, not on cpu" in pallas_tpu.refuses(PROBLEM._replace(platform="cpu"))
+    assert "not float16" in pallas_tpu.refuses(PROBLEM._replace(dtype="float16"))
+    assert "32, 64, 96, 128, 192, 256, not 80" in pallas_tpu.refuses(PROBLEM._replace(head_dim=80))
+
+
+def test_splash_refusals():
+    assert splash.refuses(PROBLEM) is None
+    assert splash.refuses(PROBLEM._replace(features=("causal", "window"), static_window=5)) is None
+    assert "not on gpu" in splash.refuses(PROBLEM._replace(platform="gpu"))
+    assert "an array" in splash.refuses(PROBLEM._replace(features=("causal", "window")))
+    assert "mask.slopes" in splash.refuses(PROBLEM._replace(features=("causal", "slopes")))
+    assert "multiples of 128" in splash.refuses(PROBLEM._replace(num_queries=100))
+    assert "not float16" in splash.refuses(PROBLEM._replace(dtype="float16"))
+
+
+def test_mistakes_are_one_line():
+    q, k, v, _ = inputs(1, 4, 4, 1, 1, 80)
+    with pytest.raises(UserError, match=r"head dims are .* not 80") as error:
+        tpu_attention(q, k, v, AttentionMask())
+    assert "\n" not in str(error.value)
+    q, k, v, _ = inputs(1, 4, 4, 1, 1, 32)
+    with pytest.raises(UserError, match="multiples of 128"):
+        tpu_attention(q, k, v, AttentionMask(), blocks=SMALL)
