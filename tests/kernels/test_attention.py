@@ -6,7 +6,6 @@ import itertools
 from unittest import mock
 
 import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +20,7 @@ from llm_jax.kernels.attention import IMPLEMENTATIONS, attention
 from llm_jax.kernels.chunked import chunked_attention
 from llm_jax.kernels.mask import AttentionMask
 from tests.kernels import oracle
+from tests.kernels.strategies import problems
 
 FORMS = ("reference", "chunked")
 SAVED = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
@@ -54,31 +54,6 @@ def check(q, k, v, mask, dout, form, tolerance=2e-5):
     expected = oracle.attention(q, k, v, mask, dout)
     for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float64), e, rtol=tolerance, atol=tolerance, err_msg=name)
-
-
-@st.composite
-def problems(draw):
-    """Shapes, a mask with any set of features, and tile sizes."""
-    T, S = draw(st.integers(1, 20)), draw(st.integers(1, 20))
-    K = draw(st.integers(1, 2))
-    B, N = draw(st.integers(1, 2)), K * draw(st.integers(1, 3))
-    random = np.random.default_rng(draw(st.integers(0, 2**16)))
-    fields = {"causal": draw(st.booleans())}
-    if draw(st.booleans()):
-        fields["window"] = draw(st.integers(0, 8))
-    if draw(st.booleans()):
-        fields["query_segment_ids"] = jnp.asarray(np.sort(random.integers(0, 4, (B, T)), axis=1), jnp.int32)
-        fields["key_segment_ids"] = jnp.asarray(np.sort(random.integers(0, 4, (B, S)), axis=1), jnp.int32)
-    if draw(st.booleans()):
-        fields["query_offset"] = jnp.asarray(random.integers(0, 12, draw(st.sampled_from([(), (B,)]))), jnp.int32)
-    if draw(st.booleans()):
-        fields["key_lengths"] = jnp.asarray(random.integers(0, S + 1, B), jnp.int32)
-    if draw(st.booleans()):
-        fields["slopes"] = jnp.asarray(random.uniform(0, 1, N), jnp.float32)
-    if draw(st.booleans()):
-        fields["query_scale"] = jnp.asarray(random.uniform(0.5, 2, (B, T)), jnp.float32)
-    blocks = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
-    return (B, T, S, N, K, 4), AttentionMask(**fields), blocks
 
 
 def check_problem(problem, form):

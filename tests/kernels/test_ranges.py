@@ -11,7 +11,7 @@ import pytest
 from llm_jax.kernels import ranges
 from llm_jax.kernels.mask import AttentionMask
 from tests.kernels import oracle
-from tests.kernels.test_attention import problems
+from tests.kernels.strategies import problems
 
 
 def visible_pairs(mask, batch, num_queries, num_keys):

@@ -1,0 +1,173 @@
+"""All forms of attention against each other, the float64 oracle, and a dense float32 computation's own rounding.
+
+The kernels for GPUs and TPUs are interpreted. `pytest tests/kernels/test_agreement.py -m slow -k table -s` prints the
+table of `docs/kernels.md`.
+"""
+
+import dataclasses
+import itertools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.kernels.mask import AttentionMask
+from llm_jax.kernels.reference import HIDDEN
+from tests.kernels import oracle
+from tests.kernels.forms import FORMS, QUANTITIES, inputs, output_and_gradients, relative_error
+from tests.kernels.strategies import problems
+
+TOLERANCE = {"float32": 4e-6, "bfloat16": 1.2e-2, "float16": 1.5e-3}
+ROUNDING = 6e-8  # of one float32 operation: the least that "a dense computation's own rounding" can be held to
+
+# Two sequences of several tiles on either side, neither a whole number of them; every rule is in force; the first rows
+# of the second sequence and the last of it see nothing.
+SHAPE = (2, 37, 45, 4, 2, 32)
+EVERYTHING = AttentionMask(
+    window=jnp.int32(19),
+    query_segment_ids=jnp.asarray([[1] * 20 + [2] * 17, [0] * 3 + [3] * 30 + [0] * 4], jnp.int32),
+    key_segment_ids=jnp.asarray([[1] * 22 + [2] * 23, [3] * 42 + [0] * 3], jnp.int32),
+    query_offset=jnp.asarray([4, 6], jnp.int32),
+    key_lengths=jnp.asarray([43, 38], jnp.int32),
+    slopes=jnp.asarray([0.5, 0.25, 0.125, 0.0625], jnp.float32),
+    query_scale=jnp.linspace(0.5, 1.5, 74).reshape(2, 37),
+)
+
+
+@jax.jit
+def dense(q, k, v, mask, dout):
+    """Output and gradients as one writes them down, the whole matrix in float32, differentiated by JAX."""
+
+    def run(q, k, v):
+        (_, T, N, H), (_, S, K, _) = q.shape, k.shape
+        scale = 1.0 if mask.query_scale is None else mask.query_scale[:, :, None, None]
+        k, v = jnp.repeat(k, N // K, axis=2), jnp.repeat(v, N // K, axis=2)
+        scores = jnp.einsum("btnh,bsnh->bnts", q * scale, k) / jnp.sqrt(jnp.float32(H))
+        bias, visible = mask.bias(T, S), mask.visible(T, S)
+        scores = scores if bias is None else scores + bias
+        if visible is None:
+            return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
+        weights = jax.nn.softmax(jnp.where(visible, scores, HIDDEN)) * visible
+        return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+    out, pullback = jax.vjp(run, *(x.astype(jnp.float32) for x in (q, k, v)))
+    return out, *pullback(dout.astype(jnp.float32))
+
+
+def errors(actual, expected, dout):
+    """Relative L2 error of each quantity.
+
+    A row that sees one key has no gradient of its scores but rounding: gradients are not held to less than a tenth of
+    the size that those of standard normal inputs have.
+    """
+    least = (0.0, 0.1 * np.linalg.norm(np.asarray(dout, np.float64)), 0.1 * np.linalg.norm(dout), 0.0)
+    return dict(zip(QUANTITIES, map(relative_error, actual, expected, least), strict=True))
+
+
+def check(shape, mask, dtype, forms, tile):
+    """Every form's errors are small, alone and against one another; the results of each, for further questions."""
+    q, k, v, dout = inputs(*shape, dtype=jnp.dtype(dtype))
+    expected = oracle.attention(q, k, v, mask, dout)
+    rounding = errors(dense(q, k, v, mask, dout), expected, dout)
+    results = {form: output_and_gradients(q, k, v, mask, dout, form, tile) for form in forms}
+    for form, result in results.items():
+        assert all(x.dtype == jnp.dtype(dtype) for x in result)
+        for name, error in errors(result, expected, dout).items():
+            assert error < TOLERANCE[dtype], (form, name, error)
+            if dtype == "float32":
+                assert error <= 2 * max(rounding[name], ROUNDING), (form, name, error, rounding[name])
+    for one, other in itertools.combinations(results, 2):
+        assert max(errors(results[one], results[other], dout).values()) < TOLERANCE[dtype], (one, other)
+    return results
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_rule_at_once(dtype):
+    """And rows that see nothing are exactly 0, and NaN where nobody looks reaches no number."""
+    q, k, v, dout = inputs(*SHAPE, dtype=jnp.dtype(dtype))
+    seen_BTS = np.array([[[oracle.sees(EVERYTHING, b, t, s) for s in range(45)] for t in range(37)] for b in range(2)])
+    blind_BT, hidden_BS = ~seen_BTS.any(axis=2), ~seen_BTS.any(axis=1)
+    # What padding, lengths and causality hide from all queries may hold anything; a window hides no key for good.
+    unread_BS = hidden_BS & ~np.asarray(EVERYTHING.visible_keys(37, 45))
+    assert blind_BT.any() and unread_BS.any()
+    poison = jnp.where(unread_BS[:, :, None, None], jnp.nan, 1).astype(dtype)
+    for form, result in check(SHAPE, EVERYTHING, dtype, FORMS, (16, 16)).items():
+        out, dq, dk, dv = map(np.asarray, result)
+        assert not out[blind_BT].any() and not dq[blind_BT].any(), form
+        assert not dk[hidden_BS].any() and not dv[hidden_BS].any(), form
+        poisoned = output_and_gradients(q, k * poison, v * poison, EVERYTHING, dout, form, (16, 16))
+        for clean, other in zip(result, poisoned, strict=True):
+            np.testing.assert_array_equal(np.asarray(clean), np.asarray(other), err_msg=form)
+
+
+def broken(**changes):
+    return dataclasses.replace(EVERYTHING, **changes)
+
+
+BROKEN = {
+    "window off by one": broken(window=EVERYTHING.window + 1),
+    "tail visible": broken(key_lengths=EVERYTHING.key_lengths + 1),
+    "queries off by one": broken(query_offset=EVERYTHING.query_offset + 1),
+    "slopes of other heads": broken(slopes=jnp.roll(EVERYTHING.slopes, 2)),
+    "segments run together": broken(query_segment_ids=jnp.ones_like(EVERYTHING.query_segment_ids) * 2),
+    "query scale left out": broken(query_scale=jnp.ones_like(EVERYTHING.query_scale)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_comparison_sees_broken_masks(form):
+    """One program for all of them, compiled already by the test above."""
+    q, k, v, dout = inputs(*SHAPE)
+    expected = oracle.attention(q, k, v, EVERYTHING, dout)
+    for name, mask in BROKEN.items():
+        found = errors(output_and_gradients(q, k, v, mask, dout, form, (16, 16)), expected, dout)
+        assert min(found.values()) > 1e-3, (name, found)
+
+
+GRID = problems(longest=40, head_dim=32, sizes=st.sampled_from([16, 32]))
+
+
+@hypothesis.settings(max_examples=2, deadline=None, database=None)
+@hypothesis.given(problem=GRID)
+def test_any_problem(problem):
+    check(problem[0], problem[1], "float32", FORMS, problem[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(problem=GRID)
+def test_many_more_problems(dtype, problem):
+    check(problem[0], problem[1], dtype, FORMS, problem[2])
+
+
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+TABLE_MASKS = {
+    "causal": AttentionMask(),
+    "bidirectional": AttentionMask(causal=False),
+    "every rule": EVERYTHING,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_table(dtype, capsys):
+    """The worst relative error over all head dims, masks and two draws of the inputs, printed."""
+    forms = [form for form in FORMS if (form, dtype) != ("pallas_tpu", "float16")]
+    worst = {form: dict.fromkeys(QUANTITIES, 0.0) for form in (*forms, "dense float32")}
+    for head_dim, mask, seed in itertools.product(HEAD_DIMS, TABLE_MASKS.values(), range(2)):
+        q, k, v, dout = inputs(*SHAPE[:-1], head_dim, dtype=jnp.dtype(dtype), seed=seed)
+        expected = oracle.attention(q, k, v, mask, dout)
+        results = {form: output_and_gradients(q, k, v, mask, dout, form, (16, 32)) for form in forms}
+        results["dense float32"] = dense(q, k, v, mask, dout)
+        for form, result in results.items():
+            for name, error in errors(result, expected, dout).items():
+                worst[form][name] = max(worst[form][name], error)
+    with capsys.disabled():
+        print(f"\n| {dtype} | " + " | ".join(QUANTITIES) + " |\n|---|" + "---|" * len(QUANTITIES))
+        for form, found in worst.items():
+            print(f"| {form} | " + " | ".join(f"{found[name]:.1e}" for name in QUANTITIES) + " |")
+    assert max(max(worst[form].values()) for form in forms) < TOLERANCE[dtype]
