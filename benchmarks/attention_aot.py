@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.aot import table
 from benchmarks.aot.cases import CASES, PASSES
-from benchmarks.aot.kernels import KERNELS, Kernel
+from benchmarks.aot.kernels import KERNELS, Kernel, named
 from benchmarks.aot.targets import TARGETS, Target, environment
 from llm_jax.errors import UserError
 
@@ -73,8 +73,7 @@ def run(job: Job) -> list[Row]:
 def _failed(job: Job, found: list[Row], reason: str) -> list[Row]:
     """A row for each pass that gave none."""
     target, case, name = job
-    kernel = next(kernel for kernel in KERNELS if kernel.name == name)
-    missing = [which for which in kernel.passes if which not in {row["pass"] for row in found}]
+    missing = [which for which in named(name).passes if which not in {row["pass"] for row in found}]
     head = {"target": target, "case": case, "implementation": name}
     return [head | {"pass": which, "reason": reason} for which in missing]
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.aot import cases, hlo, mosaic, ptxas, traffic
+from benchmarks.aot import cases, hlo, mosaic, ptxas, tiles, traffic
 from benchmarks.aot import kernels as implementations
 from benchmarks.aot.cases import Case
 from benchmarks.aot.kernels import Kernel
@@ -42,10 +42,12 @@ def program(kernel: Kernel, case: Case, which: str, blocks: Any = None) -> tuple
     return backward, (pullback, arguments[0])
 
 
-def rows(target: Target, case: Case, kernel: Kernel, dump: Path, blocks: Any = None) -> list[dict[str, Any]]:
+def rows(
+    target: Target, case: Case, kernel: Kernel, passes: tuple[str, ...], dump: Path, blocks: Any = None
+) -> list[dict[str, Any]]:
     """All rows of the table for this implementation: a row per kernel, or per pass where there is none or an error."""
     found = []
-    for which in kernel.passes:
+    for which in passes:
         head = {"target": target.name, "case": case.name, "implementation": kernel.name, "pass": which}
         try:
             found += [head | row for row in _pass_rows(target, case, kernel, which, dump, blocks)]
@@ -104,8 +106,8 @@ def _counted(kernel: Kernel, case: Case, which: str, blocks: Any) -> dict[str, A
     try:
         work = _work(kernel, case.one_group(), which, blocks)
         dense = _work(kernel, case.one_group().everything_visible(), which, blocks)
-    except traffic.NotCounted as reason:
-        return {"not_counted": str(reason)}
+    except Exception as reason:  # beside `NotCounted`, what a program with unknown operations may raise
+        return {"not_counted": one_line(reason)}
     if not work:
         return {}
     groups = case.num_kv_heads * (case.decode_batch if which == "decode" else case.batch)
@@ -132,10 +134,17 @@ def main() -> None:
     parser.add_argument("--case", choices=cases.CASES, required=True)
     parser.add_argument("--kernel", choices=[kernel.name for kernel in implementations.KERNELS], required=True)
     parser.add_argument("--dump", type=Path, required=True, help="where the compilers write, as the environment says")
+    parser.add_argument("--blocks", type=json.loads, nargs="*", help="block sizes as lists in JSON, tried one by one")
+    parser.add_argument("--pass", choices=cases.PASSES, dest="which", help="only this one")
+    parser.add_argument("--head_dim", type=int, help="in place of the case's own")
     options = parser.parse_args()
-    kernel = next(entry for entry in implementations.KERNELS if entry.name == options.kernel)
-    for row in rows(TARGETS[options.target], cases.CASES[options.case], kernel, options.dump):
-        print(json.dumps(row), flush=True)
+    kernel, target, case = implementations.named(options.kernel), TARGETS[options.target], cases.CASES[options.case]
+    case = case._replace(head_dim=options.head_dim or case.head_dim)
+    passes = (options.which,) if options.which else kernel.passes
+    for sizes in options.blocks or [None]:
+        blocks = None if sizes is None else tiles.from_lists(kernel.module, sizes)
+        for row in rows(target, case, kernel, passes, options.dump, blocks):
+            print(json.dumps(row | ({} if sizes is None else {"blocks": sizes})), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,64 +20,72 @@ from llm_jax.models.positions import alibi_slopes
 
 
 class Kernel(NamedTuple):
-    """An implementation. `blocks` of `build` are its own block sizes, None for its defaults."""
+    """An implementation. `build(case, blocks=...)` takes its own block sizes, None for its defaults."""
 
     name: str
     platforms: tuple[str, ...]
     passes: tuple[str, ...]
     build: Callable[..., Callable[..., jax.Array]]
     architectures: tuple[tuple[int, int], ...] = ()  # compute capabilities; () = all
+    interprets: bool = False  # runs on a CPU within seconds, by `build(case, interpret=True)`
+    module: str = ""  # of a fused kernel of this project, where its block sizes are
     dtype: str = "bfloat16"
 
 
 TRAINING = ("forward", "backward")
 
 
-def _ours_gpu(case: Case, blocks: Any = None) -> Callable[..., jax.Array]:
+def _ours_gpu(case: Case, **options: Any) -> Callable[..., jax.Array]:
     from llm_jax.kernels.pallas_gpu import gpu_attention
 
-    return functools.partial(gpu_attention, mask=case.mask(), blocks=blocks)
+    return functools.partial(gpu_attention, mask=case.mask(), **options)
 
 
-def _ours_hopper(case: Case, blocks: Any = None) -> Callable[..., jax.Array]:
+def _ours_hopper(case: Case, **options: Any) -> Callable[..., jax.Array]:
     from llm_jax.kernels.mosaic_gpu import mosaic_gpu_attention
 
-    return functools.partial(mosaic_gpu_attention, mask=case.mask(), blocks=blocks)
+    return functools.partial(mosaic_gpu_attention, mask=case.mask(), **options)
 
 
-def _ours_tpu(case: Case, blocks: Any = None) -> Callable[..., jax.Array]:
+def _ours_tpu(case: Case, **options: Any) -> Callable[..., jax.Array]:
     from llm_jax.kernels.pallas_tpu import tpu_attention
 
-    return functools.partial(tpu_attention, mask=case.mask(), blocks=blocks)
+    return functools.partial(tpu_attention, mask=case.mask(), **options)
 
 
-def _ours_splash(case: Case, blocks: Any = None) -> Callable[..., jax.Array]:
+def _ours_splash(case: Case, **options: Any) -> Callable[..., jax.Array]:
     from llm_jax.kernels.splash import splash_attention
 
-    return functools.partial(splash_attention, mask=case.mask(), blocks=blocks)
+    return functools.partial(splash_attention, mask=case.mask(), **options)
 
 
-def _ours_gpu_decode(case: Case, blocks: Any = None) -> Callable[..., jax.Array]:
+def _ours_gpu_decode(case: Case, **options: Any) -> Callable[..., jax.Array]:
     from llm_jax.kernels import pallas_gpu_decode
     from llm_jax.kernels.flash_decoding import Slots
 
     def run(q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        return pallas_gpu_decode.decode(q_B1NH, Slots(k_BKSH, v_BKSH), case.decode_mask(lengths_B), blocks=blocks)
+        return pallas_gpu_decode.decode(q_B1NH, Slots(k_BKSH, v_BKSH), case.decode_mask(lengths_B), **options)
 
     return run
 
 
-def _ours_tpu_decode(case: Case, blocks: Any = None) -> Callable[..., jax.Array]:
+def _ours_tpu_decode(case: Case, **options: Any) -> Callable[..., jax.Array]:
     from llm_jax.kernels import pallas_tpu_decode
     from llm_jax.kernels.flash_decoding import Slots
 
     def run(q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        return pallas_tpu_decode.decode(q_B1NH, Slots(k_BKSH, v_BKSH), case.decode_mask(lengths_B), blocks=blocks)
+        return pallas_tpu_decode.decode(q_B1NH, Slots(k_BKSH, v_BKSH), case.decode_mask(lengths_B), **options)
 
     return run
 
 
-def _xla(case: Case, blocks: Any = None) -> Callable[..., jax.Array]:
+def _chunked(case: Case, **options: Any) -> Callable[..., jax.Array]:
+    from llm_jax.kernels.chunked import chunked_attention
+
+    return functools.partial(chunked_attention, mask=case.mask())
+
+
+def _xla(case: Case, **options: Any) -> Callable[..., jax.Array]:
     """JAX's own attention as XLA makes it of plain operations."""
 
     def run(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
@@ -94,11 +102,13 @@ def _xla(case: Case, blocks: Any = None) -> Callable[..., jax.Array]:
     return run
 
 
-def _xla_decode(case: Case, blocks: Any = None) -> Callable[..., jax.Array]:
+def _xla_decode(case: Case, **options: Any) -> Callable[..., jax.Array]:
     from llm_jax.kernels.decode import decode_attention
+    from llm_jax.kernels.flash_decoding import Slots
 
     def run(q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        return decode_attention(q_B1NH, k_BKSH, v_BKSH, case.decode_mask(lengths_B))
+        mask = case.decode_mask(lengths_B)
+        return decode_attention(q_B1NH, Slots(k_BKSH, v_BKSH), mask, implementation="reference")
 
     return run
 
@@ -222,14 +232,19 @@ def _paged_tpu(case: Case, blocks: Any = None, page: int = 128) -> Callable[...,
     return run
 
 
+def named(name: str) -> Kernel:
+    """The implementation of that name."""
+    return next(kernel for kernel in KERNELS if kernel.name == name)
+
+
 HOPPER = ((9, 0),)
 KERNELS = (
-    Kernel("pallas_gpu", ("gpu",), TRAINING, _ours_gpu),
-    Kernel("mosaic_gpu", ("gpu",), TRAINING, _ours_hopper, HOPPER),
-    Kernel("pallas_gpu_decode", ("gpu",), ("decode",), _ours_gpu_decode),
-    Kernel("pallas_tpu", ("tpu",), TRAINING, _ours_tpu),
+    Kernel("pallas_gpu", ("gpu",), TRAINING, _ours_gpu, interprets=True, module="pallas_gpu"),
+    Kernel("mosaic_gpu", ("gpu",), TRAINING, _ours_hopper, HOPPER, module="mosaic_gpu"),
+    Kernel("pallas_gpu_decode", ("gpu",), ("decode",), _ours_gpu_decode, interprets=True),
+    Kernel("pallas_tpu", ("tpu",), TRAINING, _ours_tpu, interprets=True, module="pallas_tpu"),
     Kernel("splash", ("tpu",), TRAINING, _ours_splash),
-    Kernel("pallas_tpu_decode", ("tpu",), ("decode",), _ours_tpu_decode),
+    Kernel("pallas_tpu_decode", ("tpu",), ("decode",), _ours_tpu_decode, interprets=True),
     Kernel("stock_mha", ("gpu",), TRAINING, _triton_mha),
     Kernel("stock_mgpu", ("gpu",), TRAINING, _mosaic_mgpu, HOPPER),
     # The nearest to our cases that it does, for its registers and shared memory.
@@ -247,6 +262,7 @@ KERNELS = (
     Kernel("stock_flash_128", ("tpu",), TRAINING, functools.partial(_flash_tpu, 128)),
     Kernel("stock_flash_512", ("tpu",), TRAINING, functools.partial(_flash_tpu, 512)),
     Kernel("stock_paged", ("tpu",), ("decode",), _paged_tpu),
+    Kernel("chunked", ("gpu", "tpu"), TRAINING, _chunked),
     Kernel("xla", ("gpu", "tpu"), TRAINING, _xla),
     Kernel("xla_decode", ("gpu", "tpu"), ("decode",), _xla_decode),
 )

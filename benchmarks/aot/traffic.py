@@ -100,18 +100,21 @@ def _outer(jaxpr: Any, consts: Any, inputs: list[Any], found: dict[str, Work]) -
             work = _kernel(equation, values)
             found.setdefault(label, Work()).add(work)
             results = [UNKNOWN] * len(equation.outvars)
-        elif all(value is not UNKNOWN for value in values):
-            subfunctions, parameters = equation.primitive.get_bind_params(equation.params)
-            results = equation.primitive.bind(*subfunctions, *values, **parameters)
-            results = results if equation.primitive.multiple_results else [results]
         elif name in _CALLS and inner is not None:
             results = _outer(inner.jaxpr, inner.consts, values, found)
+        elif all(value is not UNKNOWN for value in values):
+            results = _compute(equation, values)
         elif name in ("scan", "while", "cond") and "pallas_call" in str(equation):
             raise NotCounted(f"a kernel inside of a {name}")
         else:
             results = [UNKNOWN] * len(equation.outvars)
         known.update(zip(equation.outvars, results))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _compute(equation: Any, values: list[Any]) -> list[Any]:
+    results = equation.primitive.bind(*values, **equation.params)
+    return results if equation.primitive.multiple_results else [results]
 
 
 def _inner_jaxpr(equation: Any) -> Any:
@@ -227,11 +230,8 @@ class _Walk:
             return [bool(values[0]) if kind == np.bool_ else int(values[0])]
         if any(variable.aval.size > SMALL for variable in equation.outvars) or not values:
             return None
-        subfunctions, parameters = equation.primitive.get_bind_params(equation.params)
         typed = [np.asarray(v, atom.aval.dtype) for v, atom in zip(values, equation.invars)]
-        results = equation.primitive.bind(*subfunctions, *typed, **parameters)
-        results = results if equation.primitive.multiple_results else [results]
-        return [np.asarray(result)[()] for result in results]
+        return [np.asarray(result)[()] for result in _compute(equation, typed)]
 
     def access(self, equation: Any, values: list[Any], stores: bool) -> list[Any] | None:
         """A load or a store."""
