@@ -20,7 +20,7 @@ from llm_jax.errors import UserError, require
 DTYPES = ("float32", "bfloat16", "float16")
 POSITIONS = ("rope", "alibi")
 REMAT_POLICIES = ("none", "full", "dots", "save_attention")
-ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas_gpu", "pallas_tpu", "mosaic_gpu")
+ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas_gpu", "pallas_tpu", "splash", "mosaic_gpu")
 SCHEDULES = ("cosine", "linear", "constant")
 CORPUS_PROFILES = ("tiny", "clean", "default")
 TOKENIZER_STYLES = ("baichuan2", "baichuan1", "llama2")

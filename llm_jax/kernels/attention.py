@@ -56,6 +56,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "chunked": Implementation(plain(chunked_attention), choice.never),
     "pallas_gpu": _kernel("gpu", "pallas_gpu", "gpu_attention"),
     "pallas_tpu": _kernel("tpu", "pallas_tpu", "tpu_attention"),
+    "splash": _kernel("tpu", "splash", "splash_attention"),
     "mosaic_gpu": _kernel("gpu", "mosaic_gpu", "mosaic_gpu_attention"),
 }
 # What "auto" tries on each platform, in this order, before it falls back on the plain forms. "mosaic_gpu" is for those
