@@ -42,7 +42,7 @@ HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 CONSUMERS = 2  # warpgroups that multiply; one more, the last, copies
-REGISTERS = (232, 40)  # per thread of a consumer and of the producer
+REGISTERS = (240, 24)  # per thread of a consumer and of the producer
 
 
 class Pass(NamedTuple):
@@ -431,15 +431,17 @@ def attention_forward(
         queries = place.block * plan.tile.queries + consumer * (plan.tile.queries // CONSUMERS)
         rows = pl.ds(queries, plan.tile.queries // CONSUMERS)
         q_smem, *segments = kept.load(consumer, _query_sources(refs, place, rows, refs.q_BTNH))
-        segments_T = _loaded(segments)
+        segments_T, slope = _loaded(segments), _slope(refs, place.head)
+        first_query = refs.limits_B3[place.batch, 0] + queries
 
         def tile(step: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             out_TH, highest_T, sums_T = carry
             stage, block = jax.lax.rem(step, jnp.int32(plan.tile.stages)), place.first + step
+            full = _full(refs, place, block)
             k_smem, *segments = keys.receive(stage)
             (scores_TS,) = _multiply(plan, _Product(q_smem, k_smem, transpose=True))
-            pairs = _Pairs(queries, block * plan.tile.keys, 0, segments_T, _loaded(segments))
-            scores_TS = _masked(plan, refs, place, place.head, block, pairs, scores_TS)
+            pairs = _Pairs(first_query, block * plan.tile.keys, 0, segments_T, _loaded(segments))
+            scores_TS = _masked(plan, refs, place, slope, full, pairs, scores_TS)
             keys.release(stage)
             new_highest_T = jnp.maximum(highest_T, jnp.max(scores_TS, axis=1) * plan.log2_scale)
             weights_TS = jnp.exp2(scores_TS * plan.log2_scale - _along(0, new_highest_T, scores_TS))
@@ -480,17 +482,19 @@ def attention_query_gradients(
         q, *segments = _query_sources(refs, place, rows, refs.q_BTNH)
         q_smem, dout_smem, lse_smem, delta_smem, *segments = kept.load(consumer, [q, dout, *statistics, *segments])
         lse_T, delta_T, segments_T = lse_smem[...], delta_smem[...], _loaded(segments)
+        slope, first_query = _slope(refs, place.head), refs.limits_B3[place.batch, 0] + queries
 
         def tile(step: jax.Array, dq_TH: jax.Array) -> jax.Array:
             stage, block = jax.lax.rem(step, jnp.int32(plan.tile.stages)), place.first + step
+            full = _full(refs, place, block)
             k_smem, *segments = keys.receive(stage)
             (v_smem,) = values.receive(stage)
             scores_TS, dweights_TS = _multiply(
                 plan, _Product(q_smem, k_smem, transpose=True), _Product(dout_smem, v_smem, transpose=True)
             )
             values.release(stage)
-            pairs = _Pairs(queries, block * plan.tile.keys, 0, segments_T, _loaded(segments))
-            scores_TS = _masked(plan, refs, place, place.head, block, pairs, scores_TS)
+            pairs = _Pairs(first_query, block * plan.tile.keys, 0, segments_T, _loaded(segments))
+            scores_TS = _masked(plan, refs, place, slope, full, pairs, scores_TS)
             weights_TS = jnp.exp2(scores_TS * plan.log2_scale - _along(0, lse_T, scores_TS))
             dscores_TS = weights_TS * (dweights_TS - _along(0, delta_T, scores_TS))
             (dq_TH,) = _multiply(plan, _Product(dscores_TS.astype(plan.dtype), k_smem, sums=dq_TH))
@@ -512,6 +516,8 @@ def attention_key_gradients(
 
     def at(step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The query head and the block of queries."""
+        if plan.group == 1:
+            return place.head, place.first + step
         return place.head * plan.group + jax.lax.div(step, place.steps), place.first + jax.lax.rem(step, place.steps)
 
     def sources(step: jax.Array) -> tuple[list[Any], list[Any]]:
@@ -530,16 +536,17 @@ def attention_key_gradients(
         own = [ref.at[place.batch, rows, place.head] for ref in (refs.k_BSKH, refs.v_BSKH)]
         segments = [] if refs.key_segments_BS is None else [refs.key_segments_BS.at[place.batch, rows]]
         k_smem, v_smem, *segments = kept.load(consumer, [*own, *segments])
-        segments_S = _loaded(segments)
+        segments_S, offset = _loaded(segments), refs.limits_B3[place.batch, 0]
 
         def tile(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             dk_SH, dv_SH = carry
             stage = jax.lax.rem(step, jnp.int32(plan.tile.stages))
             head, block = at(step)
+            full = _full(refs, place, block)
             q_smem, lse_smem, *segments = queries.receive(stage)
             (scores_ST,) = _multiply(plan, _Product(k_smem, q_smem, transpose=True))
-            pairs = _Pairs(block * plan.tile.queries, keys, 1, _loaded(segments), segments_S)
-            scores_ST = _masked(plan, refs, place, head, block, pairs, scores_ST)
+            pairs = _Pairs(offset + block * plan.tile.queries, keys, 1, _loaded(segments), segments_S)
+            scores_ST = _masked(plan, refs, place, _slope(refs, head), full, pairs, scores_ST)
             weights_ST = jnp.exp2(scores_ST * plan.log2_scale - _along(1, lse_smem[...], scores_ST))
             dout_smem, delta_smem = douts.receive(stage)
             dv_SH, dweights_ST = _multiply(
@@ -571,14 +578,12 @@ class _Place(NamedTuple):
     batch: jax.Array
     first: jax.Array
     steps: jax.Array
-    full_first: jax.Array
-    full_last: jax.Array
 
 
 def _place(refs: _Operands, block: jax.Array) -> _Place:
     head, batch = jax.lax.axis_index("head"), jax.lax.axis_index("batch")
-    first, last, full_first, full_last = (refs.ranges_BX4[batch, block, i] for i in range(4))
-    return _Place(block, head, batch, first, last - first, full_first, full_last)
+    first, last = refs.ranges_BX4[batch, block, 0], refs.ranges_BX4[batch, block, 1]
+    return _Place(block, head, batch, first, last - first)
 
 
 def _queries_place(plan: _Plan, refs: _Operands) -> _Place:
@@ -639,8 +644,18 @@ def _loaded(segments: list[Any]) -> jax.Array | None:
     return segments[0][...] if segments else None
 
 
+def _full(refs: _Operands, place: _Place, block: jax.Array) -> jax.Array:
+    """Whether every pair of the tile with this block of the other side is visible; read anew, to keep no register."""
+    ranges_4 = refs.ranges_BX4.at[place.batch, place.block]
+    return (block >= ranges_4[2]) & (block < ranges_4[3])
+
+
+def _slope(refs: _Operands, head: jax.Array) -> jax.Array | None:
+    return None if refs.slopes_N is None else refs.slopes_N[head]
+
+
 class _Pairs(NamedTuple):
-    """The pairs of a tile: the first query and key, the axis of the queries, segment ids."""
+    """The pairs of a tile: the indices of the first query and key, the axis of the queries, segment ids."""
 
     first_query: jax.Array
     first_key: jax.Array
@@ -650,29 +665,34 @@ class _Pairs(NamedTuple):
 
 
 def _masked(
-    plan: _Plan, refs: _Operands, place: _Place, head: jax.Array, block: jax.Array, pairs: _Pairs, scores: jax.Array
+    plan: _Plan,
+    refs: _Operands,
+    place: _Place,
+    slope: jax.Array | None,
+    full: jax.Array,
+    pairs: _Pairs,
+    scores: jax.Array,
 ) -> jax.Array:
-    """Scores of a tile with ALiBi, HIDDEN where the query does not see the key; `block` is the one walked over."""
+    """Scores of a tile with ALiBi, HIDDEN where the query does not see the key unless the tile is `full`."""
     axis = pairs.query_axis
-    offset, num_keys, window = (refs.limits_B3[place.batch, i] for i in range(3))
-    query = offset + pairs.first_query + jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis)
-    key = pairs.first_key + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - axis)
-    if refs.slopes_N is not None:
-        scores = scores + refs.slopes_N[head] * (key - query).astype(jnp.float32)
+    # Vectors that are repeated: a matrix of indices would hold a register for each of its elements.
+    query = _along(axis, pairs.first_query + jax.lax.iota(jnp.int32, scores.shape[axis]), scores)
+    key = _along(1 - axis, pairs.first_key + jax.lax.iota(jnp.int32, scores.shape[1 - axis]), scores)
+    if slope is not None:
+        scores = scores + slope * (key - query).astype(jnp.float32)
 
     def hide(scores: jax.Array) -> jax.Array:
         seen = visible(
             query,
             key,
-            num_keys,
+            refs.limits_B3[place.batch, 1],
             causal=plan.causal,
-            window=window if plan.windowed else None,
+            window=refs.limits_B3[place.batch, 2] if plan.windowed else None,
             query_segments=None if pairs.query_segments is None else _along(axis, pairs.query_segments, scores),
             key_segments=None if pairs.key_segments is None else _along(1 - axis, pairs.key_segments, scores),
         )
         return jnp.where(seen, scores, HIDDEN)
 
-    full = (block >= place.full_first) & (block < place.full_last)
     return jax.lax.cond(full, lambda scores: scores, hide, scores)
 
 
