@@ -514,14 +514,14 @@ def attention_key_gradients(
     # The walk is over the blocks of the first query head of the group, then over those of the next one.
     steps = place.steps * plan.group
 
-    def at(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def at(place: _Place, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The query head and the block of queries."""
         if plan.group == 1:
             return place.head, place.first + step
         return place.head * plan.group + jax.lax.div(step, place.steps), place.first + jax.lax.rem(step, place.steps)
 
     def sources(step: jax.Array) -> tuple[list[Any], list[Any]]:
-        head, block = at(step)
+        head, block = at(place, step)
         rows = pl.ds(block * plan.tile.queries, plan.tile.queries)
         q, *segments = _query_sources(refs, place._replace(head=head), rows, refs.q_BTNH)
         lse, delta = (ref.at[place.batch, head, rows] for ref in (refs.lse_BNT, refs.delta_BNT))
@@ -536,17 +536,18 @@ def attention_key_gradients(
         own = [ref.at[place.batch, rows, place.head] for ref in (refs.k_BSKH, refs.v_BSKH)]
         segments = [] if refs.key_segments_BS is None else [refs.key_segments_BS.at[place.batch, rows]]
         k_smem, v_smem, *segments = kept.load(consumer, [*own, *segments])
-        segments_S, offset = _loaded(segments), refs.limits_B3[place.batch, 0]
+        segments_S = _loaded(segments)
 
         def tile(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             dk_SH, dv_SH = carry
             stage = jax.lax.rem(step, jnp.int32(plan.tile.stages))
-            head, block = at(step)
-            full = _full(refs, place, block)
+            # What follows from the place is read anew, and not kept in registers, of which there are none to spare.
+            head, block = at(_place(refs, place.block), step)
+            full, slope, offset = _full(refs, place, block), _slope(refs, head), refs.limits_B3[place.batch, 0]
             q_smem, lse_smem, *segments = queries.receive(stage)
             (scores_ST,) = _multiply(plan, _Product(k_smem, q_smem, transpose=True))
             pairs = _Pairs(offset + block * plan.tile.queries, keys, 1, _loaded(segments), segments_S)
-            scores_ST = _masked(plan, refs, place, _slope(refs, head), full, pairs, scores_ST)
+            scores_ST = _masked(plan, refs, place, slope, full, pairs, scores_ST)
             weights_ST = jnp.exp2(scores_ST * plan.log2_scale - _along(1, lse_smem[...], scores_ST))
             dout_smem, delta_smem = douts.receive(stage)
             dv_SH, dweights_ST = _multiply(
@@ -645,7 +646,7 @@ def _loaded(segments: list[Any]) -> jax.Array | None:
 
 
 def _full(refs: _Operands, place: _Place, block: jax.Array) -> jax.Array:
-    """Whether every pair of the tile with this block of the other side is visible; read anew, to keep no register."""
+    """Whether every pair of the tile with this block of the other side is visible."""
     ranges_4 = refs.ranges_BX4.at[place.batch, place.block]
     return (block >= ranges_4[2]) & (block < ranges_4[3])
 
