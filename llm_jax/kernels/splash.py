@@ -79,7 +79,7 @@ def splash_attention(
         interpret=interpret,
     )
     segments = None
-    if mask.query_segment_ids is not None:
+    if mask.query_segment_ids is not None and mask.key_segment_ids is not None:
         segments = SegmentIds(mask.query_segment_ids, mask.key_segment_ids)
     seen_BS = mask.visible_keys(*shape)
     if seen_BS is not None:

@@ -77,9 +77,8 @@ def test_the_window_is_an_argument_of_the_compiled_program(window):
 
 
 CASES = {
-    "bidirectional, head dim 96": ((1, 33, 18, 1, 1, 96), AttentionMask(causal=False), jnp.float32, 4e-6),
-    "causal, head dim 192, bfloat16": ((1, 20, 36, 2, 1, 192), AttentionMask(), jnp.bfloat16, 1.2e-2),
-    "more queries than keys": ((1, 40, 5, 2, 2, 32), AttentionMask(), jnp.float32, 4e-6),
+    "bidirectional, more queries than keys": ((1, 33, 18, 1, 1, 96), AttentionMask(causal=False), jnp.float32, 4e-6),
+    "causal, bfloat16": ((1, 20, 36, 2, 1, 192), AttentionMask(), jnp.bfloat16, 1.2e-2),
 }
 
 
@@ -98,7 +97,8 @@ def test_every_head_dim_at_whole_registers(head_dim, dtype):
     q, k, v, dout = inputs(1, 300, 260, 2, 1, head_dim, dtype=dtype)
     mask = AttentionMask(slopes=jnp.asarray([0.5, 0.1], jnp.float32))
     blocks = Blocks(Tile(128, 256), Tile(256, 128), Tile(128, 128))
-    errors = relative_errors(output_and_gradients(q, k, v, mask, dout, blocks), oracle.attention(q, k, v, mask, dout))
+    actual = jax.jit(functools.partial(output_and_gradients, blocks=blocks))(q, k, v, mask, dout)
+    errors = relative_errors(actual, oracle.attention(q, k, v, mask, dout))
     assert max(errors.values()) < (4e-6 if dtype == jnp.float32 else 1.2e-2), errors
 
 
@@ -115,10 +115,14 @@ def test_rounding_is_that_of_a_dense_computation():
         weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1), 0)
         return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
-    out, pullback = jax.vjp(dense, q, k, v)
+    @jax.jit
+    def dense_gradients(q, k, v, dout):
+        out, pullback = jax.vjp(dense, q, k, v)
+        return out, *pullback(dout)
+
     expected = oracle.attention(q, k, v, mask, dout)
     own = relative_errors(compiled(q, k, v, mask, dout), expected)
-    for name, error in relative_errors((out, *pullback(dout)), expected).items():
+    for name, error in relative_errors(dense_gradients(q, k, v, dout), expected).items():
         assert own[name] < 2 * error, name
 
 
@@ -164,7 +168,8 @@ def test_wrong_kernels_are_caught(mistake):
     q, k, v, dout = inputs(1, 18, 18, 1, 1, 32)
     mask = AttentionMask(causal=False)
     with mock.patch.object(module, name, wrong):
-        errors = relative_errors(output_and_gradients(q, k, v, mask, dout), oracle.attention(q, k, v, mask, dout))
+        actual = jax.jit(functools.partial(output_and_gradients))(q, k, v, mask, dout)
+    errors = relative_errors(actual, oracle.attention(q, k, v, mask, dout))
     assert all(not errors[result] < 1e-2 for result in caught), errors
 
 
@@ -203,7 +208,8 @@ def test_queries_that_see_nothing_are_zero_and_pass_no_gradient():
 def listed(mask, by_keys, length=64, tile=(16, 8)):
     """The steps of a kernel's grid: (outer, inner, flags) of each."""
     side = query_ranges if by_keys else key_ranges
-    steps, count = pallas_tpu._steps(side(mask, 1, length, length, tile), length // tile[0 if by_keys else 1])
+    inner_blocks = length // tile[0 if by_keys else 1]
+    steps, count = jax.jit(lambda: pallas_tpu._steps(side(mask, 1, length, length, tile), inner_blocks))()
     return np.stack([np.asarray(x) for x in steps], axis=1)[: int(count)]
 
 
@@ -234,20 +240,19 @@ def test_a_block_that_sees_nothing_still_has_a_step_to_write_zeros():
 
 def test_vmap():
     """Over examples with windows and offsets of their own."""
-    q, k, v, _ = inputs(3, 20, 20, 2, 1, 32)
+    q, k, v, dout = inputs(3, 20, 20, 2, 1, 32)
     windows, offsets = jnp.asarray([3, 0, 5], jnp.int32), jnp.asarray([0, 2, -1], jnp.int32)
 
-    @jax.jit
-    def one(q, k, v, window, offset):
+    def one(q, k, v, dout, window, offset):
         mask = AttentionMask(window=window, query_offset=offset)
-        return tpu_attention(q[None], k[None], v[None], mask, blocks=SMALL, interpret=True)[0]
+        return [x[0] for x in output_and_gradients(q[None], k[None], v[None], mask, dout[None])]
 
-    def loss(attend):
-        return lambda q, k, v: jnp.sum(attend(q, k, v, windows, offsets) ** 2)
-
-    expected = jax.grad(loss(lambda *x: jnp.stack([one(*(a[i] for a in x)) for i in range(3)])), (0, 1, 2))(q, k, v)
-    for a, b in zip(jax.jit(jax.grad(loss(jax.vmap(one)), (0, 1, 2)))(q, k, v), expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    actual = jax.jit(jax.vmap(one))(q, k, v, dout, windows, offsets)
+    for i in range(3):
+        mask = AttentionMask(window=windows[i], query_offset=offsets[i])
+        expected = oracle.attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], mask, dout[i : i + 1])
+        errors = relative_errors([x[i : i + 1] for x in actual], expected)
+        assert max(errors.values()) < 4e-6, errors
 
 
 def test_remat_that_saves_the_named_values_does_not_repeat_the_forward_pass():
@@ -291,7 +296,7 @@ SPLASH_MASKS = {
 }
 
 
-@pytest.mark.parametrize("case", SPLASH_MASKS)
+@pytest.mark.parametrize("case", ["causal", pytest.param("window", marks=pytest.mark.slow), "segments"])
 def test_splash_agrees_where_it_serves(case):
     """NaN in padding included, which both must not see."""
     (B, T, S), mask = SPLASH_MASKS[case]
@@ -300,8 +305,12 @@ def test_splash_agrees_where_it_serves(case):
     k, v = k.at[:, hidden].set(jnp.nan), v.at[:, hidden].set(jnp.nan)
 
     def run(attend):
-        out, pullback = jax.vjp(lambda *x: attend(*x, mask, interpret=True), q, k, v)
-        return out, *pullback(dout)
+        @jax.jit
+        def both(q, k, v, dout):
+            out, pullback = jax.vjp(lambda *x: attend(*x, mask, interpret=True), q, k, v)
+            return out, *pullback(dout)
+
+        return both(q, k, v, dout)
 
     ours = run(functools.partial(tpu_attention, blocks=Blocks(*[Tile(128, 128)] * 3)))
     for name, a, b in zip(NAMES, run(splash.splash_attention), ours, strict=True):
