@@ -1,21 +1,17 @@
 """Fused attention for Hopper GPUs (sm_90): Pallas kernels on Mosaic GPU, with wgmma and TMA, forward and backward.
 
-A program is three warpgroups. The producer copies blocks of the sequence that the program walks over from global to
-shared memory (TMA), as far ahead as there are buffers; the two consumers each hold half of the program's own block and
-multiply on the tensor cores (wgmma). Barriers say when a buffer is full and when both consumers are done with it. The
-mathematics is that of `pallas_gpu`: an online softmax that saves the log-sum-exp of each row, and a backward pass that
-recomputes the weights of a tile from it, once for the queries and once for keys and values, so that no two programs
-add to one place. (Dao, "FlashAttention-2", algorithms 1 and 2; the roles of the warpgroups: Shah and others,
-"FlashAttention-3", section 3.1.)
+One warpgroup of a program copies and two multiply (`warpgroups`). The mathematics is that of `pallas_gpu`: an online
+softmax that saves the log-sum-exp of each row, and a backward pass that recomputes the weights of a tile from it, once
+for the queries and once for keys and values, so that no two programs add to one place. (Dao, "FlashAttention-2",
+algorithms 1 and 2; the roles of the warpgroups: Shah and others, "FlashAttention-3", section 3.1.)
 
 The TMA reads zeros beyond the end of an array and writes nothing there, so lengths need not divide by the blocks. As
-tiles go from shared memory to the tensor cores without passing through registers, rows that are padding are zeroed
-before the kernels, where XLA merges it with what made them; without segment ids, lengths or an offset there are none.
-Softmax is computed in base 2: the saved log-sum-exp is in base 2 as well.
+tiles go from shared memory to the tensor cores without passing through registers, rows that take no part are zeroed
+before the kernels, where XLA merges it with what made them; under plain causality or a window there are none. Softmax
+is computed in base 2: the saved log-sum-exp is in base 2 as well.
 
-Interpretation runs the same bodies on JAX's model of the copies and barriers, save that it has no wgmma of registers
-or of a transposed operand: `_multiply` is a plain product there. What only the hardware does (layouts, fences, the
-order of asynchronous instructions) it does not show.
+Interpretation runs the same bodies on JAX's model of the copies and barriers. What only the hardware does (layouts,
+fences, the order of asynchronous instructions) it does not show.
 
 Legend: B batch, T query length, S key length, N query heads, K key/value heads, G query heads per key/value head,
 H head dim, X query blocks, Y key blocks. Inside a kernel T and S are the sizes of a consumer's tile.
@@ -23,7 +19,7 @@ H head dim, X query blocks, Y key blocks. Inside a kernel T and S are the sizes 
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,12 +33,24 @@ from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.ranges import Ranges, key_ranges, query_ranges
 from llm_jax.kernels.reference import HIDDEN, LOWEST
 from llm_jax.kernels.tile import visible
+from llm_jax.kernels.warpgroups import (
+    CONSUMERS,
+    Kept,
+    Product,
+    Ring,
+    as_consumer,
+    as_producer,
+    interpreter,
+    kept,
+    multiply,
+    ring,
+    send,
+    store,
+)
 
 HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-CONSUMERS = 2  # warpgroups that multiply; one more, the last, copies
-REGISTERS = (240, 24)  # per thread of a consumer and of the producer
 
 
 class Pass(NamedTuple):
@@ -86,6 +94,11 @@ class _Plan(NamedTuple):
         return self.head_dim**-0.5
 
     @property
+    def matrix(self) -> tuple[int, Any]:
+        """Row size and dtype of what passes through shared memory."""
+        return self.head_dim, self.dtype
+
+    @property
     def log2_scale(self) -> float:
         """From a product of a query and a key to the exponent of 2."""
         return self.scale * math.log2(math.e)
@@ -109,8 +122,6 @@ class _Operands(NamedTuple):
 
 def refuses(problem: Any) -> str | None:
     """Why these kernels cannot serve an `attention.Problem`, or None."""
-    if problem.platform != "gpu":
-        return f"it runs on NVIDIA GPUs, not on {problem.platform}"
     if not any(name in problem.device_kind for name in HOPPER):
         return f"it runs on Hopper GPUs ({', '.join(HOPPER)}), not on {problem.device_kind}"
     return _unsupported(problem.dtype, problem.head_dim)
@@ -156,21 +167,21 @@ def mosaic_gpu_attention(
         f"attention: queries, keys and values are {q_BTNH.dtype}, {k_BSKH.dtype} and {v_BSKH.dtype}: cast them to one",
     )
     blocks = BLOCKS[q_BTNH.shape[3]] if blocks is None else blocks
+    _check_blocks(blocks)
     if mask.query_scale is not None:
         scale_BT11 = jax.lax.stop_gradient(mask.query_scale)[:, :, None, None]
         q_BTNH = (q_BTNH.astype(jnp.float32) * scale_BT11).astype(q_BTNH.dtype)
     visible_BS = mask.visible_keys(q_BTNH.shape[1], k_BSKH.shape[1])
-    k_BSKH, v_BSKH = _zeroed(k_BSKH, visible_BS), _zeroed(v_BSKH, visible_BS)
-    q_BTNH = _zeroed(q_BTNH, _real_queries(mask))
+    if visible_BS is not None:
+        k_BSKH, v_BSKH = (jnp.where(visible_BS[:, :, None, None], x_BSKH, 0) for x_BSKH in (k_BSKH, v_BSKH))
     return _attention((blocks, interpret), q_BTNH, k_BSKH, v_BSKH, mask)
 
 
-def _zeroed(x_BTNH: jax.Array, keep_BT: jax.Array | None) -> jax.Array:
-    return x_BTNH if keep_BT is None else jnp.where(keep_BT[:, :, None, None], x_BTNH, 0)
-
-
-def _real_queries(mask: AttentionMask) -> jax.Array | None:
-    return None if mask.query_segment_ids is None else mask.query_segment_ids != 0
+def _check_blocks(blocks: Blocks) -> None:
+    kept = (blocks.forward.queries, blocks.key_gradients.keys, blocks.query_gradients.queries)
+    walked = (blocks.forward.keys, blocks.key_gradients.queries, blocks.query_gradients.keys)
+    fits = all(size % 128 == 0 for size in kept) and all(size % 64 == 0 for size in walked)
+    require(fits, f"attention: Hopper blocks keep a multiple of 128 rows and walk over a multiple of 64, not {blocks}")
 
 
 class _Residuals(NamedTuple):
@@ -196,10 +207,10 @@ def _forward(
     plan = _plan(options[0].forward, q_BTNH, k_BSKH, mask, options[1])
     operands = _operands(plan, q_BTNH, k_BSKH, v_BSKH, mask, key_ranges)
     X = pl.cdiv(T, plan.tile.queries)
-    lse_BNT = jax.ShapeDtypeStruct((B, N, X * plan.tile.queries), jnp.float32)
-    out_BTNH, lse_BNT = _call(
-        attention_forward, plan, (X, N, B), operands, (_like(q_BTNH), lse_BNT), _forward_scratch(plan, operands)
-    )
+    padded_lse = jax.ShapeDtypeStruct((B, N, X * plan.tile.queries), jnp.float32)
+    lse_smem = plgpu.SMEM((CONSUMERS, plan.tile.queries // CONSUMERS), jnp.float32)
+    scratch = (*_scratch_by_queries(plan, operands, matrices=1, statistics=0), lse_smem)
+    out_BTNH, lse_BNT = _call(attention_forward, plan, (X, N, B), operands, (_like(q_BTNH), padded_lse), scratch)
     out_BTNH = checkpoint_name(out_BTNH, "attention_out")
     lse_BNT = checkpoint_name(lse_BNT[:, :, :T], "attention_lse")
     return out_BTNH, _Residuals(q_BTNH, k_BSKH, v_BSKH, mask, out_BTNH, lse_BNT)
@@ -211,7 +222,10 @@ def _backward(
     blocks, interpret = options
     q, k, v, mask, out_BTNH, lse_BNT = residuals
     (B, T, N, _), (_, S, K, _) = q.shape, k.shape
-    dout_BTNH = _zeroed(dout_BTNH, _real_queries(mask))
+    if T > S or mask.visible_keys(T, S) is not None:
+        # A query that sees nothing, and its output's gradient, may be NaN: 0 * NaN must not reach a key.
+        sees_BTN1 = (lse_BNT < jnp.inf).transpose(0, 2, 1)[..., None]
+        q, dout_BTNH = jnp.where(sees_BTN1, q, 0), jnp.where(sees_BTN1, dout_BTNH, 0)
     delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
 
     def operands(plan: _Plan, ranges: Callable[..., Ranges]) -> _Operands:
@@ -224,12 +238,12 @@ def _backward(
     plan = _plan(blocks.query_gradients, q, k, mask, interpret)
     refs = operands(plan, key_ranges)
     grid = (pl.cdiv(T, plan.tile.queries), N, B)
-    scratch = _query_gradients_scratch(plan, refs)
+    scratch = _scratch_by_queries(plan, refs, matrices=2, statistics=2)
     (dq_BTNH,) = _call(attention_query_gradients, plan, grid, refs, (_like(q),), scratch)
     plan = _plan(blocks.key_gradients, q, k, mask, interpret)
     refs = operands(plan, query_ranges)
     grid = (pl.cdiv(S, plan.tile.keys), K, B)
-    scratch = _key_gradients_scratch(plan, refs)
+    scratch = _scratch_by_keys(plan, refs)
     dk_BSKH, dv_BSKH = _call(attention_key_gradients, plan, grid, refs, (_like(k), _like(v)), scratch)
     return dq_BTNH, dk_BSKH, dv_BSKH, None
 
@@ -311,7 +325,7 @@ def _call(
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=_interpreter() if plan.interpret else None,
+        interpret=interpreter() if plan.interpret else None,
         kernel_name=kernel.__name__,
     )(*used)
     return tuple(x[:, : shape[1]] for x, shape in zip(results, shapes, strict=True))
@@ -324,133 +338,61 @@ def _whole_blocks(plan: _Plan, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], shape[1] + -shape[1] % math.lcm(plan.tile.queries, plan.tile.keys), *shape[2:])
 
 
-def _interpreter() -> Any:
-    """JAX's model of the hardware, which has no public name yet; memory that nothing has written holds NaN."""
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return InterpretGPUParams()
-
-
-# Shared memory: what a program keeps, and what passes through.
+def _scratch_by_queries(plan: _Plan, operands: _Operands, matrices: int, statistics: int) -> tuple[Any, ...]:
+    """Of a program that keeps queries and walks over keys and values."""
+    segments, (matrix, stages, rows) = _segment_dtypes(operands), (plan.matrix, plan.tile.stages, plan.tile.keys)
+    own = kept(plan.tile.queries, [matrix] * matrices, [jnp.float32] * statistics + segments)
+    return own, ring(stages, rows, [matrix], segments), ring(stages, rows, [matrix], [])
 
 
-class _Kept(NamedTuple):
-    """A consumer's half of the program's own block, [CONSUMERS, rows, ...] each, and a barrier per consumer."""
-
-    buffers: tuple[Any, ...]
-    full: Any
-
-    def load(self, consumer: jax.Array, sources: Sequence[Any]) -> tuple[Any, ...]:
-        """The consumer's buffers, filled."""
-        for source, buffer in zip(sources, self.buffers, strict=True):
-            plgpu.copy_gmem_to_smem(source, buffer.at[consumer], self.full.at[consumer])
-        plgpu.barrier_wait(self.full.at[consumer])
-        return tuple(buffer.at[consumer] for buffer in self.buffers)
+def _scratch_by_keys(plan: _Plan, operands: _Operands) -> tuple[Any, ...]:
+    """Of a program that keeps keys and values and walks over queries and output gradients."""
+    segments, (matrix, stages, rows) = _segment_dtypes(operands), (plan.matrix, plan.tile.stages, plan.tile.queries)
+    own = kept(plan.tile.keys, [matrix] * 2, segments)
+    return own, ring(stages, rows, [matrix], [jnp.float32, *segments]), ring(stages, rows, [matrix], [jnp.float32])
 
 
-class _Ring(NamedTuple):
-    """Blocks on their way from the producer to the consumers, [stages, rows, ...] each."""
-
-    buffers: tuple[Any, ...]
-    full: Any  # barriers, one per stage
-    free: Any
-
-    def send(self, stage: jax.Array, sources: Sequence[Any]) -> None:
-        for source, buffer in zip(sources, self.buffers, strict=True):
-            plgpu.copy_gmem_to_smem(source, buffer.at[stage], self.full.at[stage])
-
-    def receive(self, stage: jax.Array) -> tuple[Any, ...]:
-        plgpu.barrier_wait(self.full.at[stage])
-        return tuple(buffer.at[stage] for buffer in self.buffers)
-
-    def release(self, stage: jax.Array) -> None:
-        plgpu.barrier_arrive(self.free.at[stage])
-
-
-def _kept(rows: int, plan: _Plan, matrices: int, vectors: Sequence[Any]) -> _Kept:
-    buffers = _buffers(CONSUMERS, rows // CONSUMERS, plan, matrices, vectors)
-    return _Kept(buffers, plgpu.Barrier(num_arrivals=len(buffers), num_barriers=CONSUMERS))
-
-
-def _ring(rows: int, plan: _Plan, vectors: Sequence[Any]) -> _Ring:
-    buffers = _buffers(plan.tile.stages, rows, plan, 1, vectors)
-    full = plgpu.Barrier(num_arrivals=len(buffers), num_barriers=plan.tile.stages)
-    return _Ring(buffers, full, plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=plan.tile.stages))
-
-
-def _buffers(copies: int, rows: int, plan: _Plan, matrices: int, vectors: Sequence[Any]) -> tuple[Any, ...]:
-    matrix = plgpu.SMEM((copies, rows, plan.head_dim), plan.dtype)
-    return (matrix,) * matrices + tuple(plgpu.SMEM((copies, rows), dtype) for dtype in vectors)
-
-
-def _segment_dtypes(operands: _Operands) -> tuple[Any, ...]:
-    return () if operands.query_segments_BT is None else (jnp.int32,)
-
-
-def _forward_scratch(plan: _Plan, operands: _Operands) -> tuple[Any, ...]:
-    segments = _segment_dtypes(operands)
-    lse = plgpu.SMEM((CONSUMERS, plan.tile.queries // CONSUMERS), jnp.float32)
-    return (
-        _kept(plan.tile.queries, plan, 1, segments),
-        _ring(plan.tile.keys, plan, segments),
-        _ring(plan.tile.keys, plan, ()),
-        lse,
-    )
-
-
-def _query_gradients_scratch(plan: _Plan, operands: _Operands) -> tuple[Any, ...]:
-    segments = _segment_dtypes(operands)
-    return (
-        _kept(plan.tile.queries, plan, 2, (jnp.float32, jnp.float32, *segments)),
-        _ring(plan.tile.keys, plan, segments),
-        _ring(plan.tile.keys, plan, ()),
-    )
-
-
-def _key_gradients_scratch(plan: _Plan, operands: _Operands) -> tuple[Any, ...]:
-    segments = _segment_dtypes(operands)
-    return (
-        _kept(plan.tile.keys, plan, 2, segments),
-        _ring(plan.tile.queries, plan, (jnp.float32, *segments)),
-        _ring(plan.tile.queries, plan, (jnp.float32,)),
-    )
+def _segment_dtypes(operands: _Operands) -> list[Any]:
+    return [] if operands.query_segments_BT is None else [jnp.int32]
 
 
 # The kernels.
 
 
 def attention_forward(
-    plan: _Plan, refs: _Operands, out_ref: Any, lse_ref: Any, kept: _Kept, keys: _Ring, values: _Ring, lse_smem: Any
+    plan: _Plan, refs: _Operands, out_ref: Any, lse_ref: Any, own: Kept, keys: Ring, values: Ring, lse_smem: Any
 ) -> None:
     """Output and base-2 log-sum-exp of one block of queries of one head; inf for a query that sees nothing."""
-    place = _queries_place(plan, refs)
-    _as_producer(functools.partial(_send_keys, plan, refs, place, keys, values))
+    place, product = _queries_place(plan, refs), functools.partial(multiply, interpret=plan.interpret)
+    as_producer(functools.partial(_send_keys, plan, refs, place, keys, values))
 
-    @_as_consumer
+    @as_consumer
     def _(consumer: jax.Array) -> None:
         queries = place.block * plan.tile.queries + consumer * (plan.tile.queries // CONSUMERS)
         rows = pl.ds(queries, plan.tile.queries // CONSUMERS)
-        q_smem, *segments = kept.load(consumer, _query_sources(refs, place, rows, refs.q_BTNH))
+        q_smem, *segments = own.load(
+            consumer, [refs.q_BTNH.at[place.batch, rows, place.head], *_segments(refs.query_segments_BT, place, rows)]
+        )
         segments_T, slope = _loaded(segments), _slope(refs, place.head)
         first_query = refs.limits_B3[place.batch, 0] + queries
 
         def tile(step: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             out_TH, highest_T, sums_T = carry
-            stage, block = jax.lax.rem(step, jnp.int32(plan.tile.stages)), place.first + step
+            block = place.first + step
             full = _full(refs, place, block)
-            k_smem, *segments = keys.receive(stage)
-            (scores_TS,) = _multiply(plan, _Product(q_smem, k_smem, transpose=True))
+            k_smem, *segments = keys.receive(step)
+            (scores_TS,) = product(Product(q_smem, k_smem, transpose=True))
             pairs = _Pairs(first_query, block * plan.tile.keys, 0, segments_T, _loaded(segments))
             scores_TS = _masked(plan, refs, place, slope, full, pairs, scores_TS)
-            keys.release(stage)
+            keys.release(step)
             new_highest_T = jnp.maximum(highest_T, jnp.max(scores_TS, axis=1) * plan.log2_scale)
             weights_TS = jnp.exp2(scores_TS * plan.log2_scale - _along(0, new_highest_T, scores_TS))
             shrink_T = jnp.exp2(highest_T - new_highest_T)
             sums_T = sums_T * shrink_T + jnp.sum(weights_TS, axis=1)
             out_TH = out_TH * _along(0, shrink_T, out_TH)
-            (v_smem,) = values.receive(stage)
-            (out_TH,) = _multiply(plan, _Product(weights_TS.astype(plan.dtype), v_smem, sums=out_TH))
-            values.release(stage)
+            (v_smem,) = values.receive(step)
+            (out_TH,) = product(Product(weights_TS.astype(plan.dtype), v_smem, sums=out_TH))
+            values.release(step)
             return out_TH, new_highest_T, sums_T
 
         start_T = jnp.zeros((plan.tile.queries // CONSUMERS,), jnp.float32)
@@ -460,57 +402,55 @@ def attention_forward(
         sums_T = jnp.where(sees_T, sums_T, 1.0)
         q_smem[...] = (out_TH / _along(0, sums_T, out_TH)).astype(plan.dtype)  # in place of the queries, now used up
         lse_smem[consumer] = jnp.where(sees_T, highest_T + jnp.log2(sums_T), jnp.inf)
-        _store(
+        store(
             (q_smem, out_ref.at[place.batch, rows, place.head]),
             (lse_smem.at[consumer], lse_ref.at[place.batch, place.head, rows]),
         )
 
 
-def attention_query_gradients(
-    plan: _Plan, refs: _Operands, dq_ref: Any, kept: _Kept, keys: _Ring, values: _Ring
-) -> None:
+def attention_query_gradients(plan: _Plan, refs: _Operands, dq_ref: Any, own: Kept, keys: Ring, values: Ring) -> None:
     """Gradient of one block of queries of one head."""
-    place = _queries_place(plan, refs)
-    _as_producer(functools.partial(_send_keys, plan, refs, place, keys, values))
+    place, product = _queries_place(plan, refs), functools.partial(multiply, interpret=plan.interpret)
+    as_producer(functools.partial(_send_keys, plan, refs, place, keys, values))
 
-    @_as_consumer
+    @as_consumer
     def _(consumer: jax.Array) -> None:
         queries = place.block * plan.tile.queries + consumer * (plan.tile.queries // CONSUMERS)
         rows = pl.ds(queries, plan.tile.queries // CONSUMERS)
+        matrices = [ref.at[place.batch, rows, place.head] for ref in (refs.q_BTNH, refs.dout_BTNH)]
         statistics = [ref.at[place.batch, place.head, rows] for ref in (refs.lse_BNT, refs.delta_BNT)]
-        dout = refs.dout_BTNH.at[place.batch, rows, place.head]
-        q, *segments = _query_sources(refs, place, rows, refs.q_BTNH)
-        q_smem, dout_smem, lse_smem, delta_smem, *segments = kept.load(consumer, [q, dout, *statistics, *segments])
+        ids = _segments(refs.query_segments_BT, place, rows)
+        q_smem, dout_smem, lse_smem, delta_smem, *segments = own.load(consumer, [*matrices, *statistics, *ids])
         lse_T, delta_T, segments_T = lse_smem[...], delta_smem[...], _loaded(segments)
         slope, first_query = _slope(refs, place.head), refs.limits_B3[place.batch, 0] + queries
 
         def tile(step: jax.Array, dq_TH: jax.Array) -> jax.Array:
-            stage, block = jax.lax.rem(step, jnp.int32(plan.tile.stages)), place.first + step
+            block = place.first + step
             full = _full(refs, place, block)
-            k_smem, *segments = keys.receive(stage)
-            (v_smem,) = values.receive(stage)
-            scores_TS, dweights_TS = _multiply(
-                plan, _Product(q_smem, k_smem, transpose=True), _Product(dout_smem, v_smem, transpose=True)
+            k_smem, *segments = keys.receive(step)
+            (v_smem,) = values.receive(step)
+            scores_TS, dweights_TS = product(
+                Product(q_smem, k_smem, transpose=True), Product(dout_smem, v_smem, transpose=True)
             )
-            values.release(stage)
+            values.release(step)
             pairs = _Pairs(first_query, block * plan.tile.keys, 0, segments_T, _loaded(segments))
             scores_TS = _masked(plan, refs, place, slope, full, pairs, scores_TS)
             weights_TS = jnp.exp2(scores_TS * plan.log2_scale - _along(0, lse_T, scores_TS))
             dscores_TS = weights_TS * (dweights_TS - _along(0, delta_T, scores_TS))
-            (dq_TH,) = _multiply(plan, _Product(dscores_TS.astype(plan.dtype), k_smem, sums=dq_TH))
-            keys.release(stage)
+            (dq_TH,) = product(Product(dscores_TS.astype(plan.dtype), k_smem, sums=dq_TH))
+            keys.release(step)
             return dq_TH
 
         dq_TH = jax.lax.fori_loop(0, place.steps, tile, jnp.zeros(q_smem.shape, jnp.float32))
         q_smem[...] = (dq_TH * plan.scale).astype(plan.dtype)
-        _store((q_smem, dq_ref.at[place.batch, rows, place.head]))
+        store((q_smem, dq_ref.at[place.batch, rows, place.head]))
 
 
 def attention_key_gradients(
-    plan: _Plan, refs: _Operands, dk_ref: Any, dv_ref: Any, kept: _Kept, queries: _Ring, douts: _Ring
+    plan: _Plan, refs: _Operands, dk_ref: Any, dv_ref: Any, own: Kept, queries: Ring, douts: Ring
 ) -> None:
     """Gradients of one block of keys and values of one head, from all its query heads; scores are transposed, [S,T]."""
-    place = _place(refs, jax.lax.axis_index("block"))
+    place, product = _place(refs, jax.lax.axis_index("block")), functools.partial(multiply, interpret=plan.interpret)
     # The walk is over the blocks of the first query head of the group, then over those of the next one.
     steps = place.steps * plan.group
 
@@ -523,49 +463,46 @@ def attention_key_gradients(
     def sources(step: jax.Array) -> tuple[list[Any], list[Any]]:
         head, block = at(place, step)
         rows = pl.ds(block * plan.tile.queries, plan.tile.queries)
-        q, *segments = _query_sources(refs, place._replace(head=head), rows, refs.q_BTNH)
+        q, dout = (ref.at[place.batch, rows, head] for ref in (refs.q_BTNH, refs.dout_BTNH))
         lse, delta = (ref.at[place.batch, head, rows] for ref in (refs.lse_BNT, refs.delta_BNT))
-        return [q, lse, *segments], [refs.dout_BTNH.at[place.batch, rows, head], delta]
+        return [q, lse, *_segments(refs.query_segments_BT, place, rows)], [dout, delta]
 
-    _as_producer(functools.partial(_send, plan, steps, (queries, douts), sources))
+    as_producer(functools.partial(send, steps, (queries, douts), sources))
 
-    @_as_consumer
+    @as_consumer
     def _(consumer: jax.Array) -> None:
         keys = place.block * plan.tile.keys + consumer * (plan.tile.keys // CONSUMERS)
         rows = pl.ds(keys, plan.tile.keys // CONSUMERS)
-        own = [ref.at[place.batch, rows, place.head] for ref in (refs.k_BSKH, refs.v_BSKH)]
-        segments = [] if refs.key_segments_BS is None else [refs.key_segments_BS.at[place.batch, rows]]
-        k_smem, v_smem, *segments = kept.load(consumer, [*own, *segments])
+        matrices = [ref.at[place.batch, rows, place.head] for ref in (refs.k_BSKH, refs.v_BSKH)]
+        k_smem, v_smem, *segments = own.load(consumer, [*matrices, *_segments(refs.key_segments_BS, place, rows)])
         segments_S = _loaded(segments)
 
         def tile(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             dk_SH, dv_SH = carry
-            stage = jax.lax.rem(step, jnp.int32(plan.tile.stages))
             # What follows from the place is read anew, and not kept in registers, of which there are none to spare.
             head, block = at(_place(refs, place.block), step)
             full, slope, offset = _full(refs, place, block), _slope(refs, head), refs.limits_B3[place.batch, 0]
-            q_smem, lse_smem, *segments = queries.receive(stage)
-            (scores_ST,) = _multiply(plan, _Product(k_smem, q_smem, transpose=True))
+            q_smem, lse_smem, *segments = queries.receive(step)
+            (scores_ST,) = product(Product(k_smem, q_smem, transpose=True))
             pairs = _Pairs(offset + block * plan.tile.queries, keys, 1, _loaded(segments), segments_S)
             scores_ST = _masked(plan, refs, place, slope, full, pairs, scores_ST)
             weights_ST = jnp.exp2(scores_ST * plan.log2_scale - _along(1, lse_smem[...], scores_ST))
-            dout_smem, delta_smem = douts.receive(stage)
-            dv_SH, dweights_ST = _multiply(
-                plan,
-                _Product(weights_ST.astype(plan.dtype), dout_smem, sums=dv_SH),
-                _Product(v_smem, dout_smem, transpose=True),
+            dout_smem, delta_smem = douts.receive(step)
+            dv_SH, dweights_ST = product(
+                Product(weights_ST.astype(plan.dtype), dout_smem, sums=dv_SH),
+                Product(v_smem, dout_smem, transpose=True),
             )
             dscores_ST = weights_ST * (dweights_ST - _along(1, delta_smem[...], scores_ST))
-            douts.release(stage)
-            (dk_SH,) = _multiply(plan, _Product(dscores_ST.astype(plan.dtype), q_smem, sums=dk_SH))
-            queries.release(stage)
+            douts.release(step)
+            (dk_SH,) = product(Product(dscores_ST.astype(plan.dtype), q_smem, sums=dk_SH))
+            queries.release(step)
             return dk_SH, dv_SH
 
         zeros = jnp.zeros(k_smem.shape, jnp.float32)
         dk_SH, dv_SH = jax.lax.fori_loop(0, steps, tile, (zeros, zeros))
         k_smem[...] = (dk_SH * plan.scale).astype(plan.dtype)
         v_smem[...] = dv_SH.astype(plan.dtype)
-        _store(*((smem, ref.at[place.batch, rows, place.head]) for smem, ref in ((k_smem, dk_ref), (v_smem, dv_ref))))
+        store(*((smem, ref.at[place.batch, rows, place.head]) for smem, ref in ((k_smem, dk_ref), (v_smem, dv_ref))))
 
 
 # Their parts.
@@ -593,52 +530,19 @@ def _queries_place(plan: _Plan, refs: _Operands) -> _Place:
     return _place(refs, blocks - 1 - jax.lax.axis_index("block"))
 
 
-def _as_producer(body: Callable[[], None]) -> None:
-    @pl.when(jax.lax.axis_index("warpgroup") == CONSUMERS)
-    def _() -> None:
-        plgpu.set_max_registers(REGISTERS[1], action="decrease")
-        body()
-
-
-def _as_consumer(body: Callable[[jax.Array], None]) -> None:
-    warpgroup = jax.lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup < CONSUMERS)
-    def _() -> None:
-        plgpu.set_max_registers(REGISTERS[0], action="increase")
-        body(warpgroup)
-
-
-def _send_keys(plan: _Plan, refs: _Operands, place: _Place, keys: _Ring, values: _Ring) -> None:
+def _send_keys(plan: _Plan, refs: _Operands, place: _Place, keys: Ring, values: Ring) -> None:
     kv = jax.lax.div(place.head, jnp.int32(plan.group))
 
     def sources(step: jax.Array) -> tuple[list[Any], list[Any]]:
         rows = pl.ds((place.first + step) * plan.tile.keys, plan.tile.keys)
-        segments = [] if refs.key_segments_BS is None else [refs.key_segments_BS.at[place.batch, rows]]
-        return [refs.k_BSKH.at[place.batch, rows, kv], *segments], [refs.v_BSKH.at[place.batch, rows, kv]]
+        k, v = (ref.at[place.batch, rows, kv] for ref in (refs.k_BSKH, refs.v_BSKH))
+        return [k, *_segments(refs.key_segments_BS, place, rows)], [v]
 
-    _send(plan, place.steps, (keys, values), sources)
-
-
-def _send(plan: _Plan, steps: jax.Array, rings: tuple[_Ring, ...], sources: Callable[..., Any]) -> None:
-    """The producer's work: what `sources(step)` names goes into the rings."""
-
-    def send(step: jax.Array, _: None) -> None:
-        stage = jax.lax.rem(step, jnp.int32(plan.tile.stages))
-        for ring, blocks in zip(rings, sources(step), strict=True):
-            pl.when(step >= plan.tile.stages)(functools.partial(plgpu.barrier_wait, ring.free.at[stage]))
-            ring.send(stage, blocks)
-
-    jax.lax.fori_loop(0, steps, send, None)
-    for stage in range(plan.tile.stages):  # stay until every block has been used
-        for ring in rings:
-            pl.when(steps > stage)(functools.partial(plgpu.barrier_wait, ring.free.at[stage]))
+    send(place.steps, (keys, values), sources)
 
 
-def _query_sources(refs: _Operands, place: _Place, rows: Any, x_BTNH: Any) -> list[Any]:
-    """A block of rows of one head, and their segment ids if there are any."""
-    segments = [] if refs.query_segments_BT is None else [refs.query_segments_BT.at[place.batch, rows]]
-    return [x_BTNH.at[place.batch, rows, place.head], *segments]
+def _segments(ids: Any, place: _Place, rows: Any) -> list[Any]:
+    return [] if ids is None else [ids.at[place.batch, rows]]
 
 
 def _loaded(segments: list[Any]) -> jax.Array | None:
@@ -697,50 +601,6 @@ def _masked(
     return jax.lax.cond(full, lambda scores: scores, hide, scores)
 
 
-class _Product(NamedTuple):
-    """sums + left @ right, or right^T; `left` may be in registers, `right` is in shared memory."""
-
-    left: Any
-    right: Any
-    sums: jax.Array | None = None
-    transpose: bool = False
-
-
-def _multiply(plan: _Plan, *products: _Product) -> tuple[jax.Array, ...]:
-    """Float32 results of the products, which run one after the other without waiting in between."""
-    starts = tuple(_start(product) for product in products)
-    if plan.interpret:
-        return tuple(start + _plain_product(product) for start, product in zip(starts, products, strict=True))
-
-    def run(sums: tuple[Any, ...]) -> None:
-        for total, product in zip(sums, products, strict=True):
-            right = plgpu.transpose_ref(product.right, (1, 0)) if product.transpose else product.right
-            plgpu.wgmma(total, product.left, right)
-
-    result: tuple[jax.Array, ...] = pl.run_state(run)(tuple(plgpu.ACC.init(start) for start in starts))
-    return result
-
-
-def _start(product: _Product) -> jax.Array:
-    if product.sums is not None:
-        return product.sums
-    columns = product.right.shape[0 if product.transpose else 1]
-    return jnp.zeros((product.left.shape[0], columns), jnp.float32)
-
-
-def _plain_product(product: _Product) -> jax.Array:
-    contracted = (((1,), (1 if product.transpose else 0,)), ((), ()))
-    return jax.lax.dot_general(product.left[...], product.right[...], contracted, preferred_element_type=jnp.float32)
-
-
 def _along(axis: int, x: jax.Array, like: jax.Array) -> jax.Array:
     """A vector that lies along `axis` of a matrix, repeated over the other axis."""
     return jax.lax.broadcast_in_dim(x, like.shape, [axis])
-
-
-def _store(*copies: tuple[Any, Any]) -> None:
-    """Shared to global memory."""
-    plgpu.commit_smem()
-    for source, target in copies:
-        plgpu.copy_smem_to_gmem(source, target)
-    plgpu.wait_smem_to_gmem(0)
