@@ -7,6 +7,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,10 @@ def _pass_rows(
     target: Target, case: Case, kernel: Kernel, which: str, dump: Path, blocks: Any = None
 ) -> list[dict[str, Any]]:
     function, arguments = program(kernel, case, which, blocks)
-    for file in dump.iterdir():  # of the pass before
-        file.unlink()
+    shutil.rmtree(dump)  # of the pass before
+    dump.mkdir()
     compiled = _compile(target, function, arguments, f"{kernel.name}_{which}")
-    files = sorted(dump.iterdir())
+    files = sorted(file for file in dump.iterdir() if file.is_file())
     text = compiled.as_text()
     memory = compiled.memory_analysis()
     shape, size = hlo.largest(text)
@@ -84,7 +85,7 @@ def _pass_rows(
         "program_bytes": hlo.moved(text),
     }
     common |= _counted(kernel, case, which, blocks)
-    entries = ptxas.kernels(target, files) if target.platform == "gpu" else mosaic.kernels(target, files, text)
+    entries = ptxas.kernels(target, files, text) if target.platform == "gpu" else mosaic.kernels(target, files, text)
     return [common | entry for entry in entries] or [common]
 
 

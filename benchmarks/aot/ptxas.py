@@ -23,6 +23,7 @@ THREADS = re.compile(r"\.(?:reqntid|maxntid) (\d+)(?:, (\d+))?(?:, (\d+))?")
 THUNK = re.compile(
     r"kCustomKernel.*?\] (?P<name>\S+) grid: \[(?P<grid>[^\]]*)\].*?shared_memory: (?P<shared>\d+) bytes"
 )
+PALLAS = re.compile(r'op_name="[^"]*?([\w.-]+)/pallas_call"')
 MOSAIC_LAUNCH = re.compile(r"gpu\.launch .*?in \(([^)]*)\) threads.*?dynamic_shared_memory_size %c(\d+)")
 
 
@@ -109,12 +110,14 @@ def occupancy(target: Target, registers: int, shared: int, num_threads: int) -> 
     return Occupancy(allowed[limit], allowed[limit] * warps / target.warp_slots, limit)
 
 
-def kernels(target: Target, files: list[Path]) -> list[dict[str, object]]:
-    """One entry per kernel that Pallas made, from the files that one compilation wrote."""
+def kernels(target: Target, files: list[Path], hlo: str) -> list[dict[str, object]]:
+    """One entry per kernel that Pallas made, from the files that one compilation wrote and its optimised HLO."""
     launches: dict[str, Launch] = {}
     for file in files:
         if file.name.endswith("thunk_sequence.txt"):
             launches |= parse_thunks(file.read_text())
+    names = set(PALLAS.findall(hlo))  # not XLA's own fusions
+    launches = {name: launch for name, launch in launches.items() if name in names}
     found = []
     for file in sorted(files):
         if file.suffix == ".ptx" and file.stat().st_size:
@@ -128,7 +131,7 @@ def _of_ptx(target: Target, file: Path, launches: dict[str, Launch]) -> list[dic
     for compiled in parse_ptxas(_run_ptxas(target, file)):
         passes = file.with_name(f"{file.stem}.mlir-passes.log")  # of the Mosaic back end
         launch = parse_mosaic_launch(passes.read_text()) if passes.exists() else launches.get(compiled.name)
-        if launch is None:  # one of XLA's own fusions
+        if launch is None:
             continue
         num_threads = threads(ptx)
         shared = launch.shared + compiled.static_shared
