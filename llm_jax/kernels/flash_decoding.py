@@ -46,9 +46,9 @@ FIRST, LAST, HOLES, SEGMENT, QUERY_INDEX = range(5)
 def row_integers(mask: AttentionMask, batch: int, num_keys: int) -> jax.Array:
     """Int32 [5, B]: what a kernel has to know of each row's mask.
 
-    The visible keys lie in [FIRST, LAST), tightly; HOLES is 1 if some keys between are hidden, and 0 if none. As
-    causality, windows and lengths cut off the ends only, a key between is visible iff its segment id is the query's,
-    SEGMENT. QUERY_INDEX is for ALiBi.
+    The visible keys lie in [FIRST, LAST), tightly, both 0 where there are none; HOLES is 1 if some keys between are
+    hidden, and 0 if none. As causality, windows and lengths cut off the ends only, a key between is visible iff its
+    segment id is the query's, SEGMENT. QUERY_INDEX is for ALiBi.
     """
     visible_B11S = mask.visible(1, num_keys)
     visible = True if visible_B11S is None else visible_B11S[:, 0, 0]

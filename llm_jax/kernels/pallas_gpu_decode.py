@@ -153,7 +153,7 @@ def _kernel(blocks: Blocks, size: tuple[int, int], inputs: _Inputs, out_ref: Any
         seen_S = _seen(inputs, row, keys, index_S)
         k_SH = plgpu.load(inputs.k.at[keys], mask=seen_S[:, None] & real_H[None, :], other=0)
         v_SH = plgpu.load(inputs.v.at[keys], mask=seen_S[:, None] & real_H[None, :], other=0)
-        scores_RS = pl.dot(q_RH, k_SH.astype(q_RH.dtype), trans_b=True) * size[1] ** -0.5
+        scores_RS = plgpu.dot(q_RH, k_SH.astype(q_RH.dtype), trans_b=True) * size[1] ** -0.5
         if inputs.k_scale is not None:
             scores_RS *= plgpu.load(inputs.k_scale.at[keys], mask=seen_S, other=0.0)[None, :]
         if slopes_R is not None:
@@ -165,7 +165,7 @@ def _kernel(blocks: Blocks, size: tuple[int, int], inputs: _Inputs, out_ref: Any
         if inputs.v_scale is not None:
             weights_RS *= plgpu.load(inputs.v_scale.at[keys], mask=seen_S, other=0.0)[None, :]
         dtype = product_dtype(q_RH.dtype, inputs.v_scale is not None)
-        products_RH = pl.dot(weights_RS.astype(dtype), v_SH.astype(dtype))
+        products_RH = plgpu.dot(weights_RS.astype(dtype), v_SH.astype(dtype))
         return new_highest_R, sums_R, out_RH * shrink_R[:, None] + products_RH
 
     nothing = (jnp.full(rows, LOWEST, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros((rows, width), jnp.float32))

@@ -73,11 +73,13 @@ def expected(q, slots, mask):
         np.asarray(array, np.float64) * (1.0 if scale is None else np.asarray(scale, np.float64))
         for array, scale in ((slots.key, slots.key_scale), (slots.value, slots.value_scale))
     )
+    mask = jax.tree.map(np.asarray, mask)
     return oracle.attention(q, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3), mask, np.zeros(q.shape))[0]
 
 
 def visible(mask, B, S):
     """Bool [B, S], by the definition."""
+    mask = jax.tree.map(np.asarray, mask)
     return np.array([[oracle.sees(mask, b, 0, s) for s in range(S)] for b in range(B)])
 
 
