@@ -17,7 +17,7 @@ ptxas info    : Function properties for backward
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
 """
-THUNKS = """001: kCustomKernel [source | next=002] forward grid: [32, 1, 8] threads: [9, 1, 1]  shared_memory: 98304 bytes
+THUNKS = """001: kCustomKernel [source | next=002] forward grid: [32, 1, 8] threads: [9]  shared_memory: 98304 bytes
 002: kCustomKernel [prev=001 (1) | sink     ] backward grid: [1, 8, 64] threads: [128, 1, 1]  shared_memory: 256 bytes
 003: kGemm [prev=002 (1) | sink     ] gemm
 """
