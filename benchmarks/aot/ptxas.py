@@ -23,7 +23,7 @@ THREADS = re.compile(r"\.(?:reqntid|maxntid) (\d+)(?:, (\d+))?(?:, (\d+))?")
 THUNK = re.compile(
     r"kCustomKernel.*?\] (?P<name>\S+) grid: \[(?P<grid>[^\]]*)\].*?shared_memory: (?P<shared>\d+) bytes"
 )
-PALLAS = re.compile(r'op_name="[^"]*?([\w.-]+)/pallas_call"')
+PALLAS = re.compile(r'"__gpu\$xla\.gpu\.triton".*? name = "([^"]+)"')
 MOSAIC_LAUNCH = re.compile(r"gpu\.launch .*?in \(([^)]*)\) threads.*?dynamic_shared_memory_size %c(\d+)")
 
 

@@ -136,7 +136,7 @@ def test_a_gpu_kernel_from_its_files(tmp_path, monkeypatch):
     (tmp_path / "m.1.ptx").write_text(PTX)
     (tmp_path / "m.2.ptx").write_text("")
     monkeypatch.setattr(ptxas, "_run_ptxas", lambda target, file: PTXAS)
-    program = 'custom-call(), metadata={op_name="jit(f)/jvp()/forward/pallas_call" stack_frame_id=5}'
+    program = 'custom-call(), custom_call_target="__gpu$xla.gpu.triton", backend_config={ir = "ML", name = "forward"}'
     (row,) = ptxas.kernels(TARGETS["a100"], sorted(tmp_path.iterdir()), program)
     assert row["kernel"] == "forward"  # "backward" is no kernel of Pallas in that program
     assert (row["registers"], row["spilled_bytes"], row["shared_bytes"], row["grid"]) == (
