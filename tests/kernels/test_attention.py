@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.errors import UserError
@@ -23,6 +23,7 @@ from tests.kernels import oracle
 from tests.kernels.strategies import problems
 
 FORMS = ("reference", "chunked")
+NO_RULES = AttentionMask()
 SAVED = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
 
 
@@ -265,15 +266,39 @@ def test_the_materialised_mask_and_bias_agree_with_the_definition():
     assert AttentionMask(causal=False).visible(3, 3) is None and AttentionMask().bias(3, 3) is None
 
 
-def test_auto_chooses_by_length_and_says_so_once():
+def chosen(q, k, v, mask=NO_RULES):
+    """What "auto" says, tracing only."""
     choice.announce.cache_clear()
     with mock.patch.object(choice.logger, "info") as info:
-        for length in (16, 16, 2048):
-            q, k, v, _ = inputs(1, length, length, 1, 1, 4)
-            jax.eval_shape(lambda *x: attention(*x, AttentionMask()), q, k, v)
-    said = [call.args[0] % call.args[1:] for call in info.call_args_list]
-    assert len(said) == 2 and "reference" in said[0] and "chunked" in said[1]
-    assert "16 queries" in said[0] and "memory linear" in said[1]
+        for _ in range(2):
+            jax.eval_shape(lambda *x: attention(*x, mask), q, k, v)
+    (said,) = [call.args[0] % call.args[1:] for call in info.call_args_list]  # once, however often it is called
+    return said
+
+
+def test_auto_chooses_by_length_and_says_so_once():
+    short, long = chosen(*inputs(1, 16, 16, 1, 1, 4)[:3]), chosen(*inputs(1, 2048, 2048, 1, 1, 4)[:3])
+    assert "reference" in short and "16 queries" in short
+    assert "chunked" in long and "memory linear" in long
+
+
+DEVICES = {"gpu": "NVIDIA A100-SXM4-80GB", "tpu": "TPU v5p", "cpu": "cpu"}
+WANTED = {
+    "the GPU's kernel": ("gpu", 64, jnp.bfloat16, "pallas_gpu (the first on gpu that serves)"),
+    "the TPU's kernel": ("tpu", 64, jnp.bfloat16, "pallas_tpu (the first on tpu that serves)"),
+    "no kernel for this head dim": ("gpu", 80, jnp.bfloat16, "memory linear in the length; not pallas_gpu: "),
+    "no kernel for this dtype": ("tpu", 64, jnp.float16, "memory linear in the length; not pallas_tpu: "),
+    "no kernel for this platform": ("cpu", 64, jnp.bfloat16, "memory linear in the length)"),
+}
+
+
+@pytest.mark.parametrize("case", WANTED)
+def test_auto_takes_the_platforms_kernel_or_says_why_not(case):
+    platform, head_dim, dtype, message = WANTED[case]
+    device = AbstractDevice(device_kind=DEVICES[platform], num_cores=None, platform=platform)
+    mesh = AbstractMesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert message in chosen(*(jax.ShapeDtypeStruct((1, 2048, 1, head_dim), dtype) for _ in range(3)))
 
 
 def test_a_kernel_that_cannot_serve_is_refused_with_its_reason():
@@ -298,7 +323,15 @@ MISTAKES = {
     ),
     "must be given together": ((1, 4, 4, 2, 2, 8), {"key_segment_ids": jnp.ones((1, 4), int)}, "auto"),
     "mask.window=-1 must be positive": ((1, 4, 4, 2, 2, 8), {"window": -1}, "auto"),
+    "mask.window=-2 must be positive": ((1, 4, 4, 2, 2, 8), {"window": np.int32(-2)}, "auto"),
+    "mask.window has dtype float32, expected integers": ((1, 4, 4, 2, 2, 8), {"window": 3.0}, "auto"),
     "mask.slopes has shape": ((1, 4, 4, 2, 2, 8), {"slopes": jnp.ones(3)}, "auto"),
+    "mask.slopes has dtype int32, expected floating point": ((1, 4, 4, 2, 2, 8), {"slopes": jnp.arange(2)}, "auto"),
+    "'pallas_gpu' cannot serve: it runs on gpu, and the devices here are cpu": (
+        (1, 4, 4, 2, 2, 64),
+        {},
+        "pallas_gpu",
+    ),
     "did you mean 'chunked'": ((1, 4, 4, 2, 2, 8), {}, "chunkd"),
 }
 
@@ -309,3 +342,11 @@ def test_mistakes_are_one_line(message):
     with pytest.raises(UserError, match=message) as error:
         attention(*inputs(*shape)[:3], AttentionMask(**fields), implementation=form)
     assert "\n" not in str(error.value)
+
+
+def test_dtypes_that_differ_or_are_not_served_are_one_line():
+    q, k, v, _ = inputs(1, 4, 4, 1, 1, 8)
+    with pytest.raises(UserError, match="must have one dtype, got float32, bfloat16, float32"):
+        attention(q, k.astype(jnp.bfloat16), v, NO_RULES)
+    with pytest.raises(UserError, match="dtype int32 is not one of bfloat16, float16, float32"):
+        attention(*(x.astype(jnp.int32) for x in (q, k, v)), NO_RULES)
