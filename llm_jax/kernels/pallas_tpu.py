@@ -39,8 +39,11 @@ HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 DTYPES = ("bfloat16", "float32")
 LOG2E = math.log2(math.e)
 
-# What a step of the grid does; one integer holds all four.
+# A step of the grid is an int32: above four flags 13 bits for the inner block, above those 14 for the outer one.
 _BEGINS, _ENDS, _VISITS, _FULL = 1, 2, 4, 8
+_INNER, _OUTER = 4, 17
+# The list of steps lies in scalar memory, 1 MiB on these chips, which the compiler wants a part of.
+_LARGEST_LIST = 900 * 1024
 
 
 class Blocks(NamedTuple):
@@ -60,7 +63,12 @@ def refuses(problem: Problem) -> str | None:
     """Why these kernels cannot serve a problem, or None."""
     if problem.platform != "tpu":
         return f"it runs on TPUs, not on {problem.platform}"
-    return _unsupported(problem.dtype, problem.head_dim)
+    by_row = {"query_segment_ids", "key_lengths", "query_offset"} & set(problem.features)
+    rows = problem.batch if by_row else 1
+    blocks = default_blocks(problem.dtype, problem.head_dim)
+    return _unsupported(problem.dtype, problem.head_dim) or _too_long(
+        rows, problem.num_queries, problem.num_keys, blocks
+    )
 
 
 def _unsupported(dtype: str, head_dim: int) -> str | None:
@@ -69,6 +77,13 @@ def _unsupported(dtype: str, head_dim: int) -> str | None:
     if head_dim not in HEAD_DIMS:
         return f"its head dims are {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     return None
+
+
+def _too_long(rows: int, num_queries: int, num_keys: int, blocks: Blocks) -> str | None:
+    tiles = max(pl.cdiv(num_queries, size.queries) * pl.cdiv(num_keys, size.keys) for size in blocks)
+    if 4 * rows * tiles <= _LARGEST_LIST:
+        return None
+    return f"the list of {tiles} tiles for each of {rows} masks does not fit into scalar memory: take larger blocks"
 
 
 def tpu_attention(
@@ -93,7 +108,8 @@ def tpu_attention(
       blocks: sizes of the tiles; None takes `default_blocks`.
       interpret: run on any platform, slowly; blocks may then be of any size.
 
-    Raises `UserError` for another dtype or head dim, and for blocks that are not multiples of 128 unless interpreted.
+    Raises `UserError` for another dtype or head dim, for lengths of more tiles than scalar memory can list, and for
+    blocks that are not multiples of 128 unless interpreted.
     """
     dtype, head_dim = str(q_BTNH.dtype), q_BTNH.shape[3]
     refusal = _unsupported(dtype, head_dim)
@@ -102,10 +118,13 @@ def tpu_attention(
     for sizes in blocks:
         fits = interpret or all(size % LANES == 0 for size in sizes)
         require(fits, f"attention on TPUs: blocks must be multiples of {LANES}, not {tuple(sizes)}")
+    plan = _plan(q_BTNH, k_BSKH, mask, blocks, interpret)
+    refusal = _too_long(plan.batch if plan.by_row else 1, plan.queries, plan.keys, plan.blocks)
+    require(refusal is None, f"attention on TPUs: {refusal}")
     if mask.query_scale is not None:
         scale_BT11 = jax.lax.stop_gradient(mask.query_scale)[:, :, None, None]
         q_BTNH = (q_BTNH.astype(jnp.float32) * scale_BT11).astype(q_BTNH.dtype)
-    return _attention(_plan(q_BTNH, k_BSKH, mask, blocks, interpret), q_BTNH, k_BSKH, v_BSKH, mask)
+    return _attention(plan, q_BTNH, k_BSKH, v_BSKH, mask)
 
 
 class _Plan(NamedTuple):
@@ -259,28 +278,20 @@ def _row(plan: _Plan, size: Tile, row_BN1T: jax.Array) -> jax.Array:
     return _pad(row_BN1T, _whole(plan.queries, size.queries))
 
 
-class _Steps(NamedTuple):
-    """The tiles to visit, in order, int32 [R*C] for R lists of C steps: the blocks of the side that a kernel writes
-    (`outer`) and of the other one (`inner`), and what to do there (`flags`)."""
-
-    outer: jax.Array
-    inner: jax.Array
-    flags: jax.Array
-
-
 class _Scalars(NamedTuple):
     """What the kernels and their index maps read from scalar memory."""
 
-    steps: _Steps
+    steps: jax.Array  # [R*C], for R lists of C steps
     window: jax.Array  # [1]
     offset: jax.Array  # [B]
     lengths: jax.Array  # [B], of the keys
     slopes: jax.Array  # [N]
 
 
-def _steps(found: ranges.Ranges, inner_blocks: int) -> tuple[_Steps, jax.Array]:
-    """The lists of steps for ranges [R,X], and how many steps the longest one has.
+def _steps(found: ranges.Ranges, inner_blocks: int) -> tuple[jax.Array, jax.Array]:
+    """The tiles to visit in order, int32 [R*C] for ranges [R,X], and how many steps the longest list has.
 
+    A step is a block of the side that a kernel writes (the outer one) with a block of the other, and what to do there.
     A block without a visible pair still gets a step that writes its zeros. Steps beyond the end of a list repeat the
     last blocks, so that nothing is fetched for them.
     """
@@ -306,8 +317,8 @@ def _steps(found: ranges.Ranges, inner_blocks: int) -> tuple[_Steps, jax.Array]:
         + _FULL * full_RC
     )
     inner_RC = jnp.clip(here_RC, 0, jnp.maximum(of(found.last) - 1, 0))
-    steps = _Steps(outer_RC.ravel(), inner_RC.ravel(), flags_RC.astype(jnp.int32).ravel())
-    return steps, jnp.max(ends_RX[:, -1])
+    steps_RC = (outer_RC << _OUTER) | (inner_RC << _INNER) | flags_RC.astype(jnp.int32)
+    return steps_RC.ravel(), jnp.max(ends_RX[:, -1])
 
 
 class _Place(NamedTuple):
@@ -330,7 +341,9 @@ def _locate(plan: _Plan, size: Tile, by_keys: bool, *grid: Any) -> _Place:
     inner_heads = plan.group if by_keys else 1
     stride = pl.cdiv(plan.queries, size.queries) * pl.cdiv(plan.keys, size.keys)
     at = (b * stride if plan.by_row else 0) + step
-    outer, inner, flags = (array[at] for array in scalars.steps)
+    packed = scalars.steps[at]
+    outer, inner = packed >> _OUTER, (packed >> _INNER) & ((1 << (_OUTER - _INNER)) - 1)
+    flags = packed & ((1 << _INNER) - 1)
     n = h * inner_heads + g
     full = (flags & _FULL) != 0
     return _Place(
@@ -405,7 +418,7 @@ def _call(
     return results
 
 
-def _scalars(plan: _Plan, mask: AttentionMask, steps: _Steps) -> _Scalars:
+def _scalars(plan: _Plan, mask: AttentionMask, steps: jax.Array) -> _Scalars:
     offset = jnp.asarray(0 if mask.query_offset is None else mask.query_offset, jnp.int32)
     lengths = plan.keys if mask.key_lengths is None else jnp.minimum(mask.key_lengths, plan.keys)
     return _Scalars(

@@ -210,7 +210,8 @@ def listed(mask, by_keys, length=64, tile=(16, 8)):
     side = query_ranges if by_keys else key_ranges
     inner_blocks = length // tile[0 if by_keys else 1]
     steps, count = jax.jit(lambda: pallas_tpu._steps(side(mask, 1, length, length, tile), inner_blocks))()
-    return np.stack([np.asarray(x) for x in steps], axis=1)[: int(count)]
+    steps = np.asarray(steps)[: int(count)]
+    return np.stack([steps >> 17, (steps >> 4) % 2**13, steps % 2**4], axis=1)
 
 
 @pytest.mark.parametrize("by_keys", [False, True])
@@ -325,6 +326,9 @@ def test_refusals():
     assert "on TPUs, not on cpu" in pallas_tpu.refuses(PROBLEM._replace(platform="cpu"))
     assert "not float16" in pallas_tpu.refuses(PROBLEM._replace(dtype="float16"))
     assert "32, 64, 96, 128, 192, 256, not 80" in pallas_tpu.refuses(PROBLEM._replace(head_dim=80))
+    long = PROBLEM._replace(batch=64, num_queries=2**16, num_keys=2**16)
+    assert pallas_tpu.refuses(long) is None
+    assert "16384 tiles for each of 64 masks" in pallas_tpu.refuses(long._replace(features=("key_lengths",)))
 
 
 def test_splash_refusals():
