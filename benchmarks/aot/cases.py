@@ -38,8 +38,8 @@ class Case(NamedTuple):
         return dataclasses.replace(self.mask(), query_offset=lengths_B - 1, key_lengths=lengths_B)
 
     def one_group(self) -> "Case":
-        """One key/value head and its queries in one row: the whole is so many times as much work."""
-        return self._replace(num_heads=self.num_heads // self.num_kv_heads, num_kv_heads=1, batch=1, decode_batch=1)
+        """One key/value head and its queries in one row: in training the whole is so many times as much work."""
+        return self._replace(num_heads=self.num_heads // self.num_kv_heads, num_kv_heads=1, batch=1)
 
     def everything_visible(self) -> "Case":
         """The same without its mask, whose tiles are all the tiles."""

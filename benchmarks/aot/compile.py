@@ -104,14 +104,18 @@ def _compile(target: Target, function: Any, arguments: Any, name: str) -> Any:
 
 def _counted(kernel: Kernel, case: Case, which: str, blocks: Any) -> dict[str, Any]:
     """Bytes and products of the Pallas kernels by their construction, over all heads and rows."""
+    groups = case.batch * case.num_kv_heads
+    if which == "decode":  # how a cache is split depends on all rows and heads
+        part, groups = case, 1
+    else:
+        part = case.one_group()
     try:
-        work = _work(kernel, case.one_group(), which, blocks)
-        dense = _work(kernel, case.one_group().everything_visible(), which, blocks)
+        work = _work(kernel, part, which, blocks)
+        dense = _work(kernel, part.everything_visible(), which, blocks)
     except Exception as reason:  # beside `NotCounted`, what a program with unknown operations may raise
         return {"not_counted": one_line(reason)}
     if not work:
         return {}
-    groups = case.num_kv_heads * (case.decode_batch if which == "decode" else case.batch)
     return {
         "moved_bytes": groups * sum(entry.bytes_read + entry.bytes_written for entry in work.values()),
         "flops": groups * sum(entry.flops for entry in work.values()),

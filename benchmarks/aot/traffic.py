@@ -151,6 +151,8 @@ class _Walk:
     def __init__(self, jaxpr: Any, mapping: Any, numbers: list[np.ndarray | None], grid: tuple[int, ...]):
         self.jaxpr, self.mapping, self.numbers, self.grid = jaxpr, mapping, numbers, grid
         self.place: tuple[int, ...] = ()
+        # The kernel does not know of axes that vmap added.
+        self.own_axes = [axis for axis in range(len(grid)) if axis not in mapping.vmapped_dims]
         self.work = Work()
         self.plain: dict[int, tuple[Any, Work | None]] = {}  # loop bodies that are the same every time
 
@@ -189,9 +191,9 @@ class _Walk:
         name = equation.primitive.name
         inner = _inner_jaxpr(equation)
         if name == "program_id":
-            return [self.place[equation.params["axis"]]]
+            return [self.place[self.own_axes[equation.params["axis"]]]]
         if name == "num_programs":
-            return [self.grid[equation.params["axis"]]]
+            return [self.grid[self.own_axes[equation.params["axis"]]]]
         if name in _LOADS or name in _STORES:
             return self.access(equation, values, name in _STORES)
         if name == "dot_general":

@@ -47,6 +47,13 @@ def test_loops_run_as_far_as_they_would(limits, visited):
     assert work.bytes_written == 4 * block
 
 
+def test_axes_that_vmap_adds_are_not_the_kernels_own():
+    work = traffic.count(
+        jax.vmap(run_triangle(jnp.asarray([9, 1, 0, 9]))), jax.ShapeDtypeStruct((3, 64, 16), "float32")
+    )
+    assert work["triangle"].flops == 3 * 6 * 2 * 16**3
+
+
 def test_a_loop_that_depends_on_data_is_not_counted():
     limits = jax.ShapeDtypeStruct((4,), jnp.int32)
     with pytest.raises(traffic.NotCounted, match="a loop depends on data"):
