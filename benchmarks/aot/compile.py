@@ -74,11 +74,12 @@ def _pass_rows(
     files = sorted(file for file in dump.iterdir() if file.is_file())
     text = compiled.as_text()
     memory = compiled.memory_analysis()
-    shape, size = hlo.largest(text)
+    buffers = hlo.in_memory(text)
+    shape, size = hlo.largest(buffers)
     common: dict[str, Any] = {
         "largest_array": shape,
         "largest_bytes": size,
-        "has_scores": which != "decode" and hlo.has_scores(text, case.length, case.length),
+        "has_scores": which != "decode" and hlo.has_scores(buffers, case.length, case.length),
         "temporary_bytes": memory.temp_size_in_bytes,
         "least_bytes": cases.least_bytes(case, which),
         "least_flops": cases.least_flops(case, which),

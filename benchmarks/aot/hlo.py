@@ -25,6 +25,13 @@ def size(kind: str, dimensions: tuple[int, ...]) -> int:
     return each
 
 
+def in_memory(text: str) -> str:
+    """The program without the insides of its fusions and reductions, whose arrays are never in memory."""
+    inside = set(re.findall(r"(?:calls|to_apply)=%([\w.-]+)", text))
+    blocks = re.split(r"\n(?=(?:ENTRY )?%)", text)
+    return "\n".join(block for block in blocks if block.split(" ")[0].lstrip("%") not in inside)
+
+
 def largest(text: str) -> tuple[str, int]:
     """The largest array of a program as it is written in it, and its bytes."""
     kind, dimensions = max(arrays(text), key=lambda array: size(*array))

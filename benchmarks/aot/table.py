@@ -47,8 +47,8 @@ def _largest(row: Row) -> str:
 
 
 def _moved(row: Row) -> float:
-    """Of a Pallas kernel by its construction, of anything else by the operations in its program."""
-    return row["moved_bytes"] if "moved_bytes" in row else row["program_bytes"]
+    """Of Pallas kernels by their construction, of anything else by the operations in its program."""
+    return row["moved_bytes"] if "kernel" in row else row["program_bytes"]
 
 
 HEAD: Columns = {

@@ -56,6 +56,7 @@ HLO = """HloModule jit_forward
 
 %inner (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
+  %large = f32[999999]{0} broadcast(%p)
   ROOT %copy = f32[8]{0} copy(%p)
 }
 
@@ -149,7 +150,8 @@ def test_a_gpu_kernel_from_its_files(tmp_path, monkeypatch):
 
 
 def test_arrays_of_a_program():
-    assert hlo.largest(HLO) == ("f32[2,64,64]", 2 * 64 * 64 * 4)
+    assert hlo.largest(HLO)[0] == "f32[999999]"
+    assert hlo.largest(hlo.in_memory(HLO)) == ("f32[2,64,64]", 2 * 64 * 64 * 4)
     assert hlo.has_scores(HLO, 64, 64)
     assert not hlo.has_scores(HLO, 65, 65)
     q, scores = 64 * 2 * 8 * 2, 2 * 64 * 64 * 4 + 4 * 4
