@@ -52,10 +52,21 @@ class Blocks(NamedTuple):
     query_gradients: Pass
 
 
-# By head dim and bytes per element.
+# By head dim and bytes per element: the largest tiles that compile without spilling registers for an A100, with every
+# rule of the mask in use, and that also fit into the shared memory of smaller cards (99 KB).
 BLOCKS = {
-    (64, 2): Blocks(Pass(128, 64, 4, 3), Pass(64, 64, 4, 2), Pass(64, 64, 4, 2)),
-    (128, 2): Blocks(Pass(128, 64, 8, 2), Pass(64, 64, 8, 2), Pass(64, 64, 8, 2)),
+    (32, 2): Blocks(Pass(128, 64, 4, 2), Pass(64, 64, 4, 2), Pass(64, 64, 4, 2)),
+    (64, 2): Blocks(Pass(128, 64, 4, 2), Pass(32, 128, 8, 2), Pass(128, 64, 8, 2)),
+    (96, 2): Blocks(Pass(128, 64, 8, 2), Pass(32, 64, 4, 2), Pass(128, 32, 8, 2)),
+    (128, 2): Blocks(Pass(128, 64, 8, 2), Pass(64, 64, 8, 2), Pass(128, 32, 8, 2)),
+    (192, 2): Blocks(Pass(128, 16, 8, 2), Pass(32, 32, 8, 2), Pass(64, 32, 8, 2)),
+    (256, 2): Blocks(Pass(64, 32, 8, 2), Pass(32, 32, 8, 2), Pass(32, 32, 8, 2)),
+    (32, 4): Blocks(Pass(64, 64, 4, 2), Pass(32, 64, 4, 2), Pass(64, 32, 4, 2)),
+    (64, 4): Blocks(Pass(64, 64, 4, 2), Pass(32, 64, 4, 2), Pass(64, 32, 4, 2)),
+    (96, 4): Blocks(Pass(64, 32, 4, 2), Pass(32, 32, 4, 2), Pass(32, 32, 4, 2)),
+    (128, 4): Blocks(Pass(64, 32, 4, 2), Pass(32, 32, 4, 2), Pass(32, 32, 4, 2)),
+    (192, 4): Blocks(Pass(32, 32, 4, 2), Pass(16, 32, 4, 2), Pass(32, 16, 4, 2)),
+    (256, 4): Blocks(Pass(32, 16, 4, 2), Pass(16, 16, 4, 2), Pass(16, 16, 4, 2)),
 }
 
 
@@ -244,6 +255,8 @@ def _operands(
     )
 
 
+# Each under `jax.jit`, for its own sake (layers share one trace) and because remat drops a dead jit, not a dead kernel.
+@functools.partial(jax.jit, static_argnames=("kernel", "plan", "outputs", "interpret"))
 def _call_by_queries(
     kernel: Callable[..., None],
     plan: _Plan,
@@ -278,6 +291,7 @@ def _call_by_queries(
     return _call(kernel, plan, (X, N, B), operands, specs, outputs, out_specs, interpret)
 
 
+@functools.partial(jax.jit, static_argnames=("kernel", "plan", "outputs", "interpret"))
 def _call_by_keys(
     kernel: Callable[..., None],
     plan: _Plan,
