@@ -92,6 +92,7 @@ def test_donated_steps_on_a_mesh_are_those_of_the_reference():
     assert_close(steps("pallas_gpu"), steps("reference"))
 
 
+@pytest.mark.slow
 def test_mapped_over_runs():
     """As sweeps train: the same step for several sets of parameters at once."""
     stacked = jax.vmap(functools.partial(models.init, MODEL))(jax.random.split(jax.random.key(1), 2))
