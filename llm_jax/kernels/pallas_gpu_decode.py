@@ -25,7 +25,7 @@ from llm_jax.kernels.reference import HIDDEN, LOWEST
 
 DTYPES = ("bfloat16", "float16", "float32")
 LONGEST_HEAD = 256
-PROGRAMS = 512  # about four for each multiprocessor of an A100 or H100, which is what fits on one
+PROGRAMS = 512  # at least: about four for each multiprocessor of an A100 or H100
 LEAST_KEYS = 128  # of a split: below, its output in float32 weighs too much against what it reads
 LEAST_ROWS = 16  # what a tensor core multiplies at once
 BLOCK_BYTES = 16 * 1024  # of keys that a program has on the way at once, and as many of values
@@ -37,7 +37,7 @@ class Blocks(NamedTuple):
     keys: int
     splits: int
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
 
 
 def refuses(problem: Problem) -> str | None:
@@ -52,11 +52,11 @@ def refuses(problem: Problem) -> str | None:
 def default_blocks(slots: Slots) -> Blocks:
     """Blocks of at most `BLOCK_BYTES`, and enough splits for `PROGRAMS` programs if the cache is as long as that."""
     B, K, S, H = slots.key.shape
-    # An int8 block is widened in registers, so that it counts like one of 16 bits.
-    width = pl.next_power_of_2(H) * max(slots.key.dtype.itemsize, 2)
-    keys = max(16, min(BLOCK_BYTES // width, 128, pl.next_power_of_2(S)))
-    warps = 8 if slots.key.dtype == jnp.int8 else 4  # the widened block takes twice the registers
-    return Blocks(keys, max(1, min(PROGRAMS // (B * K), S // LEAST_KEYS)), warps)
+    # Codes are widened to float32 in registers before they are what the products want, and count like that.
+    itemsize = 4 if slots.key.dtype == jnp.int8 else slots.key.dtype.itemsize
+    keys = BLOCK_BYTES // (pl.next_power_of_2(H) * itemsize)
+    splits = min(pl.cdiv(PROGRAMS, B * K), S // LEAST_KEYS)
+    return Blocks(max(16, min(keys, 128, pl.next_power_of_2(S))), max(1, splits))
 
 
 class _Inputs(NamedTuple):
