@@ -9,9 +9,12 @@ counts when the pipeline fetches it: when its place differs from that of the ste
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import operator
+import re
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +74,7 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "div": lambda x, y: math.trunc(x / y),
     "rem": lambda x, y: int(math.fmod(x, y)),
 }
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
+_CALLS = ("jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "checkpoint")
 _LOADS = ("get", "masked_load", "load")
 _STORES = ("swap", "masked_swap", "store", "addupdate")
 
@@ -95,16 +98,16 @@ def _outer(jaxpr: Any, consts: Any, inputs: list[Any], found: dict[str, Work]) -
         values = [read(atom) for atom in equation.invars]
         name = equation.primitive.name
         inner = _inner_jaxpr(equation)
-        if name == "pallas_call":
+        if name in ("pallas_call", "mpmd_map"):
             label = equation.params["name"] or f"kernel_{len(found)}"
-            work = _kernel(equation, values)
+            work = _kernel(equation, values) if name == "pallas_call" else _WarpgroupWalk(equation, values).count()
             found.setdefault(label, Work()).add(work)
             results = [UNKNOWN] * len(equation.outvars)
         elif name in _CALLS and inner is not None:
             results = _outer(inner.jaxpr, inner.consts, values, found)
         elif all(value is not UNKNOWN for value in values):
             results = _compute(equation, values)
-        elif name in ("scan", "while", "cond") and "pallas_call" in str(equation):
+        elif name in ("scan", "while", "cond") and re.search("pallas_call|mpmd_map", str(equation)):
             raise NotCounted(f"a kernel inside of a {name}")
         else:
             results = [UNKNOWN] * len(equation.outvars)
@@ -118,7 +121,7 @@ def _compute(equation: Any, values: list[Any]) -> list[Any]:
 
 
 def _inner_jaxpr(equation: Any) -> Any:
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for name in ("jaxpr", "call_jaxpr", "call"):
         if name in equation.params and hasattr(equation.params[name], "jaxpr"):
             return equation.params[name]
     return None
@@ -210,7 +213,7 @@ class _Walk:
             jaxpr = equation.params["jaxpr"]
             scratch = [Reference(None, False) for _ in jaxpr.invars]
             return self.body(jaxpr, values, scratch)
-        if name in ("dma_start", "copy_gmem_to_smem", "async_copy"):
+        if name in ("dma_start", "copy_gmem_to_smem", "copy_smem_to_gmem", "async_copy"):
             raise NotCounted("copies of its own")
         if name in _CALLS and inner is not None:
             return self.body(inner.jaxpr, inner.consts, values)
@@ -218,7 +221,7 @@ class _Walk:
 
     def number(self, equation: Any, values: list[Any]) -> list[Any] | None:
         """Arithmetic on known integers."""
-        if any(value is UNKNOWN or isinstance(value, Reference) for value in values):
+        if not equation.outvars or any(value is UNKNOWN or isinstance(value, Reference) for value in values):
             return None
         name = equation.primitive.name
         if equation.outvars[0].aval.shape == () and np.issubdtype(equation.outvars[0].aval.dtype, np.floating):
@@ -244,8 +247,8 @@ class _Walk:
             self.work.add(Work(bytes_written=size) if stores else Work(bytes_read=size))
         if stores or reference.numbers is None or moved.size > SMALL:
             return None
-        index = _known_index(equation, values)
-        return None if index is None else [np.asarray(reference.numbers[index])[()]]
+        indices = _known_indices(equation, values)
+        return None if indices is None else [functools.reduce(operator.getitem, indices, reference.numbers)[()]]
 
     def while_loop(self, equation: Any, values: list[Any]) -> list[Any]:
         parameters = equation.params
@@ -331,6 +334,57 @@ class _TpuWalk(_Walk):
         return [*found, *[Reference(None, False)] * self.mapping.num_scratch_operands]
 
 
+class _WarpgroupWalk(_Walk):
+    """On Mosaic for GPUs each warpgroup of a program is followed by itself; they copy and multiply by commands."""
+
+    def __init__(self, equation: Any, values: list[Any]):
+        (mesh,), (jaxpr,) = equation.params["meshes"], equation.params["jaxprs"]
+        self.names = (*mesh.grid_names, mesh.thread_name)
+        self.inputs = [
+            Reference(None if value is UNKNOWN else np.asarray(value), counts=True)
+            for value in [*values, *[UNKNOWN] * len(equation.outvars)]
+        ]
+        mapping = types.SimpleNamespace(vmapped_dims=())
+        super().__init__(jaxpr, mapping, [], (*mesh.grid, mesh.num_threads or 1))
+
+    def references(self) -> list[Reference]:
+        return self.inputs
+
+    def equation(self, equation: Any, values: list[Any]) -> list[Any] | None:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "axis_index":
+            return [self.place[self.names.index(parameters["axis_name"])]]
+        if name == "copy_gmem_to_smem":
+            self.work.add(Work(bytes_read=_part_bytes(equation.invars[0], parameters["src_transforms_treedef"])))
+            return None
+        if name == "copy_smem_to_gmem":
+            self.work.add(Work(bytes_written=_part_bytes(equation.invars[1], parameters["dst_transforms_treedef"])))
+            return None
+        if name == "wgmma_ref":
+            sums, left = equation.invars[0].aval, equation.invars[1]
+            size = _part_bytes(left, parameters["a_transforms_tree"]) // left.aval.dtype.itemsize
+            self.work.flops += 2 * size * sums.shape[1]
+            return None
+        if name == "run_state":
+            held = [value if isinstance(value, Reference) else _held(value) for value in values]
+            self.body(parameters["jaxpr"], (), held)
+            return None
+        return super().equation(equation, values)
+
+
+def _held(value: Any) -> Reference:
+    return Reference(None if value is UNKNOWN else np.asarray(value), counts=False)
+
+
+def _part_bytes(variable: Any, transforms: Any) -> int:
+    """Of the part of a reference, or of the whole array, that a command takes."""
+    shape = variable.aval.shape
+    for step in () if transforms is None else transforms.unflatten([0] * transforms.num_leaves):
+        if hasattr(step, "indices"):
+            shape = tuple(part.size for part in step.indices if hasattr(part, "size"))
+    return math.prod(shape) * variable.aval.dtype.itemsize
+
+
 def _sizes(block_shape: Any) -> list[int | None]:
     """Rows of a block along each dimension; None where the dimension is dropped."""
     found: list[int | None] = []
@@ -352,34 +406,31 @@ def _block_bytes(block_mapping: Any) -> int:
     return math.prod(size or 1 for size in _sizes(block_mapping.block_shape)) * array.dtype.itemsize
 
 
-def _known_index(equation: Any, values: list[Any]) -> tuple[Any, ...] | None:
-    """The place that a load reads, for numpy; None where it is not known or takes several steps."""
-    tree = equation.params.get("tree", equation.params.get("args_tree"))
+def _known_indices(equation: Any, values: list[Any]) -> list[tuple[Any, ...]] | None:
+    """The places that a load takes one in the other, for numpy; None where one of them is not known."""
     if "args_tree" in equation.params:
-        transforms = jax.tree_util.tree_unflatten(tree, values)[1]
+        transforms = jax.tree_util.tree_unflatten(equation.params["args_tree"], values)[1]
     else:
-        transforms = jax.tree_util.tree_unflatten(tree, values[1:])
-    if len(transforms) > 1:
-        return None
-    where: list[Any] = []
-    for part in transforms[0].indices if transforms else ():
-        if part is UNKNOWN:
+        transforms = jax.tree_util.tree_unflatten(equation.params["tree"], values[1:])
+    steps = []
+    for transform in transforms:
+        step = [_known_part(part) for part in getattr(transform, "indices", (UNKNOWN,))]
+        if any(part is UNKNOWN for part in step):
             return None
-        if hasattr(part, "start"):
-            if part.start is UNKNOWN:
-                return None
-            where.append(slice(int(part.start), int(part.start) + part.size))
-        elif np.ndim(part) == 0:
-            where.append(int(part))
-        else:
-            return None
-    return tuple(where)
+        steps.append(tuple(step))
+    return steps
+
+
+def _known_part(part: Any) -> Any:
+    if hasattr(part, "start") and part.start is not UNKNOWN:
+        return slice(int(part.start), int(part.start) + part.size)
+    return UNKNOWN if part is UNKNOWN or hasattr(part, "start") or np.ndim(part) else int(part)
 
 
 def _branches(jaxpr: Any) -> bool:
     for equation in jaxpr.eqns:
         inner = _inner_jaxpr(equation)
-        if equation.primitive.name in ("while", "cond", "scan", "run_scoped"):
+        if equation.primitive.name in ("while", "cond", "scan", "run_scoped", "run_state"):
             return True
         if inner is not None and _branches(inner.jaxpr):
             return True
