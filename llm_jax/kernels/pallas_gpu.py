@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llm_jax.errors import require
+from llm_jax.kernels.choice import Problem
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.ranges import Ranges, key_ranges, query_ranges
 from llm_jax.kernels.reference import HIDDEN, LOWEST
@@ -52,20 +53,20 @@ class Blocks(NamedTuple):
     query_gradients: Pass
 
 
-# By head dim and bytes per element: the largest tiles that compile without spilling registers for an A100, with every
-# rule of the mask in use, and that also fit into the shared memory of smaller cards (99 KB).
+# By head dim and bytes per element: tiles that compile for an A100 without spilling a register, also with every rule of
+# the mask in use, and that fit into the 99 KB of shared memory of smaller cards.
 BLOCKS = {
     (32, 2): Blocks(Pass(128, 64, 4, 2), Pass(64, 64, 4, 2), Pass(64, 64, 4, 2)),
-    (64, 2): Blocks(Pass(128, 64, 4, 2), Pass(32, 128, 8, 2), Pass(128, 64, 8, 2)),
+    (64, 2): Blocks(Pass(128, 128, 8, 2), Pass(32, 128, 8, 2), Pass(128, 64, 8, 2)),
     (96, 2): Blocks(Pass(128, 64, 8, 2), Pass(32, 64, 4, 2), Pass(128, 32, 8, 2)),
     (128, 2): Blocks(Pass(128, 64, 8, 2), Pass(64, 64, 8, 2), Pass(128, 32, 8, 2)),
-    (192, 2): Blocks(Pass(128, 16, 8, 2), Pass(32, 32, 8, 2), Pass(64, 32, 8, 2)),
+    (192, 2): Blocks(Pass(128, 16, 8, 2), Pass(32, 32, 4, 2), Pass(64, 16, 4, 2)),
     (256, 2): Blocks(Pass(64, 32, 8, 2), Pass(32, 32, 8, 2), Pass(32, 32, 8, 2)),
     (32, 4): Blocks(Pass(64, 64, 4, 2), Pass(32, 64, 4, 2), Pass(64, 32, 4, 2)),
-    (64, 4): Blocks(Pass(64, 64, 4, 2), Pass(32, 64, 4, 2), Pass(64, 32, 4, 2)),
-    (96, 4): Blocks(Pass(64, 32, 4, 2), Pass(32, 32, 4, 2), Pass(32, 32, 4, 2)),
+    (64, 4): Blocks(Pass(64, 32, 4, 2), Pass(32, 32, 4, 2), Pass(32, 32, 4, 2)),
+    (96, 4): Blocks(Pass(64, 32, 4, 2), Pass(16, 16, 4, 2), Pass(64, 16, 4, 2)),
     (128, 4): Blocks(Pass(64, 32, 4, 2), Pass(32, 32, 4, 2), Pass(32, 32, 4, 2)),
-    (192, 4): Blocks(Pass(32, 32, 4, 2), Pass(16, 32, 4, 2), Pass(32, 16, 4, 2)),
+    (192, 4): Blocks(Pass(32, 32, 4, 2), Pass(16, 16, 4, 2), Pass(32, 16, 4, 2)),
     (256, 4): Blocks(Pass(32, 16, 4, 2), Pass(16, 16, 4, 2), Pass(16, 16, 4, 2)),
 }
 
@@ -116,8 +117,8 @@ class _Operands(NamedTuple):
 Parts = tuple[jax.Array, ...]
 
 
-def refuses(problem: Any) -> str | None:
-    """Why these kernels cannot serve an `attention.Problem`, or None."""
+def refuses(problem: Problem) -> str | None:
+    """Why these kernels cannot serve a problem, or None."""
     if problem.platform != "gpu":
         return f"it runs on NVIDIA GPUs, not on {problem.platform}"
     return _unsupported(problem.dtype, problem.head_dim)
@@ -355,7 +356,7 @@ def attention_forward(plan: _Plan, refs: _Operands, out_ref: Any, lse_ref: Any) 
     q = _load(plan, refs.q_BTNH, (slice(None),), queries.exists)
     slope = None if refs.slopes_N is None else refs.slopes_N[0]
 
-    def tile(y: jax.Array, carry: tuple[jax.Array, jax.Array, Parts], masked: bool) -> tuple[Any, ...]:
+    def tile(y: jax.Array, _: jax.Array, carry: tuple[jax.Array, jax.Array, Parts], masked: bool) -> tuple[Any, ...]:
         highest_T, sums_T, out = carry
         rows = pl.ds(y * plan.tile.keys, plan.tile.keys)
         keys = _keys(plan, refs, y, rows, masked)
@@ -390,7 +391,7 @@ def attention_query_gradients(plan: _Plan, refs: _Operands, dq_ref: Any) -> None
     dout = _load(plan, refs.dout_BTNH, (slice(None),), sees_T)
     slope = None if refs.slopes_N is None else refs.slopes_N[0]
 
-    def tile(y: jax.Array, dq: Parts, masked: bool) -> Parts:
+    def tile(y: jax.Array, _: jax.Array, dq: Parts, masked: bool) -> Parts:
         rows = pl.ds(y * plan.tile.keys, plan.tile.keys)
         keys = _keys(plan, refs, y, rows, masked)
         k = _load(plan, refs.k_BSKH, (rows,), keys.exists)
@@ -412,31 +413,26 @@ def attention_key_gradients(plan: _Plan, refs: _Operands, dk_ref: Any, dv_ref: A
     k = _load(plan, refs.k_BSKH, (slice(None),), keys.exists)
     v = _load(plan, refs.v_BSKH, (slice(None),), keys.exists)
 
-    def head(g: jax.Array, carry: tuple[Parts, Parts]) -> tuple[Parts, Parts]:
+    def tile(x: jax.Array, g: jax.Array, carry: tuple[Parts, Parts], masked: bool) -> tuple[Parts, Parts]:
+        dk, dv = carry
+        rows = pl.ds(x * plan.tile.queries, plan.tile.queries)
+        queries = _queries(plan, refs, x, rows)
+        exists_T = queries.exists if masked else None
+        lse_T = plgpu.load(refs.lse_BNT.at[g, rows], mask=exists_T, other=jnp.inf if masked else None)
+        sees_T = lse_T < jnp.inf if masked else None
+        delta_T = plgpu.load(refs.delta_BNT.at[g, rows], mask=sees_T, other=0.0 if masked else None)
+        q = _load(plan, refs.q_BTNH, (rows, g), sees_T)
         slope = None if refs.slopes_N is None else refs.slopes_N[g]
+        scores_ST = _add_bias(_scores(k, q), slope, queries, keys, query_axis=1)
+        weights_ST = jnp.exp2(scores_ST * plan.log2_scale - lse_T[None, :])
+        if masked:
+            weights_ST = jnp.where(_seen(plan, refs, queries, keys, query_axis=1), weights_ST, 0.0)
+        dout = _load(plan, refs.dout_BTNH, (rows, g), sees_T)
+        dv = _add_product(dv, weights_ST, dout)
+        dscores_ST = weights_ST * (_scores(v, dout) - delta_T[None, :])
+        return _add_product(dk, dscores_ST, q), dv
 
-        def tile(x: jax.Array, carry: tuple[Parts, Parts], masked: bool) -> tuple[Parts, Parts]:
-            dk, dv = carry
-            rows = pl.ds(x * plan.tile.queries, plan.tile.queries)
-            queries = _queries(plan, refs, x, rows)
-            exists_T = queries.exists if masked else None
-            lse_T = plgpu.load(refs.lse_BNT.at[g, rows], mask=exists_T, other=jnp.inf if masked else None)
-            sees_T = lse_T < jnp.inf if masked else None
-            delta_T = plgpu.load(refs.delta_BNT.at[g, rows], mask=sees_T, other=0.0 if masked else None)
-            q = _load(plan, refs.q_BTNH, (rows, g), sees_T)
-            scores_ST = _add_bias(_scores(k, q), slope, queries, keys, query_axis=1)
-            weights_ST = jnp.exp2(scores_ST * plan.log2_scale - lse_T[None, :])
-            if masked:
-                weights_ST = jnp.where(_seen(plan, refs, queries, keys, query_axis=1), weights_ST, 0.0)
-            dout = _load(plan, refs.dout_BTNH, (rows, g), sees_T)
-            dv = _add_product(dv, weights_ST, dout)
-            dscores_ST = weights_ST * (_scores(v, dout) - delta_T[None, :])
-            return _add_product(dk, dscores_ST, q), dv
-
-        return _walk(refs, tile, carry)
-
-    start = (_zeros(plan, plan.tile.keys), _zeros(plan, plan.tile.keys))
-    dk, dv = jax.lax.fori_loop(0, plan.group, head, start)
+    dk, dv = _walk(refs, tile, (_zeros(plan, plan.tile.keys), _zeros(plan, plan.tile.keys)), plan.group)
     inside_S = keys.index < plan.num_keys
     _store(plan, dk_ref, tuple(part * plan.scale for part in dk), inside_S)
     _store(plan, dv_ref, dv, inside_S)
@@ -445,16 +441,33 @@ def attention_key_gradients(plan: _Plan, refs: _Operands, dk_ref: Any, dv_ref: A
 # Their parts.
 
 
-def _walk(refs: _Operands, tile: Callable[..., Any], carry: Any) -> Any:
-    """Fold `tile(block, carry, masked)` over the blocks of the other side: first those that need a mask."""
+def _walk(refs: _Operands, tile: Callable[..., Any], carry: Any, heads: int = 1) -> Any:
+    """Fold `tile(block, head, carry, masked)` over the blocks of the other side: first those that need a mask.
+
+    The heads of a group follow each other in one loop, so that its pipeline does not drain between them.
+    """
     first, last, full_first, full_last = (refs.ranges_BX4[i] for i in range(4))
-    before = full_first - first
+    before, full = full_first - first, full_last - full_first
+    partial = before + last - full_last
 
     def masked(i: jax.Array, carry: Any) -> Any:
-        return tile(first + i + jnp.where(i < before, 0, full_last - full_first), carry, masked=True)
+        head, block = _divide(i, partial, heads)
+        return tile(first + block + jnp.where(block < before, 0, full), head, carry, True)
 
-    carry = jax.lax.fori_loop(0, before + last - full_last, masked, carry)
-    return jax.lax.fori_loop(full_first, full_last, functools.partial(tile, masked=False), carry)
+    def unmasked(i: jax.Array, carry: Any) -> Any:
+        head, block = _divide(i, full, heads)
+        return tile(full_first + block, head, carry, False)
+
+    carry = jax.lax.fori_loop(0, heads * partial, masked, carry)
+    return jax.lax.fori_loop(0, heads * full, unmasked, carry)
+
+
+def _divide(i: jax.Array, blocks: jax.Array, heads: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder; the pipeline also asks for the steps of loops that have none, hence the maximum."""
+    if heads == 1:
+        return jnp.zeros_like(i), i
+    head = jax.lax.div(i, jnp.maximum(blocks, 1))
+    return head, i - head * blocks
 
 
 class _Rows(NamedTuple):

@@ -164,10 +164,10 @@ def test_wrong_kernels_are_caught():
         return visible(query_index, key_index, 2**30, **rules)
 
     with changed(pallas_gpu, "visible", endless):
-        errors = relative_errors(output_and_gradients(q, k, v, mask, dout), expected)
+        errors = relative_errors(jax.jit(lambda *x: output_and_gradients(*x))(q, k, v, mask, dout), expected)
     assert min(errors.values()) > 1e-2, errors
     with changed(jnp, "log2", jnp.zeros_like):
-        errors = relative_errors(output_and_gradients(q, k, v, mask, dout), expected)
+        errors = relative_errors(jax.jit(lambda *x: output_and_gradients(*x))(q, k, v, mask, dout), expected)
     assert errors["out"] < 4e-6 and min(errors[name] for name in NAMES[1:]) > 1e-2, errors
 
 
@@ -203,63 +203,63 @@ def test_queries_that_see_nothing_are_zero_and_pass_no_gradient():
         np.testing.assert_array_equal(a, b)
 
 
-def tiles_visited(mask):
-    """How often the kernels multiply two tiles into one of scores' size, forward and backward together."""
-    visits = []
-    q, k, v, dout = inputs(1, 128, 128, 2, 1, 32)
-    original = pallas_gpu._scores
-
-    def counted(left, right):
-        jax.debug.callback(lambda: visits.append(1))
-        return original(left, right)
-
-    with changed(pallas_gpu, "_scores", counted):
-        jax.block_until_ready(output_and_gradients(q, k, v, mask, dout))
-        jax.effects_barrier()
-    return len(visits)
+LENGTH = 96
 
 
 def tiles_in_ranges(mask):
-    """What the ranges allow: one product of scores per tile forward, two in each backward pass, for two heads."""
+    """Products of two tiles that the ranges allow, for two heads: one per tile forward, two in each backward pass."""
 
     def tiles(ranges, tile):
-        found = ranges(mask, 1, 128, 128, (tile.queries, tile.keys))
+        found = ranges(mask, 1, LENGTH, LENGTH, (tile.queries, tile.keys))
         return 2 * int(jnp.sum(found.last - found.first))
 
-    forward, gradients = tiles(key_ranges, SMALL.forward), tiles(key_ranges, SMALL.query_gradients)
-    return forward + 2 * gradients + 2 * tiles(query_ranges, SMALL.key_gradients)
+    gradients = tiles(key_ranges, SMALL.query_gradients) + tiles(query_ranges, SMALL.key_gradients)
+    return tiles(key_ranges, SMALL.forward) + 2 * gradients
 
 
 def test_work_is_proportional_to_the_tiles_that_hold_a_visible_pair():
-    segments = jnp.repeat(jnp.arange(1, 5), 32)[None]
-    masks = {
-        "everything": AttentionMask(causal=False),
-        "causal": AttentionMask(),
-        "window": AttentionMask(window=16),
-        "segments": AttentionMask(causal=False, query_segment_ids=segments, key_segment_ids=segments),
-    }
-    visited = {name: tiles_visited(mask) for name, mask in masks.items()}
-    assert visited == {name: tiles_in_ranges(mask) for name, mask in masks.items()}
-    assert visited["causal"] < 0.65 * visited["everything"]
-    assert visited["window"] < 0.35 * visited["everything"]
-    assert visited["segments"] == 0.25 * visited["everything"]
+    visits = []
+    scores = pallas_gpu._scores
+
+    def counted(left, right):
+        jax.debug.callback(lambda: visits.append(1))
+        return scores(left, right)
+
+    one, thirds = jnp.ones((1, LENGTH), jnp.int32), jnp.repeat(jnp.arange(1, 4), 32)[None]
+    # A window is an argument, so one program serves them all.
+    rules = {"causal": (0, one), "window": (16, one), "segments": (0, thirds)}
+    visited, allowed = {}, {}
+    with changed(pallas_gpu, "_scores", counted):
+        run = jax.jit(lambda *x: output_and_gradients(*x))
+        for name, (window, segments) in rules.items():
+            mask = AttentionMask(window=jnp.int32(window), query_segment_ids=segments, key_segment_ids=segments)
+            q, k, v, dout = inputs(1, LENGTH, LENGTH, 2, 1, 32)
+            jax.block_until_ready(run(q, k, v, mask, dout))
+            jax.effects_barrier()
+            visited[name], allowed[name] = len(visits), tiles_in_ranges(mask)
+            visits.clear()
+    assert visited == allowed
+    every_tile = 2 * (6 * 3 + 2 * (3 * 6 + 6 * 6))
+    assert visited["causal"] < 0.75 * every_tile
+    assert visited["window"] < 0.4 * every_tile
+    assert visited["segments"] < 0.35 * every_tile
 
 
 def test_vmap():
-    """Over examples with windows and offsets of their own."""
-    q, k, v, _ = inputs(3, 20, 20, 2, 1, 32)
+    """Over examples with windows and offsets of their own, each as if it were alone."""
+    q, k, v, dout = inputs(3, 20, 20, 2, 1, 32)
     windows, offsets = jnp.asarray([3, 0, 5], jnp.int32), jnp.asarray([0, 2, -1], jnp.int32)
 
-    def one(q, k, v, window, offset):
+    def one(q, k, v, window, offset, dout):
         mask = AttentionMask(window=window, query_offset=offset)
-        return gpu_attention(q[None], k[None], v[None], mask, blocks=SMALL, interpret=True)[0]
+        return output_and_gradients(q[None], k[None], v[None], mask, dout[None])
 
-    def loss(attend):
-        return lambda q, k, v: jnp.sum(attend(q, k, v, windows, offsets) ** 2)
-
-    expected = jax.grad(loss(lambda *x: jnp.stack([one(*(a[i] for a in x)) for i in range(3)])), (0, 1, 2))(q, k, v)
-    for a, b in zip(jax.grad(loss(jax.vmap(one)), (0, 1, 2))(q, k, v), expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    together = jax.jit(jax.vmap(one))(q, k, v, windows, offsets, dout)
+    alone = jax.jit(one)
+    for i in range(3):
+        expected = alone(q[i], k[i], v[i], windows[i], offsets[i], dout[i])
+        for a, b in zip(together, expected, strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5)
 
 
 def kernels(function, *args):
