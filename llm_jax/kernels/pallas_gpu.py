@@ -433,7 +433,7 @@ def attention_key_gradients(plan: _Plan, refs: _Operands, dk_ref: Any, dv_ref: A
         return _add_product(dk, dscores_ST, q), dv
 
     dk, dv = _walk(refs, tile, (_zeros(plan, plan.tile.keys), _zeros(plan, plan.tile.keys)), plan.group)
-    inside_S = keys.index < plan.num_keys
+    inside_S = keys.position < plan.num_keys
     _store(plan, dk_ref, tuple(part * plan.scale for part in dk), inside_S)
     _store(plan, dv_ref, dv, inside_S)
 
@@ -473,7 +473,7 @@ def _divide(i: jax.Array, blocks: jax.Array, heads: int) -> tuple[jax.Array, jax
 class _Rows(NamedTuple):
     """A block of queries or keys inside a kernel; every array has one element per row."""
 
-    index: jax.Array  # int32, among the keys
+    position: jax.Array  # int32, among the keys
     exists: jax.Array | None  # whether the row may be read; None if all may
     segments: jax.Array | None
 
@@ -508,8 +508,8 @@ def _seen(plan: _Plan, refs: _Operands, queries: _Rows, keys: _Rows, query_axis:
         return None if x is None else jnp.expand_dims(x, 1 - axis)
 
     return visible(
-        jnp.expand_dims(queries.index, 1 - query_axis),
-        jnp.expand_dims(keys.index, query_axis),
+        jnp.expand_dims(queries.position, 1 - query_axis),
+        jnp.expand_dims(keys.position, query_axis),
         refs.limits_B2[1],
         causal=plan.causal,
         window=None if refs.window_1 is None else refs.window_1[0],
@@ -522,8 +522,8 @@ def _add_bias(scores: jax.Array, slope: jax.Array | None, queries: _Rows, keys: 
     """ALiBi; the distance is exact, and not split into a term per query and one per key, which would round."""
     if slope is None:
         return scores
-    query = jnp.expand_dims(queries.index.astype(jnp.float32), 1 - query_axis)
-    key = jnp.expand_dims(keys.index.astype(jnp.float32), query_axis)
+    query = jnp.expand_dims(queries.position.astype(jnp.float32), 1 - query_axis)
+    key = jnp.expand_dims(keys.position.astype(jnp.float32), query_axis)
     return scores + slope * (key - query)
 
 
@@ -537,9 +537,10 @@ def _load(plan: _Plan, ref: Any, where: tuple[Any, ...], exists: jax.Array | Non
     return tuple(plgpu.load(ref.at[*where, pl.ds(*part)], mask=mask, other=other) for part in plan.parts)
 
 
-def _store(plan: _Plan, ref: Any, values: Parts, inside: jax.Array) -> None:
+def _store(plan: _Plan, ref: Any, values: Parts, inside: jax.Array | None) -> None:
+    mask = None if inside is None else inside[:, None]
     for part, value in zip(plan.parts, values, strict=True):
-        plgpu.store(ref.at[:, pl.ds(*part)], value.astype(ref.dtype), mask=inside[:, None])
+        plgpu.store(ref.at[:, pl.ds(*part)], value.astype(ref.dtype), mask=mask)
 
 
 def _scores(left: Parts, right: Parts) -> jax.Array:
