@@ -212,12 +212,12 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.mark.parametrize(("form", "cache_dtype"), [("gpu", "int8"), ("tpu", "float32")])
-def test_the_model_generates_the_same_with_the_kernel(form, cache_dtype):
-    """Left-padded prompts of several lengths, ALiBi, a window in one layer, grouped heads, a scan over the layers."""
+@pytest.mark.parametrize("form", ["gpu", "tpu"])
+def test_the_model_generates_the_same_with_the_kernel(form):
+    """Left-padded prompts, ALiBi, a window in one layer, grouped heads, a scan over the layers, codes in the cache."""
     params = models.init(CONFIG, jax.random.key(1))
     prompts = [np.random.default_rng(i).integers(3, 61, length).tolist() for i, length in enumerate((5, 1, 17))]
-    sampling = SamplingConfig(max_new_tokens=12, temperature=0.0, cache_dtype=cache_dtype)
+    sampling = SamplingConfig(max_new_tokens=12, temperature=0.0, cache_dtype="int8")
     plain = generate(params, CONFIG, prompts, sampling)
     name = f"pallas_{form}"
     prefill = mock.patch.dict(attention_entry.IMPLEMENTATIONS, {name: attention_entry.IMPLEMENTATIONS["reference"]})
