@@ -4,8 +4,8 @@
     .venv-aot/bin/python -m benchmarks.tune_attention --kernel=pallas_gpu --case=baichuan2_7b --aot=a100
 
 On a GPU or TPU each candidate's pass is timed. With --aot nothing runs: candidates are compiled for the named device
-and ranked by spilled bytes, then (GPU) by the warps that fit on a multiprocessor, then by bytes moved; (TPU) by bundles
-over the matrix units' least, which includes what spills cost, then by bytes. The three kernels are searched one after
+and ranked, on a GPU by spilled bytes, then by bytes moved, then by the warps that fit on a multiprocessor; on a TPU by
+bundles over the matrix units' least, which includes what spills cost, then by bytes moved. The three kernels are searched one after
 the other, each with the best of the ones before. Ends with the entry to paste into the module's table. Candidates that
 a compiler or the device refuses are listed with the reason.
 """
@@ -94,7 +94,7 @@ def _cost(rows: list[Row], field: str) -> tuple[float, ...]:
     if "over_least" in own[0]:
         return max(row["over_least"] or 0.0 for row in own), moved
     spilled = sum(sum(row.get("spilled_bytes", ())) for row in own)
-    return spilled, -min(row.get("occupancy", 0.0) for row in own), moved
+    return spilled, moved, -min(row.get("occupancy", 0.0) for row in own)
 
 
 def search(kernel: Kernel, case: Case, options: argparse.Namespace) -> Any:

@@ -155,7 +155,7 @@ def test_candidates_are_ranked_by_what_they_cost():
         row([[4]], "key_gradients", **fast),
         {"blocks": [[5]], "reason": "too much shared memory"},
     ]
-    assert tune_attention.rank(rows, "key_gradients") == [[[4]], [[3]], [[2]], [[1]]]
+    assert tune_attention.rank(rows, "key_gradients") == [[[4]], [[2]], [[3]], [[1]]]
     bundles = [row([[1]], "f", over_least=1.2, moved_bytes=1), row([[2]], "f", over_least=1.1, moved_bytes=9)]
     assert tune_attention.rank(bundles, "f") == [[[2]], [[1]]]
 
