@@ -5,9 +5,9 @@
 
 On a GPU or TPU each candidate's pass is timed. With --aot nothing runs: candidates are compiled for the named device
 and ranked, on a GPU by spilled bytes, then by bytes moved, then by the warps that fit on a multiprocessor; on a TPU by
-bundles over the matrix units' least, which includes what spills cost, then by bytes moved. The three kernels are searched one after
-the other, each with the best of the ones before. Ends with the entry to paste into the module's table. Candidates that
-a compiler or the device refuses are listed with the reason.
+bundles over the matrix units' least, which includes what spills cost, then by bytes moved. The three kernels are
+searched one after the other, each with the best of the ones before. Ends with the entry to paste into the module's
+table. Candidates that a compiler or the device refuses are listed with the reason.
 """
 
 import argparse
