@@ -126,11 +126,18 @@ def _counted(kernel: Kernel, case: Case, which: str, blocks: Any) -> dict[str, A
 
 
 def _work(kernel: Kernel, case: Case, which: str, blocks: Any) -> dict[str, traffic.Work]:
-    function, arguments = program(kernel, case, which, blocks)
-    if which != "decode":
-        return traffic.count(function, *arguments)
-    lengths = np.full((case.decode_batch,), case.length, np.int32)
-    return traffic.count(lambda *qkv: function(*qkv, lengths), *arguments[:3])
+    """The work of a pass, by kernel."""
+    run = kernel.build(case, blocks=blocks)
+    if which == "decode":
+        lengths = np.full((case.decode_batch,), case.length, np.int32)
+        return traffic.count(lambda *qkv: run(*qkv, lengths), *cases.decode_inputs(case, kernel.dtype)[:3])
+    arguments = cases.inputs(case, kernel.dtype)
+    forward = traffic.count(lambda *qkv: jax.vjp(run, *qkv)[0], *arguments)
+    if which == "forward":
+        return forward
+    # Not from what the forward pass saved: what a kernel is told of the mask may be among it, and would be unknown.
+    both = traffic.count(lambda dout, *qkv: jax.vjp(run, *qkv)[1](dout), arguments[0], *arguments)
+    return {name: work for name, work in both.items() if name not in forward}
 
 
 def main() -> None:

@@ -18,7 +18,10 @@ ROWS = {"f32": 8, "bf16": 16, "f16": 16, "s8": 32, "u8": 32}  # that one instruc
 PRODUCT = re.compile(r"= vmatmul\.(?:mubr\.|msk\.|mskw\.)*(\w+)")
 LABEL = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(L[HBE]|P[BF]|CT)?\s*:")
 BRANCH = re.compile(r"\bsbr\.rel\b")
-INSTRUCTION = re.compile(r"%([\w.-]+) = [^\n]*?custom_call_target=\"tpu_custom_call\"[^\n]*")
+# Metadata may have line ends in it, so that an instruction goes on up to the next one.
+INSTRUCTION = re.compile(
+    r"%([\w.-]+) = [^\n]*?custom_call_target=\"tpu_custom_call\".*?(?=\n\s*(?:ROOT )?%|\n}|\Z)", re.DOTALL
+)
 
 
 def parse_utilization(text: str) -> dict[str, int]:

@@ -236,7 +236,10 @@ class _Walk:
         if any(variable.aval.size > SMALL for variable in equation.outvars) or not values:
             return None
         typed = [np.asarray(v, atom.aval.dtype) for v, atom in zip(values, equation.invars)]
-        return [np.asarray(result)[()] for result in _compute(equation, typed)]
+        try:
+            return [np.asarray(result)[()] for result in _compute(equation, typed)]
+        except NotImplementedError:  # it means something on the device only
+            return None
 
     def access(self, equation: Any, values: list[Any], stores: bool) -> list[Any] | None:
         """A load or a store."""
