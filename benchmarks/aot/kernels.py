@@ -56,6 +56,7 @@ def _ours_tpu(case: Case, **options: Any) -> Callable[..., jax.Array]:
 def _ours_splash(case: Case, **options: Any) -> Callable[..., jax.Array]:
     from llm_jax.kernels.splash import splash_attention
 
+    _plain(case, "the kernel", window=True)
     return functools.partial(splash_attention, mask=case.mask(), **options)
 
 

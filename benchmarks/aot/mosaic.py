@@ -20,7 +20,7 @@ LABEL = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(L[HBE]|P[BF]|CT)?\s*:")
 BRANCH = re.compile(r"\bsbr\.rel\b")
 # Metadata may have line ends in it, so that an instruction goes on up to the next one.
 INSTRUCTION = re.compile(
-    r"%([\w.-]+) = [^\n]*?custom_call_target=\"tpu_custom_call\".*?(?=\n\s*(?:ROOT )?%|\n}|\Z)", re.DOTALL
+    r"%([\w.-]+) = [^\n]*?custom_call_target=\"tpu_custom_call\".*?(?=\n\s*(?:ROOT )?%|\n}\n|\Z)", re.DOTALL
 )
 
 

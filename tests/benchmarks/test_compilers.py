@@ -68,7 +68,7 @@ ENTRY %main (q: bf16[1,64,2,8]) -> bf16[1,64,2,8] {
 }
 """
 KERNEL = (
-    '  %run.1 = bf16[4]{0} custom-call(%q), custom_call_target="tpu_custom_call", metadata={\n"a": 1},'
+    '  %run.1 = bf16[4]{0} custom-call(%q), custom_call_target="tpu_custom_call", metadata={\n"a": 1\n},'
     ' backend_config={"x":[],'
     '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"3145728"}]}\n'
     '  %other = bf16[4]{0} copy(%q), backend_config={"used_scoped_memory_configs":[{"size":"7"}]}\n'
