@@ -21,8 +21,6 @@ from tests.kernels.forms import FORMS, KERNELS, QUANTITIES, inputs, output_and_g
 from tests.kernels.strategies import problems
 
 TOLERANCE = {"float32": 4e-6, "bfloat16": 1.2e-2, "float16": 1.5e-3}
-ROUNDING = 1.2e-7  # of two float32 operations: a dense computation of a tiny problem may be exact by chance
-
 # Two sequences of several tiles on either side, neither a whole number of them; every rule is in force; the first rows
 # of the second sequence and the last of it see nothing.
 SHAPE = (2, 37, 45, 4, 2, 32)
@@ -57,32 +55,44 @@ def dense(q, k, v, mask, dout):
     return out, *pullback(dout.astype(jnp.float32))
 
 
-def errors(actual, expected, dout, least=0.1):
+def errors(actual, expected, dout):
     """Relative L2 error of each quantity.
 
     The scores of a row that sees one key have no gradient but rounding: errors of dq and dk are not relative to less
-    than `least` times the norm of dout, which is about the norm that they have for standard normal inputs.
+    than a tenth of the norm of dout, which is about the norm that they have for standard normal inputs.
     """
-    small = least * np.linalg.norm(np.asarray(dout, np.float64))
+    small = 0.1 * np.linalg.norm(np.asarray(dout, np.float64))
     return dict(zip(QUANTITIES, map(relative_error, actual, expected, (0.0, small, small, 0.0)), strict=True))
 
 
 def check(shape, mask, dtype, forms, tile):
-    """Every form's errors are small, alone and against one another; the results of each, for further questions."""
+    """Every form's errors are small, alone and against one another.
+
+    Returns what each form gave and its errors, with those of the dense computation as "dense".
+    """
     q, k, v, dout = inputs(*shape, dtype=jnp.dtype(dtype))
     expected = oracle.attention(q, k, v, mask, dout)
-    rounding = errors(dense(q, k, v, mask, dout), expected, dout, least=1.0)
     results = {form: output_and_gradients(q, k, v, mask, dout, form, tile) for form in forms}
+    found = {form: errors(result, expected, dout) for form, result in results.items()}
     for form, result in results.items():
         assert all(x.dtype == jnp.dtype(dtype) for x in result)
-        for name, error in errors(result, expected, dout).items():
-            assert error < TOLERANCE[dtype], (form, name, error)
-        for name, error in errors(result, expected, dout, least=1.0).items():
-            if dtype == "float32":
-                assert error <= 2 * max(rounding[name], ROUNDING), (form, name, error, rounding[name])
+        assert max(found[form].values()) < TOLERANCE[dtype], (form, found[form])
     for one, other in itertools.combinations(results, 2):
         assert max(errors(results[one], results[other], dout).values()) < TOLERANCE[dtype], (one, other)
-    return results
+    return results, found | {"dense": errors(dense(q, k, v, mask, dout), expected, dout)}
+
+
+def assert_rounds_like_dense(found):
+    """The root mean square of each form's float32 errors, over some problems, is at most twice the dense one's.
+
+    Not in every problem: where one query sees one key, either may be exact by chance.
+    """
+
+    def typical(form, name):
+        return np.sqrt(np.mean([problem[form][name] ** 2 for problem in found]))
+
+    for form, name in itertools.product(found[0], QUANTITIES):
+        assert typical(form, name) <= 2 * typical("dense", name), (form, name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -99,7 +109,10 @@ def test_every_rule_at_once(dtype):
     assert blind_BT.any() and unread_BS.any()
     keys, queries = (jnp.where(x[:, :, None, None], jnp.nan, 1).astype(dtype) for x in (unread_BS, blind_BT))
     forms = FORMS if dtype == "float32" else KERNELS  # `test_attention` has the plain forms in bfloat16
-    for form, result in check(SHAPE, EVERYTHING, dtype, forms, (16, 16)).items():
+    results, found = check(SHAPE, EVERYTHING, dtype, forms, (16, 16))
+    if dtype == "float32":
+        assert_rounds_like_dense([found])
+    for form, result in results.items():
         out, dq, dk, dv = map(np.asarray, result)
         assert not out[blind_BT].any() and not dq[blind_BT].any(), form
         assert not dk[hidden_BS].any() and not dv[hidden_BS].any(), form
@@ -145,10 +158,17 @@ def test_any_problem(problem):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@hypothesis.settings(max_examples=40, deadline=None)
-@hypothesis.given(problem=GRID)
-def test_many_more_problems(dtype, problem):
-    check(problem[0], problem[1], dtype, FORMS, problem[2])
+def test_many_more_problems(dtype):
+    found = []
+
+    @hypothesis.settings(max_examples=30, deadline=None)
+    @hypothesis.given(problem=GRID)
+    def draw(problem):
+        found.append(check(problem[0], problem[1], dtype, FORMS, problem[2])[1])
+
+    draw()
+    if dtype == "float32":
+        assert_rounds_like_dense(found)
 
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -178,3 +198,5 @@ def test_table(dtype, capsys):
         for form, found in worst.items():
             print(f"| {form} | " + " | ".join(f"{found[name]:.1e}" for name in QUANTITIES) + " |")
     assert max(max(worst[form].values()) for form in forms) < TOLERANCE[dtype]
+    if dtype == "float32":
+        assert all(worst[form][name] <= 2 * worst["dense float32"][name] for form in forms for name in QUANTITIES)

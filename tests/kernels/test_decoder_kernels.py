@@ -102,19 +102,6 @@ def test_mapped_over_runs():
     assert_close(actual, expected)
 
 
-def compiled_forward_kernels(remat):
-    """How often the forward kernel stands in the compiled gradient: interpreted, it is a loop."""
-    params = models.abstract(MODEL)
-    with small_tiles():
-        compiled = jax.jit(jax.grad(loss_of(attention="pallas_gpu", remat=remat))).lower(params).compile().as_text()
-    return len(re.findall(r'op_name="[^"]*attention_forward/while"', compiled))
-
-
-@pytest.mark.slow
-def test_the_compiler_drops_the_second_forward_pass_where_its_results_are_saved():
-    assert (compiled_forward_kernels("full"), compiled_forward_kernels("save_attention")) == (2, 1)
-
-
 def absent(kind, platform):
     """A mesh of devices that are not here."""
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
