@@ -42,6 +42,7 @@ LOG2E = math.log2(math.e)
 # A step of the grid is an int32: above four flags 13 bits for the inner block, above those 14 for the outer one.
 _BEGINS, _ENDS, _VISITS, _FULL = 1, 2, 4, 8
 _INNER, _OUTER = 4, 17
+_MOST_BLOCKS = 2 ** (_OUTER - _INNER)
 # The list of steps lies in scalar memory, 1 MiB on these chips, which the compiler wants a part of.
 _LARGEST_LIST = 900 * 1024
 
@@ -84,7 +85,11 @@ def _unsupported(dtype: str, head_dim: int) -> str | None:
 
 
 def _too_long(rows: int, num_queries: int, num_keys: int, blocks: Blocks) -> str | None:
-    tiles = max(pl.cdiv(num_queries, size.queries) * pl.cdiv(num_keys, size.keys) for size in blocks)
+    sides = [(pl.cdiv(num_queries, size.queries), pl.cdiv(num_keys, size.keys)) for size in blocks]
+    most = max(map(max, sides))
+    if most > _MOST_BLOCKS:
+        return f"{most} blocks of a sequence are more than the {_MOST_BLOCKS} that a step can name: take larger blocks"
+    tiles = max(map(math.prod, sides))
     if 4 * rows * tiles <= _LARGEST_LIST:
         return None
     return f"the list of {tiles} tiles for each of {rows} masks does not fit into scalar memory: take larger blocks"

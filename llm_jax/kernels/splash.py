@@ -7,6 +7,7 @@ Legend: B batch, T query length, S key length, N query heads, K key/value heads,
 """
 
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha_single_device,
 )
 
-from llm_jax.kernels.choice import Problem
+from llm_jax.errors import require
+from llm_jax.kernels.choice import Problem, used_features
 from llm_jax.kernels.mask import AttentionMask
 
 LANES = 128
@@ -36,13 +38,17 @@ def refuses(problem: Problem) -> str | None:
         return f"it runs on TPUs, not on {problem.platform}"
     if problem.dtype not in DTYPES:
         return f"its dtypes are {', '.join(DTYPES)}, not {problem.dtype}"
-    if others := [name for name in problem.features if name not in FEATURES]:
+    static_window = "window" not in problem.features or problem.static_window is not None
+    return _unsupported(problem.features, static_window, problem.num_queries, problem.num_keys)
+
+
+def _unsupported(features: Iterable[str], static_window: bool, num_queries: int, num_keys: int) -> str | None:
+    if others := [name for name in features if name not in FEATURES]:
         return f"it knows nothing like mask.{others[0]}"
-    if "window" in problem.features and problem.static_window is None:
+    if not static_window:
         return "its window must be a number when it is compiled, not an array"
-    lengths = problem.num_queries, problem.num_keys
-    if any(length % LANES for length in lengths):
-        return f"lengths must be multiples of {LANES}, not {lengths[0]} queries and {lengths[1]} keys"
+    if num_queries % LANES or num_keys % LANES:
+        return f"lengths must be multiples of {LANES}, not {num_queries} queries and {num_keys} keys"
     return None
 
 
@@ -66,7 +72,12 @@ def splash_attention(
       mask: causal or not, a window that is a number, segment ids, the queries' scale.
       blocks: splash's own block sizes; None takes the largest up to 512 that divide the lengths.
       interpret: run on any platform, slowly.
+
+    Raises `UserError` for a rule or a length that splash does not know.
     """
+    static_window = mask.window is None or isinstance(mask.window, int | np.integer)
+    refusal = _unsupported(used_features(mask), static_window, q_BTNH.shape[1], k_BSKH.shape[1])
+    require(refusal is None, f"splash attention: {refusal}")
     scale_BT11: jax.Array | float = q_BTNH.shape[3] ** -0.5
     if mask.query_scale is not None:
         scale_BT11 = scale_BT11 * jax.lax.stop_gradient(mask.query_scale)[:, :, None, None]

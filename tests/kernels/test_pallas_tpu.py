@@ -349,3 +349,19 @@ def test_mistakes_are_one_line():
     q, k, v, _ = inputs(1, 4, 4, 1, 1, 32)
     with pytest.raises(UserError, match="multiples of 128"):
         tpu_attention(q, k, v, AttentionMask(), blocks=SMALL)
+
+
+@pytest.mark.parametrize(
+    "rule", [{"slopes": jnp.ones(2)}, {"key_lengths": jnp.asarray([128])}, {"window": jnp.asarray(5)}], ids=str
+)
+def test_splash_called_directly_drops_no_rule(rule):
+    q = jnp.zeros((1, 128, 2, 64))
+    with pytest.raises(UserError, match="splash attention: "):
+        splash.splash_attention(q, q, q, AttentionMask(**rule))
+
+
+def test_more_blocks_than_a_step_can_name_are_refused():
+    """8,200 blocks of keys beside one of queries: their number fits into the list, the highest index into no step."""
+    problem = PROBLEM._replace(num_queries=512, num_keys=8200 * 512)
+    assert "8200 blocks" in pallas_tpu.refuses(problem)
+    assert pallas_tpu.refuses(problem._replace(num_keys=8192 * 512)) is None
