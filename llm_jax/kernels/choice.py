@@ -18,6 +18,9 @@ from llm_jax.kernels.mask import AttentionMask
 
 logger = logging.getLogger(__name__)
 
+# Parts of the names of GPUs that JAX's Triton compiler refuses: those before Ampere, and other makers'.
+WITHOUT_TRITON = ("Tesla", "T4", "GeForce GTX", "GeForce RTX 20", "Quadro", "TITAN", "AMD", "Radeon", "Instinct")
+
 
 class Problem(NamedTuple):
     """What an implementation may look at to say whether it can serve: everything static."""
@@ -40,6 +43,13 @@ class Implementation(NamedTuple):
 
     run: Callable[..., jax.Array]
     refuses: Callable[[Problem], str | None]
+
+
+def refuses_gpu(device_kind: str) -> str | None:
+    """Why a kernel written for Triton cannot run on a GPU of this name, or None."""
+    if any(name in device_kind for name in WITHOUT_TRITON):
+        return f"it runs on NVIDIA GPUs from Ampere on (A100, RTX 30), not on {device_kind}"
+    return None
 
 
 def never(problem: Problem) -> str | None:

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llm_jax.errors import require
-from llm_jax.kernels.choice import Problem
+from llm_jax.kernels.choice import Problem, refuses_gpu
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.ranges import Ranges, key_ranges, query_ranges
 from llm_jax.kernels.reference import HIDDEN, LOWEST
@@ -121,7 +121,7 @@ def refuses(problem: Problem) -> str | None:
     """Why these kernels cannot serve a problem, or None."""
     if problem.platform != "gpu":
         return f"it runs on NVIDIA GPUs, not on {problem.platform}"
-    return _unsupported(problem.dtype, problem.head_dim)
+    return refuses_gpu(problem.device_kind) or _unsupported(problem.dtype, problem.head_dim)
 
 
 def _unsupported(dtype: str, head_dim: int) -> str | None:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llm_jax.kernels import flash_decoding
-from llm_jax.kernels.choice import Problem
+from llm_jax.kernels.choice import Problem, refuses_gpu
 from llm_jax.kernels.flash_decoding import FIRST, HOLES, LAST, QUERY_INDEX, SEGMENT, Slots, product_dtype
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.reference import HIDDEN, LOWEST
@@ -46,7 +46,7 @@ def refuses(problem: Problem) -> str | None:
         return f"queries must be one of {', '.join(DTYPES)}, got {problem.dtype}"
     if problem.head_dim > LONGEST_HEAD:
         return f"the head dim {problem.head_dim} is above {LONGEST_HEAD}"
-    return None
+    return refuses_gpu(problem.device_kind)
 
 
 def default_blocks(slots: Slots) -> Blocks:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from llm_jax.errors import UserError
-from llm_jax.kernels import pallas_gpu
+from llm_jax.kernels import pallas_gpu, pallas_gpu_decode
+from llm_jax.kernels.choice import Problem
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.pallas_gpu import Blocks, Pass, gpu_attention
 from llm_jax.kernels.ranges import key_ranges, query_ranges
@@ -293,16 +294,19 @@ def test_lowers_for_cuda_without_a_gpu(head_dim):
         assert text.count(f'name = "{name}"') == 1
 
 
-def problem(**changes):
-    plain = {"platform": "gpu", "dtype": "bfloat16", "head_dim": 128}
-    return mock.Mock(**(plain | changes))
+SERVED = Problem("gpu", "NVIDIA A100-SXM4-80GB", "bfloat16", 1, 256, 256, 4, 2, 128, ("causal",))
 
 
 def test_refusals():
-    assert pallas_gpu.refuses(problem()) is None
-    assert "NVIDIA GPUs, not on cpu" in pallas_gpu.refuses(problem(platform="cpu"))
-    assert "not int8" in pallas_gpu.refuses(problem(dtype="int8"))
-    assert "32, 64, 96, 128, 192, 256, not 80" in pallas_gpu.refuses(problem(head_dim=80))
+    for served in ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090", "NVIDIA RTX A6000"):
+        assert pallas_gpu.refuses(SERVED._replace(device_kind=served)) is None
+        assert pallas_gpu_decode.refuses(SERVED._replace(device_kind=served)) is None
+    for old in ("Tesla T4", "Tesla V100-SXM2-16GB", "NVIDIA GeForce RTX 2080 Ti", "AMD Instinct MI300X"):
+        assert "from Ampere on" in pallas_gpu.refuses(SERVED._replace(device_kind=old))
+        assert "from Ampere on" in pallas_gpu_decode.refuses(SERVED._replace(device_kind=old))
+    assert "NVIDIA GPUs, not on cpu" in pallas_gpu.refuses(SERVED._replace(platform="cpu"))
+    assert "not int8" in pallas_gpu.refuses(SERVED._replace(dtype="int8"))
+    assert "32, 64, 96, 128, 192, 256, not 80" in pallas_gpu.refuses(SERVED._replace(head_dim=80))
 
 
 def test_mistakes_are_one_line():
