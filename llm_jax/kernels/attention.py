@@ -37,12 +37,8 @@ def plain(run: Run) -> Run:
     """
 
     def cleaned(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: AttentionMask) -> jax.Array:
-        k_BSKH, v_BSKH = _clean_keys(q_BTNH, k_BSKH, v_BSKH, mask)
-        if mask.query_scale is not None:
-            scale_BT = jax.lax.stop_gradient(mask.query_scale)
-            q_BTNH = (q_BTNH.astype(jnp.float32) * scale_BT[:, :, None, None]).astype(q_BTNH.dtype)
-            mask = dataclasses.replace(mask, query_scale=None)
-        return run(q_BTNH, k_BSKH, v_BSKH, mask)
+        k_BSKH, v_BSKH = mask.clean_keys(q_BTNH.shape[1], k_BSKH, v_BSKH)
+        return run(mask.scale_queries(q_BTNH), k_BSKH, v_BSKH, dataclasses.replace(mask, query_scale=None))
 
     return cleaned
 
@@ -99,17 +95,6 @@ def attention(
     name = _choose(describe(q_BTNH, k_BSKH.shape[1], k_BSKH.shape[2], mask), implementation)
     with jax.named_scope(f"attention_{name}"):
         return IMPLEMENTATIONS[name].run(q_BTNH, k_BSKH, v_BSKH, mask)
-
-
-def _clean_keys(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: AttentionMask
-) -> tuple[jax.Array, jax.Array]:
-    """Keys and values, zero where no query may look."""
-    visible_BS = mask.visible_keys(q_BTNH.shape[1], k_BSKH.shape[1])
-    if visible_BS is None:
-        return k_BSKH, v_BSKH
-    visible_BS11 = visible_BS[:, :, None, None]
-    return jnp.where(visible_BS11, k_BSKH, 0), jnp.where(visible_BS11, v_BSKH, 0)
 
 
 def describe(q_BTNH: jax.Array, num_keys: int, num_kv_heads: int, mask: AttentionMask) -> Problem:

@@ -71,9 +71,7 @@ def part(row: Sequence[jax.Array], block: int, split: jax.Array, splits: int) ->
 
 def folded_queries(q_B1NH: jax.Array, mask: AttentionMask, num_kv_heads: int) -> jax.Array:
     """[B,K,R,H]: the queries of each key/value head, with `query_scale` applied."""
-    if mask.query_scale is not None:
-        q_B1NH = (q_B1NH.astype(jnp.float32) * mask.query_scale[:, :, None, None]).astype(q_B1NH.dtype)
-    return fold_queries(q_B1NH, num_kv_heads)
+    return fold_queries(mask.scale_queries(q_B1NH), num_kv_heads)
 
 
 def product_dtype(dtype: jnp.dtype, scaled: bool) -> jnp.dtype:

@@ -102,6 +102,21 @@ class AttentionMask:
             visible_BS = visible_BS & rule
         return visible_BS
 
+    def scale_queries(self, q_BTNH: jax.Array) -> jax.Array:
+        """Queries times `query_scale`, rounded to their own dtype."""
+        if self.query_scale is None:
+            return q_BTNH
+        scale_BT11 = jax.lax.stop_gradient(self.query_scale)[:, :, None, None]
+        return (q_BTNH.astype(jnp.float32) * scale_BT11).astype(q_BTNH.dtype)
+
+    def clean_keys(self, num_queries: int, k_BSKH: jax.Array, v_BSKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values, zero where `visible_keys` is false: 0 * NaN would otherwise reach the output."""
+        visible_BS = self.visible_keys(num_queries, k_BSKH.shape[1])
+        if visible_BS is None:
+            return k_BSKH, v_BSKH
+        visible_BS11 = visible_BS[:, :, None, None]
+        return jnp.where(visible_BS11, k_BSKH, 0), jnp.where(visible_BS11, v_BSKH, 0)
+
     def key_range(
         self, query_start: jax.Array | int, query_size: int, num_keys: int
     ) -> tuple[jax.Array | int, jax.Array | int]:

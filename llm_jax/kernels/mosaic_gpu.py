@@ -168,13 +168,8 @@ def mosaic_gpu_attention(
     )
     blocks = BLOCKS[q_BTNH.shape[3]] if blocks is None else blocks
     _check_blocks(blocks)
-    if mask.query_scale is not None:
-        scale_BT11 = jax.lax.stop_gradient(mask.query_scale)[:, :, None, None]
-        q_BTNH = (q_BTNH.astype(jnp.float32) * scale_BT11).astype(q_BTNH.dtype)
-    visible_BS = mask.visible_keys(q_BTNH.shape[1], k_BSKH.shape[1])
-    if visible_BS is not None:
-        k_BSKH, v_BSKH = (jnp.where(visible_BS[:, :, None, None], x_BSKH, 0) for x_BSKH in (k_BSKH, v_BSKH))
-    return _attention((blocks, interpret), q_BTNH, k_BSKH, v_BSKH, mask)
+    k_BSKH, v_BSKH = mask.clean_keys(q_BTNH.shape[1], k_BSKH, v_BSKH)
+    return _attention((blocks, interpret), mask.scale_queries(q_BTNH), k_BSKH, v_BSKH, mask)
 
 
 def _check_blocks(blocks: Blocks) -> None:

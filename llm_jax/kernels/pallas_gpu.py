@@ -163,10 +163,8 @@ def gpu_attention(
         f"attention: queries, keys and values are {q_BTNH.dtype}, {k_BSKH.dtype} and {v_BSKH.dtype}: cast them to one",
     )
     blocks = BLOCKS[q_BTNH.shape[3], q_BTNH.dtype.itemsize] if blocks is None else blocks
-    if mask.query_scale is not None:
-        # Outside of the kernels, where XLA merges it with what made the queries (RoPE): no more bytes are moved.
-        scale_BT11 = jax.lax.stop_gradient(mask.query_scale)[:, :, None, None]
-        q_BTNH = (q_BTNH.astype(jnp.float32) * scale_BT11).astype(q_BTNH.dtype)
+    # Outside of the kernels, where XLA merges it with what made the queries (RoPE): no more bytes are moved.
+    q_BTNH = mask.scale_queries(q_BTNH)
     return _attention((blocks, interpret), q_BTNH, k_BSKH, v_BSKH, mask)
 
 

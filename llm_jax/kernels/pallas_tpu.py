@@ -130,10 +130,7 @@ def tpu_attention(
     plan = _plan(q_BTNH, k_BSKH, mask, blocks, interpret)
     refusal = _too_long(plan.batch if plan.by_row else 1, plan.queries, plan.keys, plan.blocks)
     require(refusal is None, f"attention on TPUs: {refusal}")
-    if mask.query_scale is not None:
-        scale_BT11 = jax.lax.stop_gradient(mask.query_scale)[:, :, None, None]
-        q_BTNH = (q_BTNH.astype(jnp.float32) * scale_BT11).astype(q_BTNH.dtype)
-    return _attention(plan, q_BTNH, k_BSKH, v_BSKH, mask)
+    return _attention(plan, mask.scale_queries(q_BTNH), k_BSKH, v_BSKH, mask)
 
 
 class _Plan(NamedTuple):

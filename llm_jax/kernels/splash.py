@@ -92,9 +92,7 @@ def splash_attention(
     segments = None
     if mask.query_segment_ids is not None and mask.key_segment_ids is not None:
         segments = SegmentIds(mask.query_segment_ids, mask.key_segment_ids)
-    seen_BS = mask.visible_keys(*shape)
-    if seen_BS is not None:
-        k_BSKH, v_BSKH = (jnp.where(seen_BS[:, :, None, None], x, 0) for x in (k_BSKH, v_BSKH))
+    k_BSKH, v_BSKH = mask.clean_keys(shape[0], k_BSKH, v_BSKH)
     sees_BT11 = _sees(mask, *shape)
     if sees_BT11 is not None:
         q_BTNH = jnp.where(sees_BT11, q_BTNH, 0)
