@@ -1,16 +1,22 @@
-"""How many of a sweep's smallest trials are trained in an hour, in four ways.
+"""How many of a sweep's smallest trials are trained in an hour, in six ways.
 
     python -m benchmarks.trials [--config=configs/scaling_laws/cpu.py] [--trials=10] [--rounds=1]
 
-The trials of least compute of a study's grid, one after the other:
+The trials of least compute of a study's grid. One after the other:
 
 - alone: `python -m experiments.pretrain` for each, which compiles for itself;
 - processes: the same, and they share a compilation cache;
 - one_process: in one process, as a sweep of `launcher.together=1` trains them;
-- together: in one process, those of one shape in one compiled step, as a sweep trains them.
+- together: in one process, those of one shape in one compiled step.
+
+As many at once as the machine has cores, each process with cores of its own, through the launcher `processes`:
+
+- processes_at_once: every trial in a process of its own, with a shared compilation cache;
+- sweep: those of one shape in one process and one compiled step, as the sweep of configs/scaling_laws/cpu.py trains
+  them.
 
 No way finds anything compiled when it starts, and each writes to folders of its own; the ways take turns. Prints one
-JSON line per way; `speed_over_alone` and `speed_over_processes` are medians of the ratios within a round.
+JSON line per way; the ratios named `speed_over_...` are medians of those within a round.
 `busy_elsewhere` is the share of the machine that other programs took meanwhile; `processor_seconds` suffer less from
 them. The dataset is made in the study's --workdir, if it is not there.
 """
@@ -29,49 +35,62 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from benchmarks.peers.turns import ROOT, machine_busy_seconds
 from experiments import runner, scaling_laws
+from experiments.trials import execute
 from llm_jax import config as config_lib
-from llm_jax.scaling import flops, sweep
+from llm_jax.errors import require
+from llm_jax.scaling import launch, sweep
 from llm_jax.scaling.config import ScalingConfig
-from llm_jax.scaling.trial import Trial
+from llm_jax.scaling.trial import CONFIG, Trial
 
-WAYS = ("alone", "processes", "one_process", "together")
+WAYS = ("alone", "processes", "one_process", "together", "processes_at_once", "sweep")
 
 
 def smallest(study: ScalingConfig, count: int) -> list[Trial]:
     """The trials of least compute of the study's grid."""
-
-    def compute(trial: Trial) -> float:
-        return flops.training_flops(trial.config.model, trial.config.data.sequence_length, trial.tokens)
-
-    return sorted(sweep.expand(study)[0], key=compute)[:count]
+    return sorted(sweep.expand(study)[0], key=lambda trial: trial.compute)[:count]
 
 
-def commands(way: str, study: ScalingConfig, trials: Sequence[Trial], folder: Path) -> list[list[str]]:
-    """What to run, one after the other."""
-    if way in ("alone", "processes"):
-        paths = [folder / trial.name for trial in trials]
-        program = [sys.executable, "-m", "experiments.pretrain"]
-        return [[*program, f"--config={path / 'config.json'}", f"--workdir={path}"] for path in paths]
-    most = study.launcher.together if way == "together" else 1
-    groups = sweep.together(trials, dataclasses.replace(study.launcher, together=most))
-    files = [[str(folder / trial.name / "config.json") for trial in group] for group in groups]
-    return [[sys.executable, "-m", "benchmarks.peers.sweep", json.dumps(files)]]
+def groups_of(way: str, study: ScalingConfig, trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Which trials train in one compiled step."""
+    most = study.launcher.together if way in ("together", "sweep") else 1
+    return sweep.together(trials, dataclasses.replace(study.launcher, together=most))
+
+
+def train(way: str, study: ScalingConfig, trials: Sequence[Trial], folder: Path) -> None:
+    """Train all trials in one way."""
+    groups = groups_of(way, study, trials)
+    if way in ("processes_at_once", "sweep"):
+        at_once = dataclasses.replace(study.launcher, kind="processes", parallel=os.cpu_count() or 1, retries=0)
+        problems = launch.run(groups, execute, at_once, folder, console=Console(quiet=True), poll_seconds=0.2)
+        require(not problems, "; ".join(problems.values()))
+        return
+    files = [[str(folder / trial.name / CONFIG) for trial in group] for group in groups]
+    if way in ("one_process", "together"):
+        return _wait_for("benchmarks.peers.sweep", json.dumps(files))
+    for trial in trials:
+        if way == "alone":
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+        path = folder / trial.name
+        _wait_for("experiments.pretrain", f"--config={path / CONFIG}", f"--workdir={path}")
+
+
+def _wait_for(module: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True, capture_output=True)
 
 
 def take_turn(way: str, study: ScalingConfig, trials: Sequence[Trial], folder: Path) -> dict[str, float]:
     """Train all trials in one way, from nothing."""
     shutil.rmtree(folder, ignore_errors=True)
     for trial in trials:
-        config_lib.save(trial.config, folder / trial.name / "config.json")
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | cache
+        config_lib.save(trial.config, folder / trial.name / CONFIG)
+    os.environ |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     start, busy, own = time.perf_counter(), machine_busy_seconds(), _processor_seconds()
-    for command in commands(way, study, trials, folder):
-        if way == "alone":
-            shutil.rmtree(folder / "cache", ignore_errors=True)
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    train(way, study, trials, folder)
     seconds, processor = time.perf_counter() - start, _processor_seconds() - own
     elsewhere = machine_busy_seconds() - busy - processor
     capacity = seconds * (os.cpu_count() or 1)
@@ -105,12 +124,13 @@ def report(way: str, count: int, turns: dict[str, list[dict[str, float]]]) -> di
         "trials_per_hour": round(3600 * count / median("seconds")),
         "speed_over_alone": ratio("alone", "seconds"),
         "speed_over_processes": ratio("processes", "seconds"),
+        "speed_over_processes_at_once": ratio("processes_at_once", "seconds"),
         "processor_speed_over_alone": ratio("alone", "processor_seconds"),
     }
 
 
 def main(arguments: list[str]) -> None:
-    """Measure the four ways."""
+    """Measure all ways."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/scaling_laws/cpu.py", help="a study")
     parser.add_argument("--trials", type=int, default=10, help="how many of its smallest")

@@ -29,7 +29,7 @@ from rich.console import Console
 from experiments import own_dataset, runner, trials
 from llm_jax import config as config_lib
 from llm_jax.errors import require
-from llm_jax.scaling import cost, flops, launch, learning_rate, results, study, sweep
+from llm_jax.scaling import cost, launch, learning_rate, results, study, sweep
 from llm_jax.scaling.config import GridConfig, ScalingConfig
 from llm_jax.scaling.learning_rate import Choice
 from llm_jax.scaling.report import Prediction, as_rich
@@ -154,10 +154,9 @@ def predict(found: Study, config: ScalingConfig, workdir: Path) -> Study:
     """
     assert found.laws.power is not None
     trial = predicted_trials(config, {})[0][0]
-    compute = flops.training_flops(trial.config.model, trial.config.data.sequence_length, trial.tokens)
-    made = study.predict(found.laws.power, trial.size, compute)
+    made = study.predict(found.laws.power, trial.size, trial.compute)
     predicted = [
-        each for each in found.held_out if each.size == made.size and isclose(each.compute, compute, rel_tol=SAME)
+        each for each in found.held_out if each.size == made.size and isclose(each.compute, made.compute, rel_tol=SAME)
     ]
     path, earlier = workdir / PREDICTION, made
     if path.is_file() and (workdir / PREDICTED).is_dir():

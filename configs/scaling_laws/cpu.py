@@ -81,7 +81,7 @@ def get_config() -> ml_collections.ConfigDict:
                 sizes=("d4", "d8", "d16", "d32", "d48"),
                 tokens_per_parameter=4.0,
             ),
-            launcher=LauncherConfig(kind="inline", together_up_to=3e12),
+            launcher=LauncherConfig(kind="processes", parallel=2, together_up_to=3e12),
             prediction=PredictionConfig(compute=1e14, size=size(PREDICTED)),
             corpus=config.CorpusConfig(profile="default", sources=SOURCES, holdout_fraction=0.02),
             tokenizer=config.TokenizerConfig(vocab_size=VOCABULARY, sample_bytes=10_000_000),

@@ -11,7 +11,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from llm_jax.scaling import flops
 from llm_jax.scaling.trial import Trial
 from llm_jax.training import metrics
 
@@ -37,10 +36,7 @@ class Board:
         self._folder = folder
         self._console = console or Console(stderr=True)
         self._states = dict.fromkeys((trial.name for trial in trials), WAITING)
-        self._compute = {
-            trial.name: flops.training_flops(trial.config.model, trial.config.data.sequence_length, trial.tokens)
-            for trial in trials
-        }
+        self._compute = {trial.name: trial.compute for trial in trials}
         self._start = time.monotonic()
         self._compute_at_start: float | None = None
         self._live = Live(console=self._console, auto_refresh=False) if live and self._console.is_terminal else None

@@ -30,10 +30,8 @@ def costs(trials: Sequence[Trial]) -> list[Cost]:
     """What the trials cost, those alike together, in the order in which they come."""
     found: dict[tuple[str, int, float], Cost] = {}
     for trial in trials:
-        model, length = trial.config.model, trial.config.data.sequence_length
-        compute = flops.training_flops(model, length, trial.tokens)
-        key = trial.size, trial.tokens, compute
-        same = found.get(key, Cost(trial.size, model, trial.tokens, 0, compute))
+        key = trial.size, trial.tokens, trial.compute
+        same = found.get(key, Cost(trial.size, trial.config.model, trial.tokens, 0, trial.compute))
         found[key] = dataclasses.replace(same, trials=same.trials + 1)
     return list(found.values())
 

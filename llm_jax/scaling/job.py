@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import importlib
+import os
 import signal
 import sys
 import traceback
@@ -97,10 +98,13 @@ class Job:
 
     execute: str  # "module:function"
     config_paths: tuple[str, ...]
+    cores: tuple[int, ...] = ()  # of this machine, that the process keeps to; () = all
 
     def __call__(self) -> None:
         """Train the group; SIGTERM ends it, during training after a checkpoint."""
         signal.signal(signal.SIGTERM, _stop)
+        if self.cores:
+            os.sched_setaffinity(0, self.cores)  # before JAX starts as many threads as there are cores
         module, _, name = self.execute.partition(":")
         first = JobEnvironment().global_rank == 0
         attempt(getattr(importlib.import_module(module), name), self.config_paths, first=first)

@@ -98,6 +98,8 @@ def run(
     waiting, problems = _unfinished(groups, folder, board)
     if not waiting:
         return problems
+    if launcher.kind == "processes":  # the longest first, so that all end at about the same time
+        waiting = deque(sorted(waiting, key=lambda task: -sum(trial.compute for trial in task.trials)))
     where = _launcher(execute, launcher, folder, board)
     poll_seconds = where.poll_seconds if poll_seconds is None else poll_seconds
     running: list[Task] = []
@@ -261,7 +263,7 @@ class Inline:
 
 
 class Processes:
-    """At most `launcher.parallel` processes on this machine, each with GPUs of its own."""
+    """At most `launcher.parallel` processes on this machine, each with cores and GPUs of its own."""
 
     poll_seconds = 1.0
 
@@ -280,6 +282,7 @@ class Processes:
         started: list[Task] = []
         count = min(len(waiting), self._launcher.parallel - len(running))
         _check_free(itertools.islice(waiting, count), self._folder)
+        cores = shares_of_cores(self._launcher.parallel)
         for _ in range(count):
             task = waiting.popleft()
             taken = {self._slots[other.job.job_id] for other in [*running, *started]}
@@ -291,7 +294,7 @@ class Processes:
                 visible_gpus=tuple(range(slot * gpus, (slot + 1) * gpus)),
             )
             with _ignored_by_children(signal.SIGINT):  # a terminal's Ctrl-C reaches them too: `stop` ends them
-                task.job = self._executor.submit(Job(self._execute, _config_paths(task, self._folder)))
+                task.job = self._executor.submit(Job(self._execute, _config_paths(task, self._folder), cores[slot]))
             self._slots[task.job.job_id] = slot
             started.append(task)
             for trial in task.trials:
@@ -311,6 +314,16 @@ class Processes:
         while any(not task.job.done() for task in running) and time.monotonic() < deadline:
             time.sleep(0.1)
         return "stopped; the same command goes on from here"
+
+
+def shares_of_cores(count: int) -> list[tuple[int, ...]]:
+    """The cores that this process may use in `count` equal shares; empty ones where they cannot be dealt out.
+
+    Small models waste most of a second core: two processes of a core each train more of them than two that share both.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    each = len(cores) // count
+    return [tuple(cores[slot * each : (slot + 1) * each]) for slot in range(count)]
 
 
 @contextlib.contextmanager

@@ -296,8 +296,7 @@ def together(trials: Sequence[Trial], launcher: LauncherConfig) -> list[list[Tri
 def _is_alone(trial: Trial, launcher: LauncherConfig) -> bool:
     mesh = trial.config.mesh
     processes = launcher.nodes * launcher.tasks_per_node if launcher.kind == "slurm" else 1
-    compute = flops.training_flops(trial.config.model, trial.config.data.sequence_length, trial.tokens)
-    large = bool(launcher.together_up_to) and compute > launcher.together_up_to
+    large = bool(launcher.together_up_to) and trial.compute > launcher.together_up_to
     all_devices = mesh.data == -1 and launcher.gpus_per_node > 1
     return large or processes > 1 or all_devices or mesh.replica * mesh.tensor * max(mesh.data, 1) > 1
 
@@ -352,7 +351,7 @@ def result(trial: Trial, folder: Path) -> TrialResult:
         non_embedding_parameters=parameters.non_embedding,
         tokens=trial.tokens,
         unique_tokens=_unique_tokens(trial),
-        compute=flops.training_flops(config.model, length, trial.tokens),
+        compute=trial.compute,
         learning_rate=config.optimizer.learning_rate,
         seed=config.seed,
         loss=records[-1]["loss"],

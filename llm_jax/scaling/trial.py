@@ -3,6 +3,7 @@
 import dataclasses
 
 from llm_jax.config import ModelConfig, TrainConfig
+from llm_jax.scaling import flops
 
 # Files of a trial's folder, beside those of its run.
 CONFIG = "config.json"
@@ -22,6 +23,11 @@ class Trial:
     def tokens(self) -> int:
         """Tokens that it trains on."""
         return self.config.steps * self.config.data.batch_size * self.config.data.sequence_length
+
+    @property
+    def compute(self) -> float:
+        """FLOPs of its training, exactly: `flops.training_flops`."""
+        return flops.training_flops(self.config.model, self.config.data.sequence_length, self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ def execute(config_paths: list[str]) -> None:
 def train(config: TrainConfig, run: Path, group: int) -> None:
     with (run / "tries.txt").open("a") as tries:
         tries.write(f"{os.getpid()} {group}\n")
+    (run / "cores.json").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
     behaviour = config.optimizer.weight_decay
     if behaviour == ALWAYS_FAILS or (behaviour == FAILS_ONCE and len(tries_of(run)) == 1):
         raise ValueError(f"no luck with {run.name}\nand a second line")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import signal
 import subprocess
@@ -167,6 +168,24 @@ def test_no_more_processes_than_allowed(tmp_path):
     out = launch_all([[trial] for trial in trials], tmp_path, "processes", parallel=1)[1]
     states = [line.split()[1].rstrip(":") for line in out.splitlines()]
     assert states == ["running", "done"] * 3
+
+
+def test_processes_begin_with_the_longest(tmp_path):
+    trials = [make_trial(steps=8), make_trial(seed=1, steps=24), make_trial(seed=2, steps=16)]
+    out = launch_all([[trial] for trial in trials], tmp_path, "processes", parallel=1)[1]
+    begun = [line.split()[0] for line in out.splitlines() if line.split()[1].rstrip(":") == "running"]
+    assert begun == [trials[1].name, trials[2].name, trials[0].name]
+
+
+@pytest.mark.parametrize("parallel", [1, 2, 3])
+def test_processes_share_the_cores_out(tmp_path, parallel):
+    """Each has an equal part of its own while they are enough for that, and all of them otherwise."""
+    trials = [make_trial(seed=seed) for seed in range(parallel)]
+    launch_all([[trial] for trial in trials], tmp_path, "processes", parallel=parallel)
+    cores = sorted(os.sched_getaffinity(0))
+    taken = [json.loads((tmp_path / trial.name / "cores.json").read_text()) for trial in trials]
+    each = len(cores) // parallel
+    assert taken == ([cores[i * each : (i + 1) * each] for i in range(parallel)] if each else [cores] * parallel)
 
 
 @pytest.mark.parametrize("kind", ["inline", "processes"])
