@@ -27,7 +27,7 @@ class Problem(NamedTuple):
 
     platform: str  # "cpu", "gpu" or "tpu"
     device_kind: str  # such as "NVIDIA A100-SXM4-80GB" or "TPU v5p"
-    dtype: str  # of queries, keys and values alike
+    dtype: str  # of queries, and of keys and values too unless `cache_dtype` says otherwise
     batch: int
     num_queries: int
     num_keys: int
@@ -36,6 +36,7 @@ class Problem(NamedTuple):
     head_dim: int
     features: tuple[str, ...]  # names of the mask's fields that are in use
     static_window: int | None = None  # the window, if it is a plain number and not an array
+    cache_dtype: str | None = None  # in decoding: of the keys and values in the cache
 
 
 class Implementation(NamedTuple):

@@ -69,7 +69,7 @@ def decode_attention(
     _check_shapes(q_B1NH, slots)
     _, K, S, _ = slots.key.shape
     attention.check_mask(q_B1NH, S, mask)
-    problem = attention.describe(q_B1NH, S, K, mask)
+    problem = attention.describe(q_B1NH, S, K, mask)._replace(cache_dtype=str(slots.key.dtype))
     asked = AKIN.get(implementation, implementation)
     otherwise = ("reference", f"{S} slots on {problem.platform}")
     preferred = PREFERRED.get(problem.platform, ())
@@ -94,3 +94,5 @@ def _check_shapes(q_B1NH: jax.Array, slots: Slots) -> None:
         wanted = (*k[:3], 1) if coded else None
         given = None if scale is None else scale.shape
         require(given == wanted, f"decoding: {name}_scale of {array.dtype} slots has shape {given}, expected {wanted}")
+    one = slots.key.dtype == slots.value.dtype
+    require(one, f"decoding: keys are {slots.key.dtype} and values {slots.value.dtype}, but a cache has one dtype")
