@@ -53,6 +53,30 @@ def refuses_gpu(device_kind: str) -> str | None:
     return None
 
 
+def unsupported(dtype: str, head_dim: int, dtypes: Sequence[str], head_dims: Sequence[int]) -> str | None:
+    """Why a kernel that is made for these dtypes and head dims cannot serve a call, or None."""
+    if dtype not in dtypes:
+        return f"its dtypes are {', '.join(dtypes)}, not {dtype}"
+    if head_dim not in head_dims:
+        return f"its head dims are {', '.join(map(str, head_dims))}, not {head_dim}"
+    return None
+
+
+def check_supported(name: str, arrays: Sequence[jax.Array], dtypes: Sequence[str], head_dims: Sequence[int]) -> None:
+    """For a kernel that is called directly: raise `UserError` unless it serves these queries, keys and values.
+
+    Args:
+      name: of the kernel, for the message.
+      arrays: queries, keys and values, their last axis the head dim.
+      dtypes: those that the kernel serves; all arrays must have the same.
+      head_dims: those that it serves.
+    """
+    reason = unsupported(str(arrays[0].dtype), arrays[0].shape[-1], dtypes, head_dims)
+    require(reason is None, f"attention: {name} cannot serve this call: {reason}")
+    found = [str(array.dtype) for array in arrays]
+    require(len(set(found)) == 1, f"attention: queries, keys and values are {', '.join(found)}: cast them to one dtype")
+
+
 def never(problem: Problem) -> str | None:
     """Of an implementation that serves every problem."""
     return None
