@@ -27,6 +27,7 @@ TOKENIZER_STYLES = ("baichuan2", "baichuan1", "llama2")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 QUANTIZATIONS = ("none", "int8", "int4")
 CACHE_DTYPES = ("", "int8", *DTYPES)
+OUTPUTS = ("logits", "reward")
 
 
 def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -90,6 +91,7 @@ class ModelConfig:
     qkv_bias: bool = False
     norm_head: bool = False
     tie_embeddings: bool = False
+    output: str = "logits"  # reward: a scalar instead, as reward models and critics have
     window_sizes: tuple[int, ...] = ()  # one per layer, 0 = unlimited; () = no windows at all
     log_n: bool = False  # Qwen's log-n attention scaling beyond max_length; inference only
     dynamic_ntk: bool = False  # Qwen's larger rotary base beyond max_length; inference only
@@ -113,6 +115,7 @@ class ModelConfig:
         non_negative(self, "quantization_group", "mup_base_width")
         one_of("ModelConfig.quantization", self.quantization, QUANTIZATIONS)
         one_of("ModelConfig.position", self.position, POSITIONS)
+        one_of("ModelConfig.output", self.output, OUTPUTS)
         one_of("ModelConfig.remat", self.remat, REMAT_POLICIES)
         one_of("ModelConfig.attention", self.attention, ATTENTION_IMPLEMENTATIONS)
         one_of("ModelConfig.param_dtype", self.param_dtype, DTYPES)

@@ -13,7 +13,7 @@ from llm_jax.models.decoder import (
     without_mup,
 )
 from llm_jax.models.decoding import for_decoding
-from llm_jax.models.heads import unembed, unembedding
+from llm_jax.models.heads import rewards, unembed, unembedding
 from llm_jax.models.quantization import quantize, weight_bytes
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "logits",
     "quantize",
     "rate_multipliers",
+    "rewards",
     "unembed",
     "unembedding",
     "weight_bytes",

@@ -1,7 +1,7 @@
 """The decoder as pure functions over a parameter pytree: the layers of `layers.py`, stacked and scanned.
 
 `params` is a dict with "embedding", "layers" (every leaf with a leading layer axis, or see `for_decoding`),
-"final_norm" and "head" (absent when the embeddings are tied).
+"final_norm" and "head" (absent when the embeddings are tied) or, in a reward model, "reward_head".
 
 B batch, T length, S cache length, D model, V vocabulary, L layers.
 """
@@ -45,7 +45,9 @@ def _boxed(config: ModelConfig, key: jax.Array) -> Params:
         "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_layers)),
         "final_norm": RMSNorm(config).init(key, x_BTD)["params"],
     }
-    if not config.tie_embeddings:
+    if config.output == "reward":
+        params["reward_head"] = heads.RewardHead(config).init(head_key, x_BTD)["params"]
+    elif not config.tie_embeddings:
         params["head"] = heads.Head(config).init(head_key)["params"]
     return params
 

@@ -31,6 +31,7 @@ def for_decoding(params: Any, config: ModelConfig, *, donate: bool = False) -> t
       The configuration with which to use the new parameters, and the parameters. They are for use, not for saving.
     """
     require(decoder.is_stacked(params), "the parameters are laid out for decoding already")
+    require(config.output == "logits", "a reward model is not laid out for decoding: it generates nothing")
     config, params = decoder.without_mup(params, config)  # of which a part goes by norm_head
     mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
     if mesh is not None and mesh.shape.get("tensor", 1) > 1:

@@ -1,4 +1,4 @@
-"""Output heads: the matrix that turns hidden states into logits.
+"""Output heads: the matrix that turns hidden states into logits, and the vector that turns them into rewards.
 
 B batch, T length, D model, V vocabulary.
 """
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.config import ModelConfig
+from llm_jax.errors import require
 from llm_jax.models import quantized
 from llm_jax.models.quantized import Quantized
 from llm_jax.parallel.rules import constrain, gather
@@ -53,6 +54,7 @@ def normalize_rows(weight_VD: jax.Array) -> jax.Array:
 
 def unembedding(params: Any, config: ModelConfig) -> jax.Array:
     """The matrix [V, D] in the compute dtype with which the logits are `hidden @ unembedding.T`."""
+    _check_has_logits(config)
     if config.tie_embeddings:
         table_VD, dtype = params["embedding"]["embedding"], jnp.dtype(config.compute_dtype)
         return (quantized.gather if isinstance(table_VD, Quantized) else gather)(table_VD, ("vocab", "embed"), dtype)
@@ -61,7 +63,8 @@ def unembedding(params: Any, config: ModelConfig) -> jax.Array:
 
 
 def unembed(params: Any, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Array:
-    """Logits [B, T, V], float32, of final hidden states."""
+    """Logits [B, T, V], float32, of final hidden states. Raises `UserError` for a reward model."""
+    _check_has_logits(config)
     with jax.named_scope("head"):
         hidden_BTD = constrain(hidden_BTD, "batch", None, None)
         stored_VD = params["embedding"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
@@ -76,3 +79,33 @@ def unembed(params: Any, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Arra
         else:
             logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, weight_VD, preferred_element_type=jnp.float32)
         return constrain(logits_BTV, "batch", None, "vocab")
+
+
+def _check_has_logits(config: ModelConfig) -> None:
+    require(config.output == "logits", "this is a reward model: it has no logits, and nothing can be generated with it")
+
+
+class RewardHead(nn.Module):
+    """A scalar for every hidden state, float32: the head that replaces the logits (LLaMA-2, section 3.2.2).
+
+    It starts at normal(0, 1 / sqrt(D + 1)), as in Stiennon et al. (2020), so that the first rewards are of order 1.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
+        D, dtype = self.config.hidden_size, self.config.param_dtype
+        normal = nn.with_logical_partitioning(nn.initializers.normal((D + 1) ** -0.5), ("embed",))
+        kernel_D = self.param("kernel", normal, (D,), dtype)
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ()), (), dtype)
+        kernel_D = gather(kernel_D, ("embed",), jnp.dtype(jnp.float32))
+        return jnp.einsum("btd,d->bt", hidden_BTD.astype(jnp.float32), kernel_D) + bias.astype(jnp.float32)
+
+
+def rewards(params: Any, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Array:
+    """The scalar of each hidden state [B, T, D], float32 [B, T]. Raises `UserError` for a model without such a head."""
+    require(config.output == "reward", "this model gives logits: train a reward model of it first")
+    with jax.named_scope("reward_head"):
+        rewards_BT: Any = RewardHead(config).apply({"params": params["reward_head"]}, hidden_BTD)
+    return rewards_BT

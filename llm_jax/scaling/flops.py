@@ -43,7 +43,7 @@ class Parameters:
 
 
 def count(model: ModelConfig) -> Parameters:
-    """Embedding V D, head V D (0 if tied), and L (2 D H (N + K) + 3 D F + 2 D [+ H (N + 2 K) of biases]) + D.
+    """Embedding V D, head V D (0 if tied, D + 1 in a reward model), and L (2 D H (N + K) + 3 D F + 2 D [+ H (N + 2 K) of biases]) + D.
 
     Of the ways to leave embeddings out, this one gives the sizes that Baichuan-2 prints for its sweep (11.51 to
     3019.33 million): norms counted, embedding and head not.
@@ -52,9 +52,8 @@ def count(model: ModelConfig) -> Parameters:
     bias = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) if model.qkv_bias else 0
     layer = _projection_weights(model) + 3 * D * F + 2 * D + bias
     table = model.vocab_size * D
-    return Parameters(
-        embedding=table, head=0 if model.tie_embeddings else table, non_embedding=model.num_layers * layer + D
-    )
+    head = D + 1 if model.output == "reward" else 0 if model.tie_embeddings else table
+    return Parameters(embedding=table, head=head, non_embedding=model.num_layers * layer + D)
 
 
 def forward_flops(model: ModelConfig, length: int, *, causal: bool = True) -> ForwardFlops:

@@ -20,10 +20,10 @@ from llm_jax.optim.schedules import Schedule
 from llm_jax.parallel import rules
 from llm_jax.training.state import TrainState
 
-LossFunction = Callable[[Any, Any, jax.Array], LossOutput]
+LossFunction = Callable[..., LossOutput]  # of parameters, batch, key, and what the run does not train
 Metrics = dict[str, jax.Array]
 StepFunction = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-Update = Callable[[TrainState, Any, jax.Array, Schedule], tuple[TrainState, Metrics]]
+Update = Callable[..., tuple[TrainState, Metrics]]  # of state, batch, seed, schedule, and the same
 
 
 def split_microbatches(batch: Any, count: int) -> Any:
@@ -37,13 +37,13 @@ def split_microbatches(batch: Any, count: int) -> Any:
 
 
 def sum_gradients(
-    loss_fn: LossFunction, params: Any, batch: Any, key: jax.Array, microbatches: int
+    loss_fn: LossFunction, params: Any, batch: Any, key: jax.Array, microbatches: int, *frozen: Any
 ) -> tuple[Any, LossOutput]:
     """Gradients of the loss's *sum* and the loss output, added up over microbatches in the parameters' dtype."""
 
     def one(microbatch: Any, index: jax.Array | int) -> tuple[Any, LossOutput]:
         def total(params: Any) -> tuple[jax.Array, LossOutput]:
-            output = loss_fn(params, microbatch, jax.random.fold_in(key, index))
+            output = loss_fn(params, microbatch, jax.random.fold_in(key, index), *frozen)
             return output.total, output
 
         return jax.grad(total, has_aux=True)(params)
@@ -64,15 +64,18 @@ def sum_gradients(
 def update_function(
     loss_fn: LossFunction, optimizer: optax.GradientTransformationExtraArgs, microbatches: int = 1
 ) -> Update:
-    """The pure update `(state, batch, seed, schedule) -> (state, metrics)`; `seed` is a uint32 scalar.
+    """The pure update `(state, batch, seed, schedule, *frozen) -> (state, metrics)`; `seed` is a uint32 scalar.
 
+    `frozen` is what `loss_fn(params, batch, key, *frozen)` reads and nobody trains, such as the model beside adapters.
     The gradient is that of total / weight over the whole global batch: one division, after all microbatches and
     devices. A batch of weight 0 gives loss 0 and a zero gradient. Randomness depends on (seed, step, microbatch) alone.
     """
 
-    def update(state: TrainState, batch: Any, seed: jax.Array, schedule: Schedule) -> tuple[TrainState, Metrics]:
+    def update(
+        state: TrainState, batch: Any, seed: jax.Array, schedule: Schedule, *frozen: Any
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradients, output = sum_gradients(loss_fn, state.params, batch, key, microbatches)
+        gradients, output = sum_gradients(loss_fn, state.params, batch, key, microbatches, *frozen)
         scale = WeightedSum(jnp.ones(()), output.weight).mean()
         gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
         with jax.named_scope("optimizer"):
@@ -96,14 +99,14 @@ def seed_number(seed: int) -> np.uint32:
     return np.uint32(seed % 2**32)
 
 
-def bind(update: Update, seed: np.ndarray | np.uint32, schedule: Schedule) -> StepFunction:
-    """The step `(state, batch) -> (state, metrics)` of a run with this `seed_number` and schedule."""
+def bind(update: Update, seed: np.ndarray | np.uint32, schedule: Schedule, *frozen: Any) -> StepFunction:
+    """The step `(state, batch) -> (state, metrics)` of a run with this `seed_number`, schedule and frozen arrays."""
     numbers: list[Any] = []
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         if not numbers:  # once, to where the state is: the loop allows no transfers between host and device
             numbers.extend(jax.device_put((seed, schedule), state.step.sharding))
-        return update(state, batch, *numbers)
+        return update(state, batch, *numbers, *frozen)
 
     return step
 
