@@ -1,0 +1,46 @@
+"""What alignment reads and how: conversations."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from llm_jax.config import one_of, positive
+from llm_jax.errors import require
+from llm_jax.tokenization.chat import TEMPLATES
+
+CHAT_FORMATS = ("auto", "messages", "sharegpt", "alpaca", "hh_rlhf")
+SUPERVISE = ("replies", "last", "qwen_released")
+TOO_LONG = ("cut", "drop", "truncate")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatDataConfig:
+    """Which conversations a run of supervised fine-tuning reads, what it learns of them, and how they fill batches."""
+
+    path: str = ""  # a file or folder of .jsonl, .jsonl.gz or .json
+    format: str = "auto"  # of the records; auto = each record's own
+    template: str = "auto"  # llama2, baichuan2, chatml, file; auto = the model's own, else chatml if it fits
+    # replies: every reply and the token that ends it. last: only a conversation's last one. qwen_released (chatml): as
+    # in Qwen's published code, the marks around every message and the line break after it too.
+    supervise: str = "replies"
+    # Of a conversation longer than a sequence. cut: the last rounds go. drop: all of it. truncate: what is too much, in
+    # the midst of a reply if need be.
+    too_long: str = "cut"
+    holdout_fraction: float = 0.01  # of the conversations, chosen by a hash of their first message; 0 = none
+    sequence_length: int = 2048
+    batch_size: int = 64  # sequences in a global batch
+    packed: bool = True  # several conversations in a sequence; False = one, and padding
+    seed: int = 0
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # source -> weight; {} = each sample equally
+    prefetch: int = 8  # batches prepared ahead in the background
+
+    def __post_init__(self) -> None:
+        positive(self, "sequence_length", "batch_size", "prefetch")
+        one_of("ChatDataConfig.format", self.format, CHAT_FORMATS)
+        one_of("ChatDataConfig.template", self.template, TEMPLATES)
+        one_of("ChatDataConfig.supervise", self.supervise, SUPERVISE)
+        one_of("ChatDataConfig.too_long", self.too_long, TOO_LONG)
+        require(
+            0 <= self.holdout_fraction < 1, f"ChatDataConfig.holdout_fraction={self.holdout_fraction} must be in [0, 1)"
+        )
+        require(all(w >= 0 for w in self.weights.values()), "ChatDataConfig.weights must not be negative")
+        require(not self.weights or sum(self.weights.values()) > 0, "ChatDataConfig.weights are all zero")
