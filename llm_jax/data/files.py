@@ -95,14 +95,14 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
     offset = 0
-    for number, line in enumerate(_jsonl_lines(path), start=1):
+    for number, line in enumerate(jsonl_lines(path), start=1):
         if line.strip():
             yield _text_of(_decode(line, path, offset).removeprefix(BYTE_ORDER_MARK), f"{path}:{number}", text_field)
         offset += len(line)
 
 
-def _jsonl_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a plain or gzipped file."""
+def jsonl_lines(path: Path) -> Iterator[bytes]:
+    """Lines of a plain or gzipped file; `UserError` where it is cut off."""
     with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
         try:
             lines: Iterable[bytes] = file
