@@ -29,10 +29,11 @@ from rich.console import Console
 from experiments import own_dataset, runner, trials
 from llm_jax import config as config_lib
 from llm_jax.errors import require
+from llm_jax.evaluation.tables import as_rich
 from llm_jax.scaling import cost, launch, learning_rate, results, study, sweep
 from llm_jax.scaling.config import GridConfig, ScalingConfig
 from llm_jax.scaling.learning_rate import Choice
-from llm_jax.scaling.report import Prediction, as_rich
+from llm_jax.scaling.report import Prediction
 from llm_jax.scaling.study import Study
 from llm_jax.scaling.trial import CONFIG, Trial, TrialResult
 

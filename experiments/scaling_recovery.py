@@ -18,7 +18,8 @@ from rich.progress import track
 from experiments import runner
 from llm_jax.config import positive
 from llm_jax.errors import require
-from llm_jax.scaling import recovery, report
+from llm_jax.evaluation.tables import Table, as_markdown, as_rich
+from llm_jax.scaling import recovery
 from llm_jax.scaling.config import MIN_DRAWS
 from llm_jax.scaling.recovery import Recovery
 
@@ -53,19 +54,19 @@ def run(config: RecoveryConfig, workdir: Path) -> None:
     of_both = recovery.parametric(recovery.PARAMETRIC, config.draws, seed=config.seed, bootstrap=config.bootstrap)
     tables = (table(of_compute, "a * C^b + L_inf recovered"), table(of_both, "E + A / N^alpha + B / D^beta recovered"))
     for made in tables:
-        Console(width=TABLE_WIDTH).print(report.as_rich(made))
-    (workdir / "table.md").write_text("\n".join(map(report.as_markdown, tables)), encoding="utf-8")
+        Console(width=TABLE_WIDTH).print(as_rich(made))
+    (workdir / "table.md").write_text("\n".join(map(as_markdown, tables)), encoding="utf-8")
     values = [dataclasses.asdict(row) for row in (*of_compute, *of_both)]
     (workdir / "results.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def table(rows: Sequence[Recovery], title: str) -> report.Table:
+def table(rows: Sequence[Recovery], title: str) -> Table:
     """A line for each scenario and method, with the coverage of each quantity's interval."""
     quantities = tuple(dict.fromkeys(row.quantity for row in rows))
     lines: dict[tuple[str, str], dict[str, Recovery]] = {}
     for row in rows:
         lines.setdefault((row.scenario, row.method), {})[row.quantity] = row
-    return report.Table(
+    return Table(
         title=title,
         headings=("scenario", "method", *quantities, "refused"),
         rows=tuple(

@@ -14,8 +14,8 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter
 
 from llm_jax.evaluation.figures import figure
+from llm_jax.evaluation.tables import quantity
 from llm_jax.scaling.panels import Axis, Panel, Series
-from llm_jax.scaling.report import quantity
 
 WIDTH, HEIGHT = 9.0, 4.8  # of a PNG, inches
 BAND_OPACITY = 0.15

@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from llm_jax.evaluation.tables import quantity
 from llm_jax.scaling.fit import Budget, IsoFlop, PowerLaw
 from llm_jax.scaling.learning_rate import Choice
-from llm_jax.scaling.report import Prediction, quantity
+from llm_jax.scaling.report import Prediction
 from llm_jax.scaling.trial import TrialResult
 
 LAW_COLOUR = "#222222"

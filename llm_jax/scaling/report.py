@@ -1,14 +1,11 @@
-"""The tables of a scaling study, as Markdown for a file and as Rich tables for a terminal, from plain data."""
+"""The tables of a scaling study, from plain data."""
 
 import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-import rich.table
-from rich.console import Group
-from rich.text import Text
-
+from llm_jax.evaluation.tables import Table, quantity
 from llm_jax.scaling.fit import Allocation, Comparison, IsoFlop, Parametric, PowerLaw
 from llm_jax.scaling.learning_rate import Choice
 from llm_jax.scaling.trial import TrialResult
@@ -17,7 +14,6 @@ NO_FLOOR = (
     "The interval of L_inf starts at 0: these runs also allow losses that never level off, so that only b and "
     "predictions near the runs are known."
 )
-UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,26 +43,6 @@ class Prediction:
     def relative_error(self) -> float:
         """(predicted - mean) / mean; NaN without runs."""
         return self.predicted / self.mean - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table of text."""
-
-    title: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numbers: frozenset[str] = frozenset()  # headings of the columns that are aligned to the right
-    notes: tuple[str, ...] = ()  # lines below it
-
-
-def quantity(value: float) -> str:
-    """Three digits and the unit that people say: 11.5M, 3.02B."""
-    value = float(f"{value:.3g}")
-    for unit, name in UNITS:
-        if value >= unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g}"
 
 
 def law(fitted: PowerLaw) -> Table:
@@ -246,30 +222,3 @@ def trials(results: Sequence[TrialResult], left_out: Sequence[str] = ()) -> Tabl
         numbers=frozenset(headings[1:]),
         notes=("Held-out loss in nats per token.", *(f"Left out: {line}" for line in left_out)),
     )
-
-
-def as_markdown(table: Table) -> str:
-    """The table in GitHub's Markdown, under a heading of the second level."""
-    rule = ["---:" if heading in table.numbers else "---" for heading in table.headings]
-    lines = [_line(table.headings), f"| {' | '.join(rule)} |", *map(_line, table.rows)]
-    notes = "\n".join(f"- {escaped(note)}" for note in table.notes)
-    return "\n".join([f"## {escaped(table.title)}", "", *lines, "", *([notes, ""] if notes else [])])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(escaped, cells))} |"
-
-
-def escaped(cell: str) -> str:
-    """Text as Markdown that shows it as it is."""
-    return " ".join(cell.split()).translate({ord(sign): f"\\{sign}" for sign in "\\|<*_`"})
-
-
-def as_rich(table: Table) -> Group:
-    """The table for a terminal, and its notes. Cells are `Text`: they show as they are, whatever brackets they hold."""
-    drawn = rich.table.Table(title=Text(table.title), title_justify="left")
-    for heading in table.headings:
-        drawn.add_column(Text(heading), justify="right" if heading in table.numbers else "left")
-    for row in table.rows:
-        drawn.add_row(*map(Text, row))
-    return Group(drawn, *map(Text, table.notes))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llm_jax.errors import UserError
+from llm_jax.evaluation.tables import Table, as_markdown, escaped
 from llm_jax.scaling import figures, fit, panels, report
 from llm_jax.scaling.config import FitConfig
 from llm_jax.scaling.learning_rate import Choice
@@ -108,7 +109,7 @@ def draw(study: Study) -> list[Panel]:
     return drawn
 
 
-def tables(study: Study) -> list[report.Table]:
+def tables(study: Study) -> list[Table]:
     """The study's tables, the law and its prediction first."""
     laws, shown = study.laws, []
     if laws.power:
@@ -147,9 +148,9 @@ def write(study: Study, command: str, folder: Path) -> None:
     }
     write_json(values, folder / LAWS)
     parts = ["# Scaling laws", f"    {command}"]
-    parts += [f"Not fitted: {report.escaped(line)}." for line in study.laws.problems]
+    parts += [f"Not fitted: {escaped(line)}." for line in study.laws.problems]
     parts += [f"![{panel.title}]({FIGURES}/{panel.name}.png)" for panel in drawn]
-    _write(folder / REPORT, "\n\n".join([*parts, *(report.as_markdown(table) for table in tables(study))]))
+    _write(folder / REPORT, "\n\n".join([*parts, *(as_markdown(table) for table in tables(study))]))
 
 
 def write_json(values: Mapping[str, Any], path: Path) -> None:

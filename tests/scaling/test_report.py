@@ -6,10 +6,12 @@ import math
 import pytest
 from rich.console import Console
 
+from llm_jax.evaluation import tables
+from llm_jax.evaluation.tables import Table
 from llm_jax.scaling import fit, report
 from llm_jax.scaling.fit import Comparison, Parametric, Score
 from llm_jax.scaling.learning_rate import Choice
-from llm_jax.scaling.report import Prediction, Table
+from llm_jax.scaling.report import Prediction
 from tests.scaling import studies
 
 
@@ -20,7 +22,7 @@ def cells(table: Table) -> list[dict[str, str]]:
 def printed(table: Table) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(report.as_rich(table))
+        console.print(tables.as_rich(table))
     return capture.get()
 
 
@@ -30,7 +32,7 @@ def printed(table: Table) -> str:
      (2.6e12, "2.6T"), (0.5, "0.5"), (123_456, "123k")],
 )  # fmt: skip
 def test_quantities_are_said_as_people_say_them(value, text):
-    assert report.quantity(value) == text
+    assert tables.quantity(value) == text
 
 
 def predicted(losses: list[float]) -> Prediction:
@@ -106,7 +108,7 @@ def test_best_sizes_by_isoflop():
     table = report.isoflop(found)
     for row, budget in zip(cells(table), found.budgets, strict=True):
         assert float(row["FLOPs"]) == pytest.approx(budget.compute, rel=0.01)
-        assert row["best size"] == report.quantity(studies.best_size(budget.compute))
+        assert row["best size"] == tables.quantity(studies.best_size(budget.compute))
         assert float(row["tokens per parameter"]) == pytest.approx(
             budget.tokens_optimum / studies.best_size(budget.compute), rel=0.01
         )
@@ -152,7 +154,7 @@ AWKWARD = Table(
 
 
 def test_markdown_keeps_its_columns_whatever_the_cells_hold():
-    lines = report.as_markdown(AWKWARD).splitlines()
+    lines = tables.as_markdown(AWKWARD).splitlines()
     assert lines[:5] == ["## A \\| title", "", "| name | n |", "| --- | ---: |", "| a\\|b | 1 |"]
     assert lines[5] == "| \\<b>[red]x y\\*\\_\\` | 22 |"
     assert "- [/] a note" in lines
