@@ -42,8 +42,13 @@ def peak_flops() -> float | None:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return gemm_flops()
-    known = [peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind]
-    return known[0] * jax.device_count() if known else None
+    peak = peak_of(device.device_kind)
+    return peak * jax.device_count() if peak else None
+
+
+def peak_of(device_kind: str) -> float | None:
+    """FLOP/s of one device by its own name, dense bfloat16; None for one that is not in the table."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device_kind), None)
 
 
 @functools.cache
