@@ -3,13 +3,16 @@
 import dataclasses
 from collections.abc import Mapping
 
-from llm_jax.config import one_of, positive
+from llm_jax.config import non_negative, one_of, positive
 from llm_jax.errors import require
 from llm_jax.tokenization.chat import TEMPLATES
 
 CHAT_FORMATS = ("auto", "messages", "sharegpt", "alpaca", "hh_rlhf")
 SUPERVISE = ("replies", "last", "qwen_released")
 TOO_LONG = ("cut", "drop", "truncate")
+POOLINGS = ("end", "last")
+# LLaMA-2, table 27: the margin of each strength of preference, from 1 (negligibly better, or unsure) to 4 (significantly).
+MARGINS = {"none": (0.0, 0.0, 0.0, 0.0), "small": (0.0, 1 / 3, 2 / 3, 1.0), "large": (0.0, 1.0, 2.0, 3.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,3 +47,41 @@ class ChatDataConfig:
         )
         require(all(w >= 0 for w in self.weights.values()), "ChatDataConfig.weights must not be negative")
         require(not self.weights or sum(self.weights.values()) > 0, "ChatDataConfig.weights are all zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardDataConfig:
+    """How pairs of responses fill the batches of a reward model."""
+
+    # The token whose hidden state is scored. end (Qwen, section 3.2.1): the one that ends a reply, which is put there if
+    # the template has none. last: the last of the response itself, with nothing after it.
+    pooling: str = "end"
+    sequence_length: int = 2048  # holds both responses of a pair, each with its prompt
+    batch_size: int = 16  # sequences in a global batch; several pairs share one
+    packed: bool = True  # several pairs in a sequence; False = one, and padding
+    seed: int = 0
+    # Source -> its share of the pairs. An epoch then is as many pairs as there are without using one twice. {} = all.
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of("RewardDataConfig.pooling", self.pooling, POOLINGS)
+        positive(self, "sequence_length", "batch_size")
+        require(all(w >= 0 for w in self.weights.values()), "RewardDataConfig.weights must not be negative")
+        require(not self.weights or sum(self.weights.values()) > 0, "RewardDataConfig.weights are all zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardLossConfig:
+    """What a reward model minimises."""
+
+    margin: str = "none"  # by which a stronger preference must show more: none, small, large (LLaMA-2, table 27)
+    safety_coefficient: float = 0.0  # of the loss on responses labelled safe or unsafe; 0 = none
+
+    def __post_init__(self) -> None:
+        one_of("RewardLossConfig.margin", self.margin, tuple(MARGINS))
+        non_negative(self, "safety_coefficient")
+
+    @property
+    def margins(self) -> tuple[float, ...]:
+        """The margin of strength 1, 2, 3 and 4."""
+        return MARGINS[self.margin]
