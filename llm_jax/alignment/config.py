@@ -1,9 +1,19 @@
-"""What alignment reads and how: conversations."""
+"""What alignment reads and how, and how a trained model is trained further."""
 
 import dataclasses
 from collections.abc import Mapping
 
-from llm_jax.config import non_negative, one_of, positive
+from llm_jax.config import (
+    QUANTIZATIONS,
+    CheckpointConfig,
+    LoraConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    non_negative,
+    one_of,
+    positive,
+)
 from llm_jax.errors import require
 from llm_jax.tokenization.chat import TEMPLATES
 
@@ -11,7 +21,7 @@ CHAT_FORMATS = ("auto", "messages", "sharegpt", "alpaca", "hh_rlhf")
 SUPERVISE = ("replies", "last", "qwen_released")
 TOO_LONG = ("cut", "drop", "truncate")
 POOLINGS = ("end", "last")
-# LLaMA-2, table 27: the margin of each strength of preference, from 1 (negligibly better, or unsure) to 4 (significantly).
+# LLaMA-2, table 27: the margin of each strength, from 1 (negligibly better, or unsure) to 4 (significantly better).
 MARGINS = {"none": (0.0, 0.0, 0.0, 0.0), "small": (0.0, 1 / 3, 2 / 3, 1.0), "large": (0.0, 1.0, 2.0, 3.0)}
 
 
@@ -53,8 +63,8 @@ class ChatDataConfig:
 class RewardDataConfig:
     """How pairs of responses fill the batches of a reward model."""
 
-    # The token whose hidden state is scored. end (Qwen, section 3.2.1): the one that ends a reply, which is put there if
-    # the template has none. last: the last of the response itself, with nothing after it.
+    # The token whose hidden state is scored. end (Qwen, section 3.2.1): the one that ends a reply, which is put there
+    # if the template has none. last: the last of the response itself, with nothing after it.
     pooling: str = "end"
     sequence_length: int = 2048  # holds both responses of a pair, each with its prompt
     batch_size: int = 16  # sequences in a global batch; several pairs share one
@@ -85,3 +95,48 @@ class RewardLossConfig:
     def margins(self) -> tuple[float, ...]:
         """The margin of strength 1, 2, 3 and 4."""
         return MARGINS[self.margin]
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuneConfig:
+    """How a trained model is trained further; a preset of a report changes some of these."""
+
+    model: str = ""  # a run folder, a Hugging Face folder, a .gguf file or a released model's name
+    steps: int = 0  # 0 = as many as `epochs` take
+    epochs: float = 1.0
+    seed: int = 0
+    microbatches: int = 1
+    log_every: int = 10
+    eval_every: int = 100  # 0 = only at the end
+    keep_best: bool = True  # also keep the model of the lowest held-out loss, in WORKDIR/best
+    # Of the model; see ModelConfig.
+    max_length: int = 0  # 0 = the model's
+    dropout_rate: float = 0.0
+    neftune_alpha: float = 0.0
+    compute_dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    warmup_fraction: float = 0.0  # of the steps; 0 = optimizer.warmup_steps, which is the least otherwise
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(learning_rate=2e-5, warmup_steps=0)
+    )
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    quantize: str = "none"  # of the frozen model beside adapters: int8 or int4 is QLoRA
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(
+        default_factory=lambda: CheckpointConfig(every_steps=500, keep_last=1)
+    )
+
+    def __post_init__(self) -> None:
+        positive(self, "epochs", "microbatches", "log_every")
+        non_negative(self, "steps", "seed", "eval_every", "max_length")
+        require(
+            0 <= self.warmup_fraction < 1, f"FineTuneConfig.warmup_fraction={self.warmup_fraction} must be in [0, 1)"
+        )
+        one_of("FineTuneConfig.quantize", self.quantize, QUANTIZATIONS)
+        require(
+            self.quantize == "none" or self.lora.rank > 0,
+            f"FineTuneConfig.quantize={self.quantize!r}: quantised weights cannot be trained; set lora.rank to train "
+            "adapters beside them",
+        )

@@ -96,6 +96,6 @@ def _check_shapes(
     rewards, pairs = rewards_BP2.shape, strengths_BP.shape
     require(
         rewards == (*pairs, 2) == safety_labels_BP2.shape == safety_weights_BP2.shape and weights_BP.shape == pairs,
-        f"reward loss: rewards {rewards} and safety labels {safety_labels_BP2.shape}, {safety_weights_BP2.shape} must be "
-        f"[batch, pairs, 2], strengths {pairs} and weights {weights_BP.shape} [batch, pairs]",
+        f"reward loss: rewards {rewards} and safety labels {safety_labels_BP2.shape}, {safety_weights_BP2.shape} must "
+        f"be [batch, pairs, 2], strengths {pairs} and weights {weights_BP.shape} [batch, pairs]",
     )
