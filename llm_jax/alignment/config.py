@@ -22,7 +22,7 @@ SUPERVISE = ("replies", "last", "qwen_released")
 TOO_LONG = ("cut", "drop", "truncate")
 POOLINGS = ("end", "last")
 # LLaMA-2, table 27: the margin of each strength, from 1 (negligibly better, or unsure) to 4 (significantly better).
-MARGINS = {"none": (0.0, 0.0, 0.0, 0.0), "small": (0.0, 1 / 3, 2 / 3, 1.0), "large": (0.0, 1.0, 2.0, 3.0)}
+MARGINS = {"none": (0.0,) * 5, "small": (0.0, 1 / 3, 2 / 3, 1.0), "large": (0.0, 1.0, 2.0, 3.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class RewardLossConfig:
 
     @property
     def margins(self) -> tuple[float, ...]:
-        """The margin of strength 1, 2, 3 and 4."""
+        """The margin of strength 1, 2, ...: of as many as a pair may have."""
         return MARGINS[self.margin]
 
 
@@ -139,4 +139,39 @@ class FineTuneConfig:
             self.quantize == "none" or self.lora.rank > 0,
             f"FineTuneConfig.quantize={self.quantize!r}: quantised weights cannot be trained; set lora.rank to train "
             "adapters beside them",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Which pairs of responses are read, which ones ratings make, and how strong their preferences are."""
+
+    path: str = ""  # a .jsonl or .jsonl.gz file, or a folder of them
+    ignored_fields: tuple[str, ...] = ()  # of the records, beside those that are known
+    # What each step of the records' own scale counts as: () = itself; (1, 2, 2, 3, 4) makes four of five.
+    strength_scale: tuple[int, ...] = ()
+    rating_range: tuple[float, float] = (-4.0, 4.0)  # ratings outside of it are mistakes
+    minimum_gap: float = 2.0  # between the ratings of a pair's responses
+    strength_gaps: tuple[float, ...] = (3.0, 4.0, 5.0)  # the gaps from which on a preference is one step stronger
+    label_strength: int = 3  # ours: of a text that is labelled good over one that is labelled bad, which have no gap
+    pairs_per_text: int = 1  # how often a rated text may appear in pairs
+    holdout_fraction: float = 0.1  # of the prompts, chosen by hash; of texts without a prompt, of the texts
+    seed: int = 0  # of which rated texts meet
+
+    def __post_init__(self) -> None:
+        positive(self, "minimum_gap", "pairs_per_text")
+        low, high = self.rating_range
+        require(low < high, f"PreferenceConfig.rating_range={self.rating_range} must be from a lower to a higher rating")
+        edges = self.strength_gaps
+        rising = all(a < b for a, b in zip((0.0, *edges), edges))
+        require(
+            rising and len(edges) <= 4, f"PreferenceConfig.strength_gaps={edges} must be at most 4 gaps, each larger"
+        )
+        for field in ("strength_scale", "label_strength"):
+            value = getattr(self, field)
+            steps = value if isinstance(value, tuple) else (value,)
+            require(all(1 <= step <= 5 for step in steps), f"PreferenceConfig.{field}={value} must be from 1 to 5")
+        require(
+            0 <= self.holdout_fraction < 1,
+            f"PreferenceConfig.holdout_fraction={self.holdout_fraction} must be in [0, 1)",
         )
