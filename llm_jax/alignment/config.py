@@ -161,7 +161,9 @@ class PreferenceConfig:
     def __post_init__(self) -> None:
         positive(self, "minimum_gap", "pairs_per_text")
         low, high = self.rating_range
-        require(low < high, f"PreferenceConfig.rating_range={self.rating_range} must be from a lower to a higher rating")
+        require(
+            low < high, f"PreferenceConfig.rating_range={self.rating_range} must be from a lower to a higher rating"
+        )
         edges = self.strength_gaps
         rising = all(a < b for a, b in zip((0.0, *edges), edges))
         require(
