@@ -65,7 +65,7 @@ def train_batches(
     unknown sources, a batch size that the processes do not divide, or a dataset shorter than one sequence.
     """
     folder, summary = _open(config)
-    rows = _rows(config, process_index, process_count)
+    rows = rows_of_process(config.batch_size, process_index, process_count)
     shares = mixture.fractions(summary, config.weights)
     tokens = sum(summary.sources[name].train.tokens for name in shares)
     require(
@@ -89,7 +89,7 @@ def heldout_batches(
     unknown source and for what `train_batches` refuses; a source without held-out documents gives no batches.
     """
     folder, summary = _open(config)
-    rows = _rows(config, process_index, process_count)
+    rows = rows_of_process(config.batch_size, process_index, process_count)
     if source not in summary.sources:
         message = unknown_key(source, list(summary.sources)).removeprefix("unknown config key ")
         raise UserError(f"{folder} has no source {message}")
@@ -98,11 +98,11 @@ def heldout_batches(
     packed = _packed(folder, summary, source, "heldout", config)
     batches = min(max_batches, -(-packed.windows // config.batch_size))
     starts = (batch * config.batch_size + process_index * rows for batch in range(batches))
-    return (_stack(packed, start, rows) for start in starts)
+    return (stack(packed, start, rows) for start in starts)
 
 
-def _stack(packed: PackedSource, start: int, rows: int) -> Batch:
-    """Windows [start, start + rows) as a batch, padded with zeros beyond the last."""
+def stack(packed: mixture.Windows, start: int, rows: int) -> Batch:
+    """Windows [start, start + rows) of an epoch as a batch, padded with zeros beyond the last."""
     windows = [packed[i] for i in range(start, min(start + rows, packed.windows))]
     fields = []
     for name in Batch._fields:
@@ -120,13 +120,13 @@ def _open(config: DataConfig) -> tuple[Path, Summary]:
     return folder, read_summary(folder)
 
 
-def _rows(config: DataConfig, process_index: int, process_count: int) -> int:
+def rows_of_process(batch_size: int, process_index: int, process_count: int) -> int:
+    """How many of a batch's rows a process takes; `UserError` where the processes do not divide it."""
     require(
-        config.batch_size % process_count == 0,
-        f"DataConfig.batch_size={config.batch_size} is not divisible by the {process_count} processes",
+        batch_size % process_count == 0, f"batch_size={batch_size} is not divisible by the {process_count} processes"
     )
     require(0 <= process_index < process_count, f"process {process_index} is not one of {process_count} processes")
-    return config.batch_size // process_count
+    return batch_size // process_count
 
 
 def _packed(folder: Path, summary: Summary, source: str, split: str, config: DataConfig) -> PackedSource:

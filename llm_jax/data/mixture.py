@@ -5,22 +5,35 @@ draw is computed from k alone.
 """
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import grain
 
 from llm_jax.config import unknown_key
 from llm_jax.data.batch import Batch
-from llm_jax.data.packing import PackedSource
 from llm_jax.data.records import Summary
 from llm_jax.errors import UserError, require
 
 ENDLESS = 1 << 48  # sequences: more than any run reads, and within what Grain's index arithmetic holds
 
 
-class Endless:
-    """A packed source as Grain sees it: random access without an end."""
+class Windows(Protocol):
+    """The endless sequence of a source's windows."""
 
-    def __init__(self, source: PackedSource):
+    @property
+    def windows(self) -> int:
+        """How many an epoch has."""
+        ...
+
+    def __getitem__(self, index: int) -> Batch:
+        """Window `index`, counted through all epochs: a `Batch` without its first axis."""
+        ...
+
+
+class Endless:
+    """A source as Grain sees it: random access without an end."""
+
+    def __init__(self, source: Windows):
         self._source = source
 
     def __len__(self) -> int:
@@ -49,7 +62,7 @@ def fractions(summary: Summary, weights: Mapping[str, float]) -> dict[str, float
     return {name: chosen[name] / total for name in sorted(chosen)}
 
 
-def mix(sources: Mapping[str, PackedSource], shares: Mapping[str, float]) -> grain.MapDataset[Batch]:
+def mix(sources: Mapping[str, Windows], shares: Mapping[str, float]) -> grain.MapDataset[Batch]:
     """The endless, random-access sequence of single windows drawn from `sources` in proportion to `shares`."""
     datasets = [grain.MapDataset.source(Endless(sources[name])) for name in shares]
     return grain.MapDataset.mix(datasets, list(shares.values()))

@@ -22,6 +22,7 @@ from llm_jax.tokenization.tokenizer import Tokenizer
 ROLES = ("system", "user", "assistant")
 NONCHARACTERS = range(0xFDD0, 0xFDF0)  # no text has them; Unicode keeps them for uses such as this
 TEMPLATES = ("auto", "llama2", "baichuan2", "chatml", "file")
+UNTRAINABLE = "the file's chat template {}, so nobody can tell what a model is to write: name another template"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Segment(NamedTuple):
     ids: list[int]
     role: str  # whose message it belongs to
     supervised: bool  # whether the model is the one to write it: a reply and the token that ends it
+    labels: tuple[int, ...] = ()  # what the model is to write in place of the ids; () = the ids
 
 
 class ChatTemplate(abc.ABC):
@@ -113,7 +115,11 @@ class Llama2(ChatTemplate):
 
 @dataclasses.dataclass(frozen=True)
 class Baichuan2(ChatTemplate):
-    """Baichuan-2's: the system's words, then a marker before every message and nothing after it; no bos."""
+    """Baichuan-2's: the system's words, then a marker before every message and nothing after it; no bos.
+
+    What ends a reply is the next user's marker, or eos after the last one. In training, eos is the label in both
+    places, so that a model learns to end its replies with it.
+    """
 
     tokenizer: Tokenizer
     user_id: int = 195
@@ -122,6 +128,7 @@ class Baichuan2(ChatTemplate):
     sampling = SamplingConfig(temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05)
 
     def __post_init__(self) -> None:
+        require(self.tokenizer.eos_id >= 0, "the baichuan2 chat format needs a tokenizer with an eos token")
         for token in (self.user_id, self.assistant_id):
             surface = self.tokenizer.decode_bytes([token]) if token < self.tokenizer.vocab_size else b"?"
             require(
@@ -136,20 +143,27 @@ class Baichuan2(ChatTemplate):
     def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
         system, rounds = split_rounds(messages, add_generation_prompt)
         segments = [Segment(self.tokenizer.encode(system.content), "system", False)] if system else []
-        for message in (message for one_round in rounds for message in one_round):
-            marker = self.user_id if message.role == "user" else self.assistant_id
-            segments.append(Segment([marker], message.role, False))
-            segments.append(Segment(self.tokenizer.encode(message.content), message.role, message.role == "assistant"))
-        if add_generation_prompt:
-            segments.append(Segment([self.assistant_id], "assistant", False))
-        return segments
+        end = self.tokenizer.eos_id
+        for i, (user, *reply) in enumerate(rounds):
+            segments.append(Segment([self.user_id], "user", i > 0, (end,) if i > 0 else ()))
+            segments.append(Segment(self.tokenizer.encode(user.content), "user", False))
+            if reply or add_generation_prompt:
+                segments.append(Segment([self.assistant_id], "assistant", False))
+            segments += [Segment(self.tokenizer.encode(message.content), "assistant", True) for message in reply]
+        return [*segments, *([Segment([end], "assistant", True)] if len(rounds[-1]) > 1 else [])]
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatML(ChatTemplate):
-    """Qwen's: every message between <|im_start|> with its role and <|im_end|>; a system message is never missing."""
+    """Qwen's: every message between <|im_start|> with its role and <|im_end|>; a system message is never missing.
+
+    The report trains on replies and the <|im_end|> after them (Qwen, section 3.1). With `marks_supervised`, as in the
+    fine-tuning code published with the models (finetune.py), the loss is also on every message's <|im_start|>, its
+    <|im_end|> and the line break after it, whoever speaks; on neither role names nor other people's words.
+    """
 
     tokenizer: Tokenizer
+    marks_supervised: bool = False
     name = "chatml"
     default_system = "You are a helpful assistant."
     sampling = SamplingConfig(top_p=0.8)
@@ -167,18 +181,18 @@ class ChatML(ChatTemplate):
         system, rounds = split_rounds(messages, add_generation_prompt)
         system = system or Message("system", self.default_system)
         newline = encode_inside(self.tokenizer, "\n")
+        marks = self.marks_supervised
         segments = []
         for message in (system, *(message for one_round in rounds for message in one_round)):
-            words = encode_inside(self.tokenizer, message.content)
-            segments.append(Segment(self._header(message.role, newline), message.role, False))
-            segments.append(Segment([*words, self._end], message.role, message.role == "assistant"))
-            segments.append(Segment(newline, message.role, False))
-        if add_generation_prompt:
-            segments.append(Segment(self._header("assistant", newline), "assistant", False))
-        return segments
+            role, words = message.role, encode_inside(self.tokenizer, message.content)
+            segments += [*self._header(role, newline), Segment(words, role, role == "assistant")]
+            segments.append(Segment([self._end], role, role == "assistant" or marks))
+            segments.append(Segment(newline, role, marks))
+        return [*segments, *(self._header("assistant", newline) if add_generation_prompt else [])]
 
-    def _header(self, role: str, newline: list[int]) -> list[int]:
-        return [self._start, *encode_inside(self.tokenizer, role), *newline]
+    def _header(self, role: str, newline: list[int]) -> list[Segment]:
+        name = [*encode_inside(self.tokenizer, role), *newline]
+        return [Segment([self._start], role, self.marks_supervised), Segment(name, role, False)]
 
     @property
     def _start(self) -> int:
@@ -197,6 +211,9 @@ class JinjaTemplate(ChatTemplate):
     a name, a mark inside keeps it apart until the text is cut. A template that changes messages in a way that depends
     on the mark is refused, as nobody could tell then which tokens are its own. So is one that writes more control
     tokens than it does for meaningless messages of the same shape: it has made a name out of what somebody wrote.
+
+    To train on, a reply is what the template adds to the ids after which a model is asked for it, up to the first token
+    that would have stopped the model.
     """
 
     tokenizer: Tokenizer
@@ -213,16 +230,59 @@ class JinjaTemplate(ChatTemplate):
         control = self._control.match(after.lstrip()) if named else None
         return tuple(dict.fromkeys([*found, *([self.tokenizer.special_ids[control[0]]] if control else [])]))
 
+    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """The ids of a conversation; see `segments`, which refuses more: a format may be good to talk in only."""
+        return self._checked(messages, add_generation_prompt, time.time())
+
     def segments(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Segment]:
-        """A conversation in runs between control tokens; the template does not say whose they are."""
+        """A conversation in order; whatever is not a reply has no role, as the template does not say whose it is.
+
+        Raises `UserError` also where replies cannot be told apart: the template writes a conversation in another way
+        once a reply is in it, ends a reply with no token, or writes replies that depend on what others say.
+        """
+        split_rounds(messages, add_generation_prompt)
         now = time.time()
+        ids = self._checked(messages, add_generation_prompt, now)
+        spans = self._replies(messages, ids, now)
+        neutral = [m if m.role == "assistant" else self._without_words(m) for m in messages]
+        others = self._ids(neutral, add_generation_prompt, now)
+        same = [others[i:j] for i, j in self._replies(neutral, others, now)] == [ids[i:j] for i, j in spans]
+        require(same, UNTRAINABLE.format("writes replies in a way that depends on what others say"))
+        edges = [0, *(edge for span in spans for edge in span), len(ids)]
+        runs = [ids[first:last] for first, last in itertools.pairwise(edges)]
+        return [Segment(run, "assistant" if i % 2 else "", i % 2 == 1) for i, run in enumerate(runs)]
+
+    def _replies(self, messages: Sequence[Message], ids: list[int], now: float) -> list[tuple[int, int]]:
+        """Where in a conversation's ids its replies begin and end."""
+        spans = []
+        for i, message in enumerate(messages):
+            if message.role == "assistant":
+                prompt = self._ids(messages[:i], True, now)
+                replied = self._ids(messages[: i + 1], False, now)
+                kept = ids[: len(replied)] == replied and replied[: len(prompt)] == prompt
+                require(kept, UNTRAINABLE.format("writes a conversation in another way once there is a reply"))
+                ends = (j for j in range(len(prompt), len(replied)) if replied[j] in self.stop_ids)
+                end = next(ends, -1)
+                require(end >= 0, UNTRAINABLE.format("ends a reply with no token that would stop a model"))
+                spans.append((len(prompt), end + 1))
+        return spans
+
+    def _checked(self, messages: Sequence[Message], add_generation_prompt: bool, now: float) -> list[int]:
+        """The ids, unless somebody's words have become control tokens."""
         text, mark = self._marked(messages, add_generation_prompt, now)
         self._refuse_made_names(text, messages, add_generation_prompt, now)
-        segments = []
+        return self._split(text, mark)
+
+    def _ids(self, messages: Sequence[Message], add_generation_prompt: bool, now: float) -> list[int]:
+        """The ids, of messages that are part of what was checked."""
+        return self._split(*self._marked(messages, add_generation_prompt, now))
+
+    def _split(self, text: str, mark: str) -> list[int]:
+        """The ids of a rendered text, whose control tokens are by id."""
+        ids = []
         for i, run in enumerate(self._control.split(text)):
-            ids = [self.tokenizer.special_ids[run]] if i % 2 else self.tokenizer.encode(run.replace(mark, ""))
-            segments.append(Segment(ids, "", False))
-        return segments
+            ids += [self.tokenizer.special_ids[run]] if i % 2 else self.tokenizer.encode(run.replace(mark, ""))
+        return ids
 
     def _marked(self, messages: Sequence[Message], add_generation_prompt: bool, now: float) -> tuple[str, str]:
         """The rendered conversation, and the mark in it that keeps what people write from being a control token."""
@@ -248,16 +308,23 @@ class JinjaTemplate(ChatTemplate):
 
         First all of it, then only the punctuation: a template may leave out a message because of its words.
         """
-        names = "".join(self.tokenizer.special_ids)
-        letter = next(chr(code) for code in itertools.count(0x4E00) if chr(code) not in names)
         for replaced in (r"\S", r"[^\w\s]|_"):
-            neutral = [dataclasses.replace(m, content=re.sub(replaced, letter, m.content)) for m in messages]
+            neutral = [self._without_words(message, replaced) for message in messages]
             meant = Counter(self._control.findall(self._render(neutral, add_generation_prompt, now)))
             for name in Counter(self._control.findall(text)) - meant:
                 raise UserError(
                     f"the file's chat template makes the control token {name} out of what a message says: "
                     "rephrase the message or name another template"
                 )
+
+    def _without_words(self, message: Message, replaced: str = r"\S") -> Message:
+        """The message with a letter that no control token has in place of whatever matches."""
+        return dataclasses.replace(message, content=re.sub(replaced, self._letter, message.content))
+
+    @cached_property
+    def _letter(self) -> str:
+        names = "".join(self.tokenizer.special_ids)
+        return next(chr(code) for code in itertools.count(0x4E00) if chr(code) not in names)
 
     def _keep_apart(self, content: str, mark: str) -> str:
         """The content with a mark inside whatever is a control token's name, or at its end begins one."""
