@@ -11,9 +11,9 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llm_jax.alignment.config import CHAT_FORMATS
 from llm_jax.config import one_of
@@ -26,6 +26,7 @@ KINDS = (".jsonl", ".jsonl.gz", ".json")
 FIELDS = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction", "hh_rlhf": "chosen"}
 ROLE_NAMES = {"developer": "system", "human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+Made = TypeVar("Made")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +79,36 @@ def read(path: str | Path, format: str = "auto") -> tuple[list[Conversation], Ta
         UserError: there is nothing to read, a file is damaged, or no record is left.
     """
     one_of("format", format, CHAT_FORMATS)
+
+    def conversation(value: Any, source: str, record: str) -> Conversation:
+        return Conversation(parse(value, format), source, record)
+
+    return read_each(path, conversation, "conversation")
+
+
+def read_each(path: str | Path, make: Callable[[Any, str, str], Made], what: str) -> tuple[list[Made], Tally]:
+    """What `make` makes of each record of a file or a folder, and what was left out because it raised `BadRecordError`.
+
+    Args:
+        path: as for `read`.
+        make: of a record's JSON value, the name of its source, and where it is, "file.jsonl:12".
+        what: it makes, in one word, for messages.
+
+    Raises:
+        UserError: there is nothing to read, a file is damaged, or no record is left.
+    """
     path = Path(path)
     found, tally = [], Tally()
-    for file in _files(path):
+    for file in _files(path, what):
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
         source = re.sub(r"\W", "_", re.sub(r"\.jsonl?(\.gz)?$", "", file.name, flags=re.IGNORECASE))
         for number, record in _records(file):
             try:
                 value = _json(record) if isinstance(record, bytes) else record
-                found.append(Conversation(parse(value, format), source, f"{name}:{number}"))
+                found.append(make(value, source, f"{name}:{number}"))
             except BadRecordError as error:
                 tally.add(error.reason, f"{name}:{number}", error.detail)
-    require(bool(found), f"{path} has no conversation to learn from: {tally or 'it is empty'}")
+    require(bool(found), f"{path} has no {what} to learn from: {tally or 'it is empty'}")
     return found, tally
 
 
@@ -151,11 +170,11 @@ def split(conversations: Iterable[Conversation], fraction: float) -> tuple[list[
     return sides
 
 
-def _files(path: Path) -> list[Path]:
-    require(path.exists(), f"no file or folder at {path} (ChatDataConfig.path)")
+def _files(path: Path, what: str) -> list[Path]:
+    require(path.exists(), f"no file or folder at {path}")
     inside = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     known = [file for file in inside if file.name.lower().endswith(KINDS)]
-    require(bool(known), f"{path} holds no conversations: none of {', '.join(KINDS)}")
+    require(bool(known), f"{path} holds no {what}s: none of {', '.join(KINDS)}")
     return known
 
 

