@@ -1,17 +1,13 @@
 """Supervised fine-tuning's data: conversations as samples with loss weights, and samples packed into batches.
 
 A row holds whole samples, each a segment of its own with positions from 0, so that its loss and gradients are those of
-the samples alone. In every epoch each sample is drawn once. Which lengths share a row follows from all lengths alone
-(best fit, the longest first), so every epoch has as many rows; samples of equal length swap places from epoch to epoch,
-and rows come in another order, both drawn from (seed, source, epoch).
+the samples alone. In every epoch each sample is drawn once; see `data.packing.SharedRows`.
 
 Shapes: N tokens of a sample, T places of a row, B rows of a batch.
 """
 
 import bisect
 import dataclasses
-import functools
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,7 +20,7 @@ from llm_jax.alignment.conversations import BadRecordError, Conversation, Tally
 from llm_jax.config import unknown_key
 from llm_jax.data import loader, mixture
 from llm_jax.data.batch import Batch
-from llm_jax.data.packing import permutation
+from llm_jax.data.packing import SharedRows
 from llm_jax.errors import UserError, require
 from llm_jax.tokenization import chat
 from llm_jax.tokenization.chat import ChatML, ChatTemplate, Message, Segment
@@ -170,32 +166,6 @@ def _shorten(sample: Sample, messages: Sequence[Message], template: ChatTemplate
     return rounds(kept)._replace(rounds_left_out=whole - kept)
 
 
-def share_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which of these lengths share a row: every index in one list, no list's lengths above `capacity` in sum.
-
-    Best fit: in the order given, each goes where it leaves the least room. From the longest to the shortest, that takes
-    about 11/9 of the fewest possible rows at the very most (Johnson, 1974), and hardly any more in practice.
-    """
-    rows: list[list[int]] = []
-    spaces: list[int] = []  # the free places that some row has, ascending
-    rows_by_space: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        at = bisect.bisect_left(spaces, length)
-        if at < len(spaces):
-            space = spaces[at]
-            row = rows_by_space[space].pop()
-            if not rows_by_space[space]:
-                del spaces[at]
-        else:
-            space, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(index)
-        if not rows_by_space.setdefault(space - length, []):
-            bisect.insort(spaces, space - length)
-        rows_by_space[space - length].append(row)
-    return rows
-
-
 class PackedRows:
     """The endless sequence of rows of one source's samples; `self[i]` is a pure function of i and the arguments.
 
@@ -205,35 +175,21 @@ class PackedRows:
     def __init__(self, samples: Sequence[Sample], name: str, length: int, seed: int, padded: bool = False):
         self._samples = samples
         self._length = length
-        self._key = (seed, zlib.crc32(name.encode()))
-        self._lengths = np.array([len(sample.tokens) for sample in samples], np.int64)
-        longest = int(self._lengths.max(initial=0))
-        require(longest <= length, f"a sample of {longest:,} tokens does not fit into a row of {length:,}")
-        descending = sorted(self._lengths.tolist(), reverse=True)
-        self._rows = [[i] for i in range(len(samples))] if padded else share_rows(descending, length)
-        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+        self._shared = SharedRows([len(sample.tokens) for sample in samples], name, length, seed, padded)
 
     @property
     def windows(self) -> int:
         """Rows of an epoch."""
-        return len(self._rows)
+        return self._shared.windows
 
     @property
     def fill(self) -> float:
         """The share of the rows' places that hold a sample's token."""
-        return float(self._lengths.sum() / (self._length * max(1, self.windows)))
-
-    def _make_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The samples from the longest to the shortest, equal ones shuffled; and the order of the rows."""
-        samples = permutation(len(self._samples), *self._key, epoch, 0)
-        samples = samples[np.argsort(-self._lengths[samples], kind="stable")]
-        return samples, permutation(self.windows, *self._key, epoch, 1)
+        return self._shared.fill
 
     def __getitem__(self, index: int) -> Batch:
         """Row `index`, counted through all epochs: a `Batch` without its first axis."""
-        epoch, within = divmod(int(index), self.windows)
-        samples, rows = self._order(epoch)
-        return row([self._samples[samples[i]] for i in self._rows[rows[within]]], self._length)
+        return row([self._samples[i] for i in self._shared[index]], self._length)
 
 
 def row(samples: Sequence[Sample], length: int) -> Batch:

@@ -5,12 +5,11 @@ draw is computed from k alone.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import grain
 
 from llm_jax.config import unknown_key
-from llm_jax.data.batch import Batch
 from llm_jax.data.records import Summary
 from llm_jax.errors import UserError, require
 
@@ -25,8 +24,8 @@ class Windows(Protocol):
         """How many an epoch has."""
         ...
 
-    def __getitem__(self, index: int) -> Batch:
-        """Window `index`, counted through all epochs: a `Batch` without its first axis."""
+    def __getitem__(self, index: int) -> Any:
+        """Window `index`, counted through all epochs: a `Batch`, or another batch, without its first axis."""
         ...
 
 
@@ -39,7 +38,7 @@ class Endless:
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Any:
         return self._source[index]
 
 
@@ -62,7 +61,7 @@ def fractions(summary: Summary, weights: Mapping[str, float]) -> dict[str, float
     return {name: chosen[name] / total for name in sorted(chosen)}
 
 
-def mix(sources: Mapping[str, Windows], shares: Mapping[str, float]) -> grain.MapDataset[Batch]:
+def mix(sources: Mapping[str, Windows], shares: Mapping[str, float]) -> grain.MapDataset[Any]:
     """The endless, random-access sequence of single windows drawn from `sources` in proportion to `shares`."""
     datasets = [grain.MapDataset.source(Endless(sources[name])) for name in shares]
     return grain.MapDataset.mix(datasets, list(shares.values()))

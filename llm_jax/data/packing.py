@@ -5,11 +5,14 @@ Window i covers the T tokens from i*T, and its targets the T tokens from i*T + 1
 token once, except the first of each document, which has no context. The last window is padded. Windows come in an
 order drawn from (seed, source, e) too, because neighbours often share a long document.
 
+Whole samples, which no window may cut, share rows instead: see `SharedRows`.
+
 Memory: 16 bytes a document and 8 bytes a window for each of the last two epochs.
 
 Shapes: T tokens of a window, D documents, N tokens of an epoch.
 """
 
+import bisect
 import functools
 import zlib
 from collections.abc import Sequence
@@ -18,6 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from llm_jax.data.batch import Batch
+from llm_jax.errors import require
 
 
 class Documents(Protocol):
@@ -108,3 +112,77 @@ def _window(stream: np.ndarray, edges: np.ndarray, length: int) -> Batch:
     # The target of a document's last token would be the next document's first, or padding.
     weights = (segments[:-1] == segments[1:]) & (segments[1:] > 0)
     return Batch(stream[:-1], stream[1:], weights.astype(np.float32), segments[:-1], positions[:-1])
+
+
+def share_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Which of these lengths share a row: every index in one list, no list's lengths above `capacity` in sum.
+
+    Best fit: in the order given, each goes where it leaves the least room. From the longest to the shortest, that takes
+    about 11/9 of the fewest possible rows at the very most (Johnson, 1974), and hardly any more in practice.
+    """
+    rows: list[list[int]] = []
+    spaces: list[int] = []  # the free places that some row has, ascending
+    rows_by_space: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        at = bisect.bisect_left(spaces, length)
+        if at < len(spaces):
+            space = spaces[at]
+            row = rows_by_space[space].pop()
+            if not rows_by_space[space]:
+                del spaces[at]
+        else:
+            space, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if not rows_by_space.setdefault(space - length, []):
+            bisect.insort(spaces, space - length)
+        rows_by_space[space - length].append(row)
+    return rows
+
+
+class SharedRows:
+    """Which whole items share a row, in an endless sequence: `self[i]` is a pure function of i and the arguments.
+
+    In every epoch each item is drawn once. Which lengths share a row follows from all lengths alone (best fit, the
+    longest first), so every epoch has as many rows. Items of equal length swap places from epoch to epoch, and rows
+    come in another order, both drawn from (seed, name, epoch). `padded` puts one item into a row.
+
+    Raises `UserError` for an item that is longer than a row.
+    """
+
+    def __init__(self, lengths: Sequence[int], name: str, capacity: int, seed: int, padded: bool = False):
+        self._capacity = capacity
+        self._key = (seed, zlib.crc32(name.encode()))
+        self._lengths = np.array(lengths, np.int64)
+        longest = int(self._lengths.max(initial=0))
+        require(longest <= capacity, f"a sample of {longest:,} tokens does not fit into a row of {capacity:,}")
+        descending = sorted(self._lengths.tolist(), reverse=True)
+        self._rows = [[i] for i in range(len(descending))] if padded else share_rows(descending, capacity)
+        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+
+    @property
+    def windows(self) -> int:
+        """Rows of an epoch."""
+        return len(self._rows)
+
+    @property
+    def most(self) -> int:
+        """Items of the fullest row; 0 without rows."""
+        return max(map(len, self._rows), default=0)
+
+    @property
+    def fill(self) -> float:
+        """The share of the rows' places that an item takes up."""
+        return float(self._lengths.sum() / (self._capacity * max(1, self.windows)))
+
+    def _make_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The items from the longest to the shortest, equal ones shuffled; and the order of the rows."""
+        items = permutation(len(self._lengths), *self._key, epoch, 0)
+        items = items[np.argsort(-self._lengths[items], kind="stable")]
+        return items, permutation(self.windows, *self._key, epoch, 1)
+
+    def __getitem__(self, index: int) -> list[int]:
+        """The items of row `index`, counted through all epochs, in the order in which they stand in it."""
+        epoch, within = divmod(int(index), self.windows)
+        items, rows = self._order(epoch)
+        return [int(items[i]) for i in self._rows[rows[within]]]
