@@ -4,14 +4,15 @@
     .venv-aot/bin/python -m benchmarks.attention_aot --targets a100 v5p --cases baichuan2_7b --kernels pallas_gpu xla
 
 Forward, backward and decoding kernels of this project, of JAX itself, and XLA's own unfused attention, bfloat16, at
-the models' sizes. Prints, per kernel: registers, spills and shared memory and the occupancy they allow, tensor-core
-instructions (GPU); final bundles against the matrix units' least, spills, vector memory (TPU); bytes moved by
-construction against the least possible, products against those of visible pairs alone, tiles visited of all tiles, the
-largest array. What cannot be compiled is a row with the reason. Nothing runs, so there are no times: those are for
+the models' sizes; decoding over int8 caches too. Prints, per kernel: registers, spills and shared memory and the
+occupancy they allow, tensor-core instructions (GPU); final bundles against the matrix units' least, spills, vector
+memory (TPU); bytes moved by construction. Then, per pass with all that is around its kernels: bytes moved against the
+least possible, products against those of visible pairs alone, tiles visited of all tiles, the largest array. What
+cannot be compiled is a row with the reason. Nothing runs, so there are no times: those are for
 `benchmarks.attention_device` on a real accelerator.
 
 Rows go to OUTPUT/attention_aot.jsonl, the tables to OUTPUT/attention_aot.md; rows of an earlier run that were not
-compiled again stay. Needs the environment that `make aot` makes.
+compiled again stay. Ends with status 1 if nothing compiled. Needs the environment that `make aot` makes.
 """
 
 import argparse
@@ -26,9 +27,10 @@ from typing import Any
 
 from benchmarks.aot import table
 from benchmarks.aot.cases import CASES, PASSES
-from benchmarks.aot.kernels import KERNELS, Kernel, named
-from benchmarks.aot.targets import TARGETS, Target, environment
-from llm_jax.errors import UserError
+from benchmarks.aot.kernels import KERNELS, fits, named
+from benchmarks.aot.options import add_names, positive
+from benchmarks.aot.targets import TARGETS, environment
+from llm_jax.errors import UserError, require
 
 Job = tuple[str, str, str]  # target, case, kernel
 Row = dict[str, Any]
@@ -42,14 +44,8 @@ def jobs(targets: list[str], case_names: list[str], kernel_names: list[str]) -> 
         for target in targets
         for case in case_names
         for kernel in KERNELS
-        if kernel.name in kernel_names and fits(kernel, TARGETS[target])
+        if kernel.name in kernel_names and fits(kernel, TARGETS[target].platform, TARGETS[target].compute)
     ]
-
-
-def fits(kernel: Kernel, target: Target) -> bool:
-    """Whether the kernel is written for such a device."""
-    generations = kernel.architectures
-    return target.platform in kernel.platforms and (not generations or target.compute in generations)
 
 
 def run(job: Job) -> list[Row]:
@@ -79,11 +75,15 @@ def _failed(job: Job, found: list[Row], reason: str) -> list[Row]:
 
 
 def merge(old: list[Row], new: list[Row]) -> list[Row]:
-    """The old rows with those of the same target, case and implementation replaced, in the order of the tables."""
+    """The old rows with those of the same target, case and implementation replaced, in the order of the tables.
+
+    Old rows of what exists no longer are dropped.
+    """
     fresh = {_key(row) for row in new}
     names = [kernel.name for kernel in KERNELS]
     orders = ("target", list(TARGETS)), ("case", list(CASES)), ("pass", list(PASSES)), ("implementation", names)
-    rows = [row for row in old if _key(row) not in fresh] + new
+    kept = [row for row in old if all(row[field] in order for field, order in orders)]
+    rows = [row for row in kept if _key(row) not in fresh] + new
     return sorted(rows, key=lambda row: [order.index(row[field]) for field, order in orders])
 
 
@@ -102,17 +102,16 @@ def write(output: Path, rows: list[Row]) -> str:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [kernel.name for kernel in KERNELS]
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    parser.add_argument("--kernels", nargs="+", choices=names, default=names, metavar="KERNEL", help=", ".join(names))
-    parser.add_argument("--jobs", type=int, default=1, help="compile so many at once; each takes 1 to 3 GB")
+    add_names(parser, "--targets", TARGETS)
+    add_names(parser, "--cases", CASES)
+    add_names(parser, "--kernels", [kernel.name for kernel in KERNELS])
+    parser.add_argument("--jobs", type=positive, default=1, help="compile so many at once; each takes 1 to 3 GB")
     parser.add_argument("--output", type=Path, default=Path("runs/attention_aot"))
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> None:
-    """Compile everything that was asked for, writing the table after every job."""
+def main(arguments: list[str]) -> int:
+    """Compile everything that was asked for, writing the tables after every job; the status to end with."""
     options = parse(arguments)
     for name in options.targets:
         environment(TARGETS[name], options.output)  # a missing wheel is told before the first compilation
@@ -120,19 +119,22 @@ def main(arguments: list[str]) -> None:
     stored = options.output / "attention_aot.jsonl"
     rows = [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
     wanted = jobs(options.targets, options.cases, options.kernels)
-    started, text = time.monotonic(), ""
+    require(bool(wanted), "none of these kernels is written for any of these targets")
+    started, text, compiled = time.monotonic(), "", False
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         for number, (job, found) in enumerate(zip(wanted, pool.map(run, wanted)), 1):
+            compiled |= any("reason" not in row for row in found)
             rows = merge(rows, found)
             text = write(options.output, rows)
             spent = time.monotonic() - started
             left = spent / number * (len(wanted) - number)
             print(f"{number}/{len(wanted)} {' '.join(job)}: {spent:.0f} s, about {left:.0f} s left", file=sys.stderr)
     print(text)
+    return 0 if compiled else 1
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except UserError as error:
         sys.exit(f"error: {error}")

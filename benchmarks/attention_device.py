@@ -1,17 +1,19 @@
 """Times and correctness of the attention kernels on the GPU or TPU of this machine, as a table.
 
     python -m benchmarks.attention_device --output=runs/attention_device
-    python -m benchmarks.attention_device --interpret --output=/tmp/try      # on a CPU, tiny: only whether all runs
+    python -m benchmarks.attention_device --interpret --output=runs/try      # on a CPU, tiny: only whether all runs
 
 Every implementation of the platform, this project's and JAX's own, at the models' sizes, bfloat16: forward, forward
-and backward together, decoding. Errors are relative (L2) to the chunked attention in float32 of the same numbers, for
-the output and each gradient. Rates count the products of visible pairs alone, two forward and seven with the backward
-pass, whatever a kernel really does; beside them is what the device reaches on a large matrix product now, and its peak.
+and backward together, decoding over a cache in bfloat16 and in int8. Errors are relative (L2) to plain JAX in float32
+on the same numbers (in training the chunked attention), for the output and each gradient. Rates count the products of
+visible pairs alone, two forward and seven with the backward pass, whatever a kernel really does; beside them is what
+the device reaches on a large matrix product now, and its peak.
 Writes OUTPUT/attention_device.csv and .md; a row that failed has the reason.
 """
 
 import argparse
 import csv
+import re
 import statistics
 import sys
 import time
@@ -25,15 +27,14 @@ import jax.numpy as jnp
 from benchmarks.aot import cases, table
 from benchmarks.aot.cases import CASES, Case
 from benchmarks.aot.compile import one_line
-from benchmarks.aot.kernels import KERNELS, Kernel, named
+from benchmarks.aot.kernels import KERNELS, Kernel, fits, named
+from benchmarks.aot.options import add_names, positive
 from llm_jax.errors import UserError, require
 from llm_jax.kernels import choice
 from llm_jax.kernels.chunked import chunked_attention
+from llm_jax.training import metrics
 
 Row = dict[str, Any]
-# Dense bfloat16 operations a second, by part of the device's own name.
-PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "TPU v5 lite": 197e12}
-PEAKS |= {"TPU v5p": 459e12, "TPU v5": 459e12, "TPU v4": 275e12, "TPU v6 lite": 918e12}
 TINY = {
     case.name: case
     for case in (
@@ -42,7 +43,7 @@ TINY = {
         Case("tiny_window", 64, 2, 1, 64, window=16, decode_batch=2),
     )
 }
-MEASURES = ("forward", "training", "decode")
+MEASURES = ("forward", "training", *cases.DECODING)
 
 
 def seconds(function: Callable[..., Any], arguments: tuple[Any, ...], rounds: int, calls: int) -> float:
@@ -66,9 +67,23 @@ def gemm_rate(size: int, rounds: int) -> float:
 
 
 def draw(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[jax.Array, ...]:
-    """Normal numbers; the lengths of a cache (integers) are all that it holds."""
+    """Normal numbers, or any codes for int8."""
     keys = jax.random.split(jax.random.key(1), len(shapes))
-    return tuple(jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype) for key, x in zip(keys, shapes))
+    return tuple(_draw(key, x) for key, x in zip(keys, shapes))
+
+
+def _draw(key: jax.Array, x: jax.ShapeDtypeStruct) -> jax.Array:
+    if x.dtype == jnp.int8:
+        return jax.random.randint(key, x.shape, -127, 128, jnp.int8)
+    return jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype)
+
+
+def draw_cache(case: Case, which: str, dtype: str) -> tuple[jax.Array, ...]:
+    """The arguments of decoding: every slot is written, and the scales of codes make them about normal."""
+    q, k, v, lengths, *scales = cases.decode_inputs(case, which, dtype)
+    full_B = jnp.full(lengths.shape, case.length, jnp.int32)
+    uniform = 127 / 3**0.5  # the standard deviation of the codes
+    return *draw((q, k, v)), full_B, *(jnp.full(x.shape, 1 / uniform, x.dtype) for x in scales)
 
 
 def gradients(run: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -90,10 +105,10 @@ def error(expected: jax.Array, actual: jax.Array) -> float:
 def measure(kernel: Kernel, case: Case, options: argparse.Namespace) -> list[Row]:
     """A row for each measure of one implementation."""
     extra = {"interpret": True} if options.interpret and kernel.interprets else {}
-    wanted = ("decode",) if "decode" in kernel.passes else ("forward", "training")
+    decoding = tuple(which for which in kernel.passes if which in cases.DECODING)
     head = {"case": case.name, "implementation": kernel.name}
     rows = []
-    for which in wanted:
+    for which in decoding or ("forward", "training"):
         try:
             run = kernel.build(case, **extra)
             rows.append(head | {"measure": which} | _measured(run, kernel, case, which, options))
@@ -107,13 +122,10 @@ def _measured(
 ) -> Row:
     function: Callable[..., Any]
     arguments: tuple[jax.Array, ...]
-    if which == "decode":
-        inputs = draw(cases.decode_inputs(case, kernel.dtype)[:3])
-        lengths_B = jnp.full((case.decode_batch,), case.length, jnp.int32)
-        exact = named("xla_decode").build(case)
-        function, arguments = run, (*inputs, lengths_B)
-        wanted: tuple[jax.Array, ...] = (jax.jit(exact)(*(x.astype(jnp.float32) for x in inputs), lengths_B),)
-        flops = cases.least_flops(case, "decode")
+    wanted: tuple[jax.Array, ...]
+    if which in cases.DECODING:
+        function, arguments = run, draw_cache(case, which, kernel.dtype)
+        wanted, flops = (_exact_decoding(case, arguments),), cases.least_flops(case, which)
     else:
         queries, *keys = cases.inputs(case, kernel.dtype)
         arguments = draw((queries, *keys, queries))
@@ -140,10 +152,12 @@ def _exact(case: Case, arguments: tuple[jax.Array, ...]) -> tuple[jax.Array, ...
         return jax.jit(gradients(run))(*(x.astype(jnp.float32) for x in arguments))
 
 
-def peak(device_kind: str) -> float | None:
-    """The device's peak in bfloat16, if it is known."""
-    found = [rate for name, rate in PEAKS.items() if name in device_kind]
-    return found[0] if found else None
+def _exact_decoding(case: Case, arguments: tuple[jax.Array, ...]) -> jax.Array:
+    """The output of the same numbers in float32."""
+    wide = (x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in arguments)
+    with jax.default_matmul_precision("highest"):
+        result: jax.Array = jax.jit(named("xla_decode").build(case))(*wide)
+    return result
 
 
 def _share(base: str) -> Callable[[Row], str]:
@@ -166,7 +180,7 @@ COLUMNS: table.Columns = {
 
 def write(output: Path, device_kind: str, rate: float, rows: list[Row]) -> str:
     """Write the rows as CSV and as a table; return the table."""
-    rows = [row | {"gemm_rate": rate, "peak": peak(device_kind)} for row in rows]
+    rows = [row | {"gemm_rate": rate, "peak": metrics.peak_of(device_kind)} for row in rows]
     text = f"{device_kind}, matrix product {rate / 1e12:.1f} TFLOP/s\n\n" + table.markdown(COLUMNS, rows)
     (output / "attention_device.md").write_text(text)
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -181,22 +195,27 @@ def chosen(options: argparse.Namespace) -> tuple[list[Kernel], list[Case]]:
     """The implementations and cases to run here. Raises `UserError` on a CPU that is not to interpret."""
     platform, _ = choice.device()
     require(platform != "cpu" or options.interpret, "no GPU or TPU here: --interpret runs tiny cases on the CPU")
+    asked = [named(name) for name in options.kernels]
     if options.interpret:
         plain = ("chunked", "xla", "xla_decode")
-        kernels = [kernel for kernel in KERNELS if kernel.interprets or kernel.name in plain]
-        return [kernel for kernel in kernels if kernel.name in options.kernels], list(TINY.values())
-    kernels = [kernel for kernel in KERNELS if platform in kernel.platforms and kernel.name in options.kernels]
+        return [kernel for kernel in asked if kernel.interprets or kernel.name in plain], list(TINY.values())
+    kernels = [kernel for kernel in asked if fits(kernel, platform, compute_capability())]
     return kernels, [CASES[name] for name in options.cases]
+
+
+def compute_capability() -> tuple[int, int]:
+    """Of this machine's NVIDIA GPU, such as (9, 0); (0, 0) for any other device."""
+    version = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return (int(version[1]), int(version[2])) if version else (0, 0)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [kernel.name for kernel in KERNELS]
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--kernels", nargs="+", choices=names, default=names, metavar="KERNEL", help=", ".join(names))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=10, help="calls in a row that are timed together")
+    add_names(parser, "--cases", CASES)
+    add_names(parser, "--kernels", [kernel.name for kernel in KERNELS])
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--calls", type=positive, default=10, help="calls in a row that are timed together")
     parser.add_argument("--interpret", action="store_true", help="tiny cases on the CPU, to see that everything runs")
     parser.add_argument("--output", type=Path, default=Path("runs/attention_device"))
     return parser.parse_args(arguments)

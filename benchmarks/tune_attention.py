@@ -21,7 +21,8 @@ from typing import Any
 
 from benchmarks.aot import tiles
 from benchmarks.aot.cases import CASES, Case
-from benchmarks.aot.kernels import KERNELS, Kernel, named
+from benchmarks.aot.kernels import KERNELS, Kernel, fits, named
+from benchmarks.aot.options import positive
 from benchmarks.aot.targets import TARGETS, environment
 from llm_jax.errors import UserError, require
 
@@ -53,8 +54,30 @@ def timed(kernel: Kernel, case: Case, candidates: list[Any], which: str, options
 
 
 def compiled(kernel: Kernel, case: Case, candidates: list[Any], which: str, options: argparse.Namespace) -> list[Row]:
-    """A row per kernel of each candidate, compiled for the absent device `options.aot`."""
-    sizes = [json.dumps(tiles.as_lists(blocks)) for blocks in candidates]
+    """The rows of each candidate, compiled for the absent device `options.aot`.
+
+    A candidate that ends the compiler's process, as a lack of memory or a fault of the compiler do, is a reason, and
+    the ones after it get a new process. Raises `UserError` if the process cannot even start.
+    """
+    rows: list[Row] = []
+    left = [tiles.as_lists(blocks) for blocks in candidates]
+    while left:
+        found, status = _compile(kernel, case, left, which, options)
+        rows += found
+        done = [row["blocks"] for row in found]
+        left = [blocks for blocks in left if blocks not in done]
+        if left:
+            require(status < 0, f"compiling for {options.aot} ended with status {status}; the error is above")
+            rows.append({"blocks": left.pop(0), "reason": f"the compiler's process was ended by signal {-status}"})
+            report(rows[-1])
+    return rows
+
+
+def _compile(
+    kernel: Kernel, case: Case, candidates: list[Any], which: str, options: argparse.Namespace
+) -> tuple[list[Row], int]:
+    """What one process makes of the candidates until its end, and its exit status."""
+    sizes = [json.dumps(blocks) for blocks in candidates]
     with tempfile.TemporaryDirectory() as folder:
         names = [f"--target={options.aot}", f"--case={case.name}", f"--kernel={kernel.name}", f"--dump={folder}"]
         command = [sys.executable, "-m", "benchmarks.aot.compile", *names, f"--pass={which}"]
@@ -67,14 +90,15 @@ def compiled(kernel: Kernel, case: Case, candidates: list[Any], which: str, opti
                 if line.startswith("{"):
                     rows.append(json.loads(line))
                     report(rows[-1])
-    return rows
+    return rows, process.returncode
 
 
 def report(row: Row) -> None:
     """One line of progress."""
     shown = ("kernel", "seconds", "registers", "spilled_bytes", "occupancy", "over_least", "spills", "reason")
     figures = " ".join(f"{name}={row[name]}" for name in shown if row.get(name) is not None)
-    print(f"{row['blocks']} {figures}", file=sys.stderr)
+    if figures:  # the row of a whole pass has none of these
+        print(f"{row['blocks']} {figures}", file=sys.stderr)
 
 
 def rank(rows: list[Row], field: str) -> list[list[list[int]]]:
@@ -89,8 +113,11 @@ def rank(rows: list[Row], field: str) -> list[list[list[int]]]:
 def _cost(rows: list[Row], field: str) -> tuple[float, ...]:
     if "seconds" in rows[0]:
         return (rows[0]["seconds"],)
-    own = [row for row in rows if field in row.get("kernel", "")] or rows
-    moved = rows[0].get("moved_bytes", math.inf)
+    kernels = [row for row in rows if "kernel" in row]
+    if not kernels:
+        return (math.inf,)
+    own = [row for row in kernels if field in row["kernel"]] or kernels
+    moved = sum(row.get("moved_bytes", math.inf) for row in kernels)
     if "over_least" in own[0]:
         return max(row["over_least"] or 0.0 for row in own), moved
     spilled = sum(sum(row.get("spilled_bytes", ())) for row in own)
@@ -110,6 +137,22 @@ def search(kernel: Kernel, case: Case, options: argparse.Namespace) -> Any:
     return blocks
 
 
+def check_device(kernel: Kernel, options: argparse.Namespace) -> None:
+    """Raise `UserError` if the kernel is not for the device that it is to be tuned for, or if there is none."""
+    if options.aot:
+        target = TARGETS[options.aot]
+        suits = fits(kernel, target.platform, target.compute)
+        require(suits, f"{kernel.name} is not written for --aot={options.aot}")
+    elif not options.interpret:
+        from benchmarks import attention_device
+        from llm_jax.kernels import choice
+
+        platform, kind = choice.device()
+        suits = fits(kernel, platform, attention_device.compute_capability())
+        ways = "--aot=DEVICE compiles for one that is not here, --interpret tries a tiny case on the CPU"
+        require(suits, f"{kernel.name} is not written for what is here ({kind}): {ways}")
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,9 +160,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--case", choices=CASES, default="baichuan2_7b")
     parser.add_argument("--head_dim", type=int, help="in place of the case's own")
     parser.add_argument("--aot", choices=TARGETS, help="compile for this absent device instead of timing")
-    parser.add_argument("--most", type=int, default=1000, help="candidates per kernel at most")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=10)
+    parser.add_argument("--most", type=positive, default=1000, help="candidates per kernel at most")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--calls", type=positive, default=10)
     parser.add_argument("--interpret", action="store_true", help="a tiny case on the CPU, to see that everything runs")
     return parser.parse_args(arguments)
 
@@ -127,12 +170,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Search, and print the entry of the table."""
     options = parse(arguments)
-    case = CASES[options.case]
+    kernel, case = named(options.kernel), CASES[options.case]
+    check_device(kernel, options)
     if options.interpret:
         case = Case("tiny", 64, 2, 2, 64)
     if options.head_dim:
         case = case._replace(head_dim=options.head_dim)
-    blocks = search(named(options.kernel), case, options)
+    blocks = search(kernel, case, options)
     print(f"head dim {case.head_dim}, bfloat16: {tiles.entry(blocks)}")
 
 

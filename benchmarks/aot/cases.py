@@ -55,7 +55,8 @@ CASES = {
         Case("llama2_70b", 4096, 64, 8),
     )
 }
-PASSES = ("forward", "backward", "decode")
+DECODING = ("decode", "decode_int8")  # over a cache of the queries' dtype, or of codes with a scale for each vector
+PASSES = ("forward", "backward", *DECODING)
 
 
 def inputs(case: Case, dtype: str = "bfloat16") -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -65,11 +66,16 @@ def inputs(case: Case, dtype: str = "bfloat16") -> tuple[jax.ShapeDtypeStruct, .
     return queries, keys, keys
 
 
-def decode_inputs(case: Case, dtype: str = "bfloat16") -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Queries [B,1,N,H], keys and values [B,K,S,H] as a cache holds them, and how many of each row are written [B]."""
+def decode_inputs(case: Case, which: str, dtype: str = "bfloat16") -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Queries [B,1,N,H], keys and values [B,K,S,H] as a cache holds them, and how many of each row are written [B].
+
+    For "decode_int8" keys and values are codes, and their scales follow, float32 [B,K,S,1] each.
+    """
     queries = jax.ShapeDtypeStruct((case.decode_batch, 1, case.num_heads, case.head_dim), dtype)
-    slots = jax.ShapeDtypeStruct((case.decode_batch, case.num_kv_heads, case.length, case.head_dim), dtype)
-    return queries, slots, slots, jax.ShapeDtypeStruct((case.decode_batch,), "int32")
+    shape = (case.decode_batch, case.num_kv_heads, case.length)
+    slots = jax.ShapeDtypeStruct((*shape, case.head_dim), "int8" if which == "decode_int8" else dtype)
+    scales = (jax.ShapeDtypeStruct((*shape, 1), "float32"),) * 2 if which == "decode_int8" else ()
+    return queries, slots, slots, jax.ShapeDtypeStruct((case.decode_batch,), "int32"), *scales
 
 
 def visible_pairs(case: Case) -> int:
@@ -82,10 +88,11 @@ def visible_pairs(case: Case) -> int:
 
 def least_bytes(case: Case, which: str, itemsize: int = 2) -> int:
     """What a pass cannot do without: every input read once, every result written once."""
-    if which == "decode":
+    if which in DECODING:  # queries and outputs, and the slots that are seen
+        slot = case.head_dim + 4 if which == "decode_int8" else case.head_dim * itemsize
         seen = min(case.length, case.window or case.length)
-        vectors = case.decode_batch * (2 * case.num_heads + 2 * case.num_kv_heads * seen)
-        return vectors * case.head_dim * itemsize
+        vectors = case.num_heads * case.head_dim * itemsize
+        return case.decode_batch * (2 * vectors + 2 * case.num_kv_heads * seen * slot)
     queries = case.batch * case.length * case.num_heads
     keys = case.batch * case.length * case.num_kv_heads
     statistics = 4 * queries  # the log-sum-exp, float32
@@ -97,7 +104,7 @@ def least_bytes(case: Case, which: str, itemsize: int = 2) -> int:
 
 def least_flops(case: Case, which: str) -> int:
     """Of the products, over visible pairs alone: two of them forward, five backward (Dao, FlashAttention-2)."""
-    if which == "decode":
+    if which in DECODING:
         pairs, products = case.decode_batch * min(case.length, case.window or case.length), 2
     else:
         pairs, products = case.batch * visible_pairs(case), 2 if which == "forward" else 5

@@ -1,4 +1,4 @@
-"""Compiles one implementation of one case for one device that is not here: a JSON line per kernel or reason.
+"""Compiles one implementation of one case for one device that is not here: JSON lines of what became of it.
 
     python -m benchmarks.aot.compile --target=a100 --case=baichuan2_7b --kernel=pallas_gpu --dump=FOLDER
 
@@ -26,8 +26,8 @@ LOWERING = {"gpu": "cuda", "tpu": "tpu"}
 def program(kernel: Kernel, case: Case, which: str, blocks: Any = None) -> tuple[Any, tuple[Any, ...]]:
     """The function of a pass and the shapes of its arguments; a backward pass starts from what the forward saved."""
     run = kernel.build(case, blocks=blocks)
-    if which == "decode":
-        return run, cases.decode_inputs(case, kernel.dtype)
+    if which in cases.DECODING:
+        return run, cases.decode_inputs(case, which, kernel.dtype)
     arguments = cases.inputs(case, kernel.dtype)
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -46,7 +46,7 @@ def program(kernel: Kernel, case: Case, which: str, blocks: Any = None) -> tuple
 def rows(
     target: Target, case: Case, kernel: Kernel, passes: tuple[str, ...], dump: Path, blocks: Any = None
 ) -> list[dict[str, Any]]:
-    """All rows of the table for this implementation: a row per kernel, or per pass where there is none or an error."""
+    """All rows of this implementation: a pass has one for each kernel and one for the whole, or the reason why not."""
     found = []
     for which in passes:
         head = {"target": target.name, "case": case.name, "implementation": kernel.name, "pass": which}
@@ -76,18 +76,23 @@ def _pass_rows(
     memory = compiled.memory_analysis()
     buffers = hlo.in_memory(text)
     shape, size = hlo.largest(buffers)
-    common: dict[str, Any] = {
+    whole: dict[str, Any] = {
         "largest_array": shape,
         "largest_bytes": size,
-        "has_scores": which != "decode" and hlo.has_scores(buffers, case.length, case.length),
+        "has_scores": which not in cases.DECODING and hlo.has_scores(buffers, case.length, case.length),
         "temporary_bytes": memory.temp_size_in_bytes,
         "least_bytes": cases.least_bytes(case, which),
         "least_flops": cases.least_flops(case, which),
-        "program_bytes": hlo.moved(text),
+        "outside_bytes": hlo.moved(text),
     }
-    common |= _counted(kernel, case, which, blocks)
     entries = ptxas.kernels(target, files, text) if target.platform == "gpu" else mosaic.kernels(target, files, text)
-    return [common | entry for entry in entries] or [common]
+    if whole["outside_bytes"] is None:
+        whole["not_counted"] = "operations outside of kernels run in a loop or a branch"
+    try:
+        counted = _counted(kernel, case, which, blocks)
+    except Exception as reason:  # beside `NotCounted`, what a program with unknown operations may raise
+        return [*entries, whole | {"not_counted": one_line(reason)}]
+    return [*_with_counts(entries, counted), whole | _total(counted)]
 
 
 def _compile(target: Target, function: Any, arguments: Any, name: str) -> Any:
@@ -103,34 +108,50 @@ def _compile(target: Target, function: Any, arguments: Any, name: str) -> Any:
         return jax.jit(named).trace(*placed).lower(lowering_platforms=(LOWERING[target.platform],)).compile()
 
 
-def _counted(kernel: Kernel, case: Case, which: str, blocks: Any) -> dict[str, Any]:
-    """Bytes and products of the Pallas kernels by their construction, over all heads and rows."""
+def _counted(kernel: Kernel, case: Case, which: str, blocks: Any) -> dict[str, dict[str, int]]:
+    """Bytes and products of the Pallas kernels by their construction, over all heads and rows, by kernel."""
     groups = case.batch * case.num_kv_heads
-    if which == "decode":  # how a cache is split depends on all rows and heads
+    if which in cases.DECODING:  # how a cache is split depends on all rows and heads
         part, groups = case, 1
     else:
         part = case.one_group()
-    try:
-        work = _work(kernel, part, which, blocks)
-        dense = _work(kernel, part.everything_visible(), which, blocks)
-    except Exception as reason:  # beside `NotCounted`, what a program with unknown operations may raise
-        return {"not_counted": one_line(reason)}
-    if not work:
-        return {}
+    work = _work(kernel, part, which, blocks)
+    dense = _work(kernel, part.everything_visible(), which, blocks)
     return {
-        "moved_bytes": groups * sum(entry.bytes_read + entry.bytes_written for entry in work.values()),
-        "flops": groups * sum(entry.flops for entry in work.values()),
-        "tiles_visited": sum(entry.flops for entry in work.values()) / sum(entry.flops for entry in dense.values()),
-        "by_kernel": {name: groups * (entry.bytes_read + entry.bytes_written) for name, entry in work.items()},
+        name: {
+            "moved_bytes": groups * (entry.bytes_read + entry.bytes_written),
+            "flops": groups * entry.flops,
+            "dense_flops": groups * everything.flops,
+        }
+        for (name, entry), everything in zip(work.items(), dense.values(), strict=True)
     }
+
+
+def _with_counts(entries: list[dict[str, Any]], counted: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
+    """Compiled kernels with the counts of the one that each was made of, where its name tells which that is."""
+    if len(entries) == len(counted) == 1:
+        return [entries[0] | counts for counts in counted.values()]
+    found = []
+    for entry in entries:
+        names = [name for name in counted if entry["kernel"].startswith(name)]
+        alone = len(names) == 1 and sum(other["kernel"].startswith(names[0]) for other in entries) == 1
+        found.append(entry | (counted[names[0]] if alone else {}))
+    return found
+
+
+def _total(counted: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Of all kernels of a pass; nothing where there is none."""
+    fields = ("moved_bytes", "flops", "dense_flops")
+    return {field: sum(counts[field] for counts in counted.values()) for field in fields} if counted else {}
 
 
 def _work(kernel: Kernel, case: Case, which: str, blocks: Any) -> dict[str, traffic.Work]:
     """The work of a pass, by kernel."""
     run = kernel.build(case, blocks=blocks)
-    if which == "decode":
+    if which in cases.DECODING:
         lengths = np.full((case.decode_batch,), case.length, np.int32)
-        return traffic.count(lambda *qkv: run(*qkv, lengths), *cases.decode_inputs(case, kernel.dtype)[:3])
+        q, k, v, _, *scales = cases.decode_inputs(case, which, kernel.dtype)
+        return traffic.count(lambda q, k, v, *scales: run(q, k, v, lengths, *scales), q, k, v, *scales)
     arguments = cases.inputs(case, kernel.dtype)
     forward = traffic.count(lambda *qkv: jax.vjp(run, *qkv)[0], *arguments)
     if which == "forward":

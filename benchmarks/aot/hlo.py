@@ -7,6 +7,10 @@ SHAPE = re.compile(r"\b(pred|bf16|f16|f32|f64|[su](?:4|8|16|32|64)|f8\w+)\[([\d,
 INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<shape>.*?) (?P<operation>[a-z][\w-]*)\((?P<operands>[^)]*)\)"
 )
+# These are calls of kernels that Pallas made, whose own traffic is counted by `traffic`.
+PALLAS = re.compile(r'custom_call_target="(?:__gpu\$xla\.gpu\.triton|mosaic_gpu|tpu_custom_call)')
+# A TPU's arrays in its vector or scalar memory, as their layouts say.
+ON_CHIP = re.compile(r"\b\w+\[[\d,]*\]\{[^{}]*T\([^{}]*S\([1-9]\)\}")
 # These name memory, and move none.
 VIEWS = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id")
 
@@ -44,16 +48,28 @@ def has_scores(text: str, num_queries: int, num_keys: int) -> bool:
     return any(sum(n >= least for n in dimensions) >= 2 for _, dimensions in arrays(text))
 
 
-def moved(text: str) -> int:
-    """Bytes that the operations of the entry computation read and write, each array once per operation."""
+def moved(text: str) -> int | None:
+    """Bytes that the entry computation's operations outside of Pallas kernels read from memory and write to it.
+
+    Each array counts once per operation, those in a TPU's own memories not at all. None where there is a loop or a
+    branch: how often it runs, and what of its arrays a round takes, is not in the text.
+    """
     sizes: dict[str, int] = {}
+    read: dict[str, int] = {}  # by operations that are started at one place and done at another
     total = 0
     for line in text.partition("\nENTRY ")[2].splitlines():
         match = INSTRUCTION.match(line)
         if match is None:
             continue
-        sizes[match["name"]] = sum(size(*array) for array in arrays(match["shape"]))
-        if match["operation"] not in VIEWS and not match["operation"].endswith("-done"):
-            operands = re.findall(r"%([\w.-]+)", match["operands"])
-            total += sizes[match["name"]] + sum(sizes.get(name, 0) for name in operands)
+        name, operation = match["name"], match["operation"]
+        operands = re.findall(r"%([\w.-]+)", match["operands"])
+        sizes[name] = sum(size(*array) for array in arrays(ON_CHIP.sub("", match["shape"])))
+        if operation in ("while", "conditional", "call"):
+            return None
+        if operation.endswith("-start"):
+            read[name] = sum(sizes.get(operand, 0) for operand in operands)
+        elif operation.endswith("-done"):
+            total += sizes[name] + read.pop(operands[0], 0)
+        elif operation not in VIEWS and not PALLAS.search(line):
+            total += sizes[name] + sum(sizes.get(operand, 0) for operand in operands)
     return total

@@ -1,6 +1,7 @@
 """The implementations that are compared: this project's and those that come with JAX, all behind one call.
 
-`build(case)` gives `f(q_BTNH, k_BSKH, v_BSKH)` for training and `f(q_B1NH, k_BKSH, v_BKSH, lengths_B)` for decoding.
+`build(case)` gives `f(q_BTNH, k_BSKH, v_BSKH)` for training and `f(q_B1NH, k_BKSH, v_BKSH, lengths_B)` for decoding,
+with the scales of keys and of values after that where the cache has codes.
 Stock kernels get what they want of layouts and scales here, so that all compute the same; what one cannot do is a
 `UserError` with the reason, which becomes its row in the table.
 
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.aot.cases import Case
+from benchmarks.aot.cases import DECODING, Case
 from llm_jax.errors import require
 from llm_jax.models.positions import alibi_slopes
 
@@ -64,8 +65,11 @@ def _ours_gpu_decode(case: Case, **options: Any) -> Callable[..., jax.Array]:
     from llm_jax.kernels import pallas_gpu_decode
     from llm_jax.kernels.flash_decoding import Slots
 
-    def run(q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        return pallas_gpu_decode.decode(q_B1NH, Slots(k_BKSH, v_BKSH), case.decode_mask(lengths_B), **options)
+    def run(
+        q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, lengths_B: jax.Array, *scales_BKS1: jax.Array
+    ) -> jax.Array:
+        slots = Slots(k_BKSH, v_BKSH, *scales_BKS1)
+        return pallas_gpu_decode.decode(q_B1NH, slots, case.decode_mask(lengths_B), **options)
 
     return run
 
@@ -74,8 +78,11 @@ def _ours_tpu_decode(case: Case, **options: Any) -> Callable[..., jax.Array]:
     from llm_jax.kernels import pallas_tpu_decode
     from llm_jax.kernels.flash_decoding import Slots
 
-    def run(q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        return pallas_tpu_decode.decode(q_B1NH, Slots(k_BKSH, v_BKSH), case.decode_mask(lengths_B), **options)
+    def run(
+        q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, lengths_B: jax.Array, *scales_BKS1: jax.Array
+    ) -> jax.Array:
+        slots = Slots(k_BKSH, v_BKSH, *scales_BKS1)
+        return pallas_tpu_decode.decode(q_B1NH, slots, case.decode_mask(lengths_B), **options)
 
     return run
 
@@ -107,9 +114,11 @@ def _xla_decode(case: Case, **options: Any) -> Callable[..., jax.Array]:
     from llm_jax.kernels.decode import decode_attention
     from llm_jax.kernels.flash_decoding import Slots
 
-    def run(q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        mask = case.decode_mask(lengths_B)
-        return decode_attention(q_B1NH, Slots(k_BKSH, v_BKSH), mask, implementation="reference")
+    def run(
+        q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, lengths_B: jax.Array, *scales_BKS1: jax.Array
+    ) -> jax.Array:
+        slots = Slots(k_BKSH, v_BKSH, *scales_BKS1)
+        return decode_attention(q_B1NH, slots, case.decode_mask(lengths_B), implementation="reference")
 
     return run
 
@@ -238,14 +247,19 @@ def named(name: str) -> Kernel:
     return next(kernel for kernel in KERNELS if kernel.name == name)
 
 
+def fits(kernel: Kernel, platform: str, compute: tuple[int, int]) -> bool:
+    """Whether the kernel is written for a device of that platform and, if it is an NVIDIA GPU, compute capability."""
+    return platform in kernel.platforms and (not kernel.architectures or compute in kernel.architectures)
+
+
 HOPPER = ((9, 0),)
 KERNELS = (
     Kernel("pallas_gpu", ("gpu",), TRAINING, _ours_gpu, interprets=True, module="pallas_gpu"),
     Kernel("mosaic_gpu", ("gpu",), TRAINING, _ours_hopper, HOPPER, module="mosaic_gpu"),
-    Kernel("pallas_gpu_decode", ("gpu",), ("decode",), _ours_gpu_decode, interprets=True),
+    Kernel("pallas_gpu_decode", ("gpu",), DECODING, _ours_gpu_decode, interprets=True),
     Kernel("pallas_tpu", ("tpu",), TRAINING, _ours_tpu, interprets=True, module="pallas_tpu"),
     Kernel("splash", ("tpu",), TRAINING, _ours_splash),
-    Kernel("pallas_tpu_decode", ("tpu",), ("decode",), _ours_tpu_decode, interprets=True),
+    Kernel("pallas_tpu_decode", ("tpu",), DECODING, _ours_tpu_decode, interprets=True),
     Kernel("stock_mha", ("gpu",), TRAINING, _triton_mha),
     Kernel("stock_mgpu", ("gpu",), TRAINING, _mosaic_mgpu, HOPPER),
     # The nearest to our cases that it does, for its registers and shared memory.
@@ -265,5 +279,5 @@ KERNELS = (
     Kernel("stock_paged", ("tpu",), ("decode",), _paged_tpu),
     Kernel("chunked", ("gpu", "tpu"), TRAINING, _chunked),
     Kernel("xla", ("gpu", "tpu"), TRAINING, _xla),
-    Kernel("xla_decode", ("gpu", "tpu"), ("decode",), _xla_decode),
+    Kernel("xla_decode", ("gpu", "tpu"), DECODING, _xla_decode),
 )

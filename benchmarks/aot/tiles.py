@@ -8,6 +8,8 @@ import importlib
 import itertools
 from typing import Any
 
+from llm_jax.errors import require
+
 # What is tried for each size of each module. Tiles that need more registers or memory than there are rank last, or
 # fail with a reason.
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -19,8 +21,10 @@ PASSES_OF = {"forward": "forward", "key_gradients": "backward", "query_gradients
 
 
 def default_blocks(module: str, head_dim: int) -> Any:
-    """The blocks that a call in bfloat16 would take."""
+    """The blocks that a call in bfloat16 would take. Raises `UserError` for a head dim that the module has none for."""
     kernels = importlib.import_module(f"llm_jax.kernels.{module}")
+    known = ", ".join(map(str, kernels.HEAD_DIMS))
+    require(head_dim in kernels.HEAD_DIMS, f"the head dims of {module} are {known}, not {head_dim}")
     if hasattr(kernels, "default_blocks"):
         return kernels.default_blocks("bfloat16", head_dim)
     return kernels.BLOCKS[(head_dim, 2)] if (head_dim, 2) in kernels.BLOCKS else kernels.BLOCKS[head_dim]

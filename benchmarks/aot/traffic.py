@@ -4,8 +4,9 @@ Every block's program is followed with its own place in the grid: loops run as o
 or not. Only integers that are known before the kernel starts are computed (places, ranges of blocks, lengths); numbers
 that depend on queries, keys or values stay unknown, and a loop or branch that hangs on one of those cannot be counted.
 
-On a GPU every load and store of the program counts, whether a cache serves it or not. On a TPU a block of an operand
-counts when the pipeline fetches it: when its place differs from that of the step before.
+On a GPU every load and store of the program counts, whether a cache serves it or not; where one has a mask, only what
+lies within its array. On a TPU a block of an operand counts when the pipeline fetches it: when its place differs from
+that of the step before.
 """
 
 import dataclasses
@@ -20,6 +21,9 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from benchmarks.aot import jaxprs
+from benchmarks.aot.jaxprs import UNKNOWN, Reference
 
 SMALL = 64  # numbers in an array that is followed inside a kernel
 MOST_PROGRAMS = 300_000
@@ -44,16 +48,6 @@ class Work:
         self.flops += times * other.flops
 
 
-@dataclasses.dataclass(eq=False)
-class Reference:
-    """Memory that a kernel reads and writes: its numbers where they are known, and whether access to it counts."""
-
-    numbers: np.ndarray | None
-    counts: bool
-
-
-UNKNOWN = object()
-
 _NUMPY: dict[str, Callable[..., Any]] = {
     "add": operator.add,
     "sub": operator.sub,
@@ -75,8 +69,6 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "rem": lambda x, y: int(math.fmod(x, y)),
 }
 _CALLS = ("jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "checkpoint")
-_LOADS = ("get", "masked_load", "load")
-_STORES = ("swap", "masked_swap", "store", "addupdate")
 
 
 def count(function: Callable[..., Any], *arguments: Any) -> dict[str, Work]:
@@ -97,9 +89,9 @@ def _outer(jaxpr: Any, consts: Any, inputs: list[Any], found: dict[str, Work]) -
     for equation in jaxpr.eqns:
         values = [read(atom) for atom in equation.invars]
         name = equation.primitive.name
-        inner = _inner_jaxpr(equation)
+        inner = jaxprs.inner_jaxpr(equation)
         if name in ("pallas_call", "mpmd_map"):
-            label = equation.params["name"] or f"kernel_{len(found)}"
+            label = _label(equation) or f"kernel_{len(found)}"
             work = _kernel(equation, values) if name == "pallas_call" else _WarpgroupWalk(equation, values).count()
             found.setdefault(label, Work()).add(work)
             results = [UNKNOWN] * len(equation.outvars)
@@ -115,16 +107,15 @@ def _outer(jaxpr: Any, consts: Any, inputs: list[Any], found: dict[str, Work]) -
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def _label(equation: Any) -> str:
+    """A kernel's name, or the innermost `jax.named_scope` that it stands in, as the compiler will call it."""
+    scopes = str(equation.source_info.name_stack).split("/")
+    return equation.params["name"] or re.sub(r"\W", "_", scopes[-1])
+
+
 def _compute(equation: Any, values: list[Any]) -> list[Any]:
     results = equation.primitive.bind(*values, **equation.params)
     return results if equation.primitive.multiple_results else [results]
-
-
-def _inner_jaxpr(equation: Any) -> Any:
-    for name in ("jaxpr", "call_jaxpr", "call"):
-        if name in equation.params and hasattr(equation.params[name], "jaxpr"):
-            return equation.params[name]
-    return None
 
 
 def _kernel(equation: Any, values: list[Any]) -> Work:
@@ -157,7 +148,7 @@ class _Walk:
         # The kernel does not know of axes that vmap added.
         self.own_axes = [axis for axis in range(len(grid)) if axis not in mapping.vmapped_dims]
         self.work = Work()
-        self.plain: dict[int, tuple[Any, Work | None]] = {}  # loop bodies that are the same every time
+        self.plain: dict[Any, tuple[Any, Work | None]] = {}  # loop bodies that are the same every time
 
     def count(self) -> Work:
         for place in itertools.product(*map(range, self.grid)):
@@ -192,15 +183,15 @@ class _Walk:
     def equation(self, equation: Any, values: list[Any]) -> list[Any] | None:
         """The results of one operation, None where all are unknown."""
         name = equation.primitive.name
-        inner = _inner_jaxpr(equation)
+        inner = jaxprs.inner_jaxpr(equation)
         if name == "program_id":
             return [self.place[self.own_axes[equation.params["axis"]]]]
         if name == "num_programs":
             return [self.grid[self.own_axes[equation.params["axis"]]]]
-        if name in _LOADS or name in _STORES:
-            return self.access(equation, values, name in _STORES)
+        if name in jaxprs.LOADS or name in jaxprs.STORES:
+            return self.access(equation, values, name in jaxprs.STORES)
         if name == "dot_general":
-            self.work.flops += _product_flops(equation)
+            self.work.flops += jaxprs.product_flops(equation)
             return None
         if name == "cond":
             branch = equation.params["branches"][int(_need(values[0], "a branch"))]
@@ -246,11 +237,11 @@ class _Walk:
         reference = values[0]
         moved = equation.invars[1].aval if stores and equation.primitive.name == "swap" else equation.outvars[0].aval
         if reference.counts:
-            size = int(np.prod(moved.shape)) * moved.dtype.itemsize
+            size = jaxprs.accessed(equation, values, moved.shape) * moved.dtype.itemsize
             self.work.add(Work(bytes_written=size) if stores else Work(bytes_read=size))
         if stores or reference.numbers is None or moved.size > SMALL:
             return None
-        indices = _known_indices(equation, values)
+        indices = jaxprs.known_indices(equation, values)
         return None if indices is None else [functools.reduce(operator.getitem, indices, reference.numbers)[()]]
 
     def while_loop(self, equation: Any, values: list[Any]) -> list[Any]:
@@ -259,7 +250,7 @@ class _Walk:
         first, second = parameters["cond_nconsts"], parameters["body_nconsts"]
         of_condition, of_body = values[:first], values[first : first + second]
         carry = values[first + second :]
-        counter = _counter(condition.jaxpr, body.jaxpr, second)
+        counter = jaxprs.counter(condition.jaxpr, body.jaxpr, second)
         plain = self.plain_body(body.jaxpr, [*of_body, *carry])
         if counter is not None and plain is not None:
             at, limit = counter
@@ -287,15 +278,16 @@ class _Walk:
 
     def plain_body(self, jaxpr: Any, values: list[Any]) -> Work | None:
         """The work of a loop's body that has no loop or branch in it, the same in every round; else None."""
-        if id(jaxpr) not in self.plain:
+        key = id(jaxpr), *(value.extent for value in values if isinstance(value, Reference))
+        if key not in self.plain:
             work = None
-            if not _branches(jaxpr):
+            if not jaxprs.branches(jaxpr):
                 before, self.work = self.work, Work()
                 hidden = [value if isinstance(value, Reference) else UNKNOWN for value in values]
                 self.body(jaxpr, (), hidden)
                 work, self.work = self.work, before
-            self.plain[id(jaxpr)] = (jaxpr, work)
-        return self.plain[id(jaxpr)][1]
+            self.plain[key] = (jaxpr, work)
+        return self.plain[key][1]
 
 
 class _GpuWalk(_Walk):
@@ -307,9 +299,17 @@ class _GpuWalk(_Walk):
         for block_mapping, numbers in zip(self.mapping.block_mappings, mapped):
             shown = None
             if numbers is not None and np.issubdtype(numbers.dtype, np.integer):
-                shown = _block(numbers, block_mapping.block_shape, self.block_index(block_mapping))
-            found.append(Reference(shown, True))
+                shown = jaxprs.block(numbers, block_mapping.block_shape, self.block_index(block_mapping))
+            found.append(Reference(shown, True, self.extent(block_mapping)))
         return [*found, *[Reference(None, False)] * self.mapping.num_scratch_operands]
+
+    def extent(self, block_mapping: Any) -> tuple[int, ...]:
+        """How much of the present block lies within its array; () where all blocks do, entirely."""
+        parts = list(zip(jaxprs.sizes(block_mapping.block_shape), jaxprs.array(block_mapping).shape))
+        if all(size is None or whole % size == 0 for size, whole in parts):
+            return ()
+        index = self.block_index(block_mapping)
+        return tuple(min(size, whole - i * size) for (size, whole), i in zip(parts, index) if size is not None)
 
 
 class _TpuWalk(_Walk):
@@ -328,11 +328,11 @@ class _TpuWalk(_Walk):
             index = self.block_index(block_mapping)
             if index != self.last[number]:
                 self.last[number] = index
-                size = _block_bytes(block_mapping)
+                size = jaxprs.block_bytes(block_mapping)
                 self.work.add(Work(bytes_read=size) if number < inputs else Work(bytes_written=size))
             shown = None
             if numbers is not None and np.issubdtype(numbers.dtype, np.integer) and numbers.size < 1e6:
-                shown = _block(numbers, block_mapping.block_shape, index)
+                shown = jaxprs.block(numbers, block_mapping.block_shape, index)
             found.append(Reference(shown, False))
         return [*found, *[Reference(None, False)] * self.mapping.num_scratch_operands]
 
@@ -358,14 +358,16 @@ class _WarpgroupWalk(_Walk):
         if name == "axis_index":
             return [self.place[self.names.index(parameters["axis_name"])]]
         if name == "copy_gmem_to_smem":
-            self.work.add(Work(bytes_read=_part_bytes(equation.invars[0], parameters["src_transforms_treedef"])))
+            self.work.add(Work(bytes_read=jaxprs.part_bytes(equation.invars[0], parameters["src_transforms_treedef"])))
             return None
         if name == "copy_smem_to_gmem":
-            self.work.add(Work(bytes_written=_part_bytes(equation.invars[1], parameters["dst_transforms_treedef"])))
+            self.work.add(
+                Work(bytes_written=jaxprs.part_bytes(equation.invars[1], parameters["dst_transforms_treedef"]))
+            )
             return None
         if name == "wgmma_ref":
             sums, left = equation.invars[0].aval, equation.invars[1]
-            size = _part_bytes(left, parameters["a_transforms_tree"]) // left.aval.dtype.itemsize
+            size = jaxprs.part_bytes(left, parameters["a_transforms_tree"]) // left.aval.dtype.itemsize
             self.work.flops += 2 * size * sums.shape[1]
             return None
         if name == "run_state":
@@ -377,89 +379,3 @@ class _WarpgroupWalk(_Walk):
 
 def _held(value: Any) -> Reference:
     return Reference(None if value is UNKNOWN else np.asarray(value), counts=False)
-
-
-def _part_bytes(variable: Any, transforms: Any) -> int:
-    """Of the part of a reference, or of the whole array, that a command takes."""
-    shape = variable.aval.shape
-    for step in () if transforms is None else transforms.unflatten([0] * transforms.num_leaves):
-        if hasattr(step, "indices"):
-            shape = tuple(part.size for part in step.indices if hasattr(part, "size"))
-    return math.prod(shape) * variable.aval.dtype.itemsize
-
-
-def _sizes(block_shape: Any) -> list[int | None]:
-    """Rows of a block along each dimension; None where the dimension is dropped."""
-    found: list[int | None] = []
-    for size in block_shape:
-        plain = size if isinstance(size, int) else getattr(size, "block_size", None)
-        found.append(plain)
-    return found
-
-
-def _block(numbers: np.ndarray, block_shape: Any, index: tuple[int, ...]) -> np.ndarray:
-    where: list[Any] = []
-    for size, i in zip(_sizes(block_shape), index):
-        where.append(i if size is None else slice(i * size, (i + 1) * size))
-    return numbers[tuple(where)]
-
-
-def _block_bytes(block_mapping: Any) -> int:
-    array = getattr(block_mapping, "array_aval", None) or block_mapping.array_shape_dtype
-    return math.prod(size or 1 for size in _sizes(block_mapping.block_shape)) * array.dtype.itemsize
-
-
-def _known_indices(equation: Any, values: list[Any]) -> list[tuple[Any, ...]] | None:
-    """The places that a load takes one in the other, for numpy; None where one of them is not known."""
-    if "args_tree" in equation.params:
-        transforms = jax.tree_util.tree_unflatten(equation.params["args_tree"], values)[1]
-    else:
-        transforms = jax.tree_util.tree_unflatten(equation.params["tree"], values[1:])
-    steps = []
-    for transform in transforms:
-        step = [_known_part(part) for part in getattr(transform, "indices", (UNKNOWN,))]
-        if any(part is UNKNOWN for part in step):
-            return None
-        steps.append(tuple(step))
-    return steps
-
-
-def _known_part(part: Any) -> Any:
-    if hasattr(part, "start") and part.start is not UNKNOWN:
-        return slice(int(part.start), int(part.start) + part.size)
-    return UNKNOWN if part is UNKNOWN or hasattr(part, "start") or np.ndim(part) else int(part)
-
-
-def _branches(jaxpr: Any) -> bool:
-    for equation in jaxpr.eqns:
-        inner = _inner_jaxpr(equation)
-        if equation.primitive.name in ("while", "cond", "scan", "run_scoped", "run_state"):
-            return True
-        if inner is not None and _branches(inner.jaxpr):
-            return True
-    return False
-
-
-def _counter(condition: Any, body: Any, body_consts: int) -> tuple[int, int] | None:
-    """(carry that counts, input of the condition that it is held against) of a loop `for i in range(a, b)`."""
-    if len(condition.eqns) != 1 or condition.eqns[0].primitive.name != "lt":
-        return None
-    left, right = condition.eqns[0].invars
-    if hasattr(left, "val") or hasattr(right, "val"):
-        return None
-    consts = len(condition.invars) - len(body.outvars)
-    at, limit = condition.invars.index(left) - consts, condition.invars.index(right)
-    if at < 0 or (limit >= consts and body.outvars[limit - consts] is not body.invars[body_consts + limit - consts]):
-        return None
-    for equation in body.eqns:
-        if equation.outvars[0] is body.outvars[at] and equation.primitive.name == "add":
-            source, step = equation.invars
-            by_one = hasattr(step, "val") and int(step.val) == 1
-            return (at, limit) if by_one and source is body.invars[body_consts + at] else None
-    return None
-
-
-def _product_flops(equation: Any) -> int:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    return 2 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)

@@ -67,6 +67,16 @@ ENTRY %main (q: bf16[1,64,2,8]) -> bf16[1,64,2,8] {
   ROOT %out = bf16[1,64,2,8]{3,2,1,0} fusion(%first, %q), kind=kLoop, calls=%inner
 }
 """
+TPU_HLO = """HloModule jit_forward
+
+ENTRY %main (q: bf16[1024]) -> bf16[1024] {
+  %q = bf16[1024]{0:T(1024)(128)(2,1)} parameter(0)
+  %start = (bf16[1024]{0:T(1024)(128)(2,1)S(1)}, bf16[1024]{0:T(1024)(128)(2,1)}, u32[]{:S(2)}) copy-start(%q)
+  %done = bf16[1024]{0:T(1024)(128)(2,1)S(1)} copy-done(%start)
+  %twice = bf16[1024]{0:T(1024)(128)(2,1)S(1)} add(%done, %done)
+  ROOT %out = bf16[1024]{0:T(1024)(128)(2,1)} negate(%twice)
+}
+"""
 KERNEL = (
     '  %run.1 = bf16[4]{0} custom-call(%q), custom_call_target="tpu_custom_call", metadata={\n"a": 1\n},'
     ' backend_config={"x":[],'
@@ -156,10 +166,21 @@ def test_arrays_of_a_program():
     assert hlo.largest(hlo.in_memory(HLO)) == ("f32[2,64,64]", 2 * 64 * 64 * 4)
     assert hlo.has_scores(HLO, 64, 64)
     assert not hlo.has_scores(HLO, 65, 65)
+    assert [hlo.size(*array) for array in hlo.arrays("s8[3] pred[] f8e4m3fn[2,2] u64[2]")] == [3, 1, 4, 16]
+
+
+def test_what_operations_move():
     q, scores = 64 * 2 * 8 * 2, 2 * 64 * 64 * 4 + 4 * 4
     # The call reads q and writes the scores; the fusion reads them and q and writes the result. The rest is views.
     assert hlo.moved(HLO) == (q + scores) + (scores - 16 + q + q)
-    assert [hlo.size(*array) for array in hlo.arrays("s8[3] pred[] f8e4m3fn[2,2] u64[2]")] == [3, 1, 4, 16]
+    for target in ("__gpu$xla.gpu.triton", "mosaic_gpu_v2", "tpu_custom_call"):  # a Pallas kernel's own is not in it
+        assert hlo.moved(HLO.replace('target="x"', f'target="{target}"')) == scores - 16 + q + q
+    assert hlo.moved(HLO.replace("fusion(", "while(")) is None
+
+
+def test_a_tpus_own_memories_move_nothing():
+    array = 1024 * 2
+    assert hlo.moved(TPU_HLO) == array + array  # the copy into vector memory reads, and the negation writes
 
 
 def test_a_missing_wheel_is_named_with_the_way_to_get_it(monkeypatch, tmp_path):

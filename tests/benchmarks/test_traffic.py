@@ -8,8 +8,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
-from benchmarks.aot import cases, traffic
+from benchmarks.aot import cases, kernels, traffic
 from benchmarks.aot.cases import Case
+from llm_jax.kernels import pallas_gpu_decode
 from llm_jax.kernels.pallas_gpu import Blocks, Pass, gpu_attention
 
 X = jax.ShapeDtypeStruct((64, 16), jnp.float32)
@@ -99,6 +100,47 @@ def test_the_fused_attention_visits_the_tiles_of_its_mask():
     assert dense.flops == 16 * products
 
 
+def copy_rows(size):
+    """Copies blocks of `size` rows; the last one may stand out of the array, and is cut off there by a mask."""
+
+    def kernel(x_ref, out_ref):
+        exists = (pl.program_id(0) * size + jnp.arange(size) < 10)[:, None]
+        plgpu.store(out_ref, plgpu.load(x_ref, mask=exists, other=0.0), mask=exists)
+        out_ref[...] = x_ref[...]  # without a mask all of a block counts
+
+    spec = pl.BlockSpec((size, 8), lambda i: (i, 0))
+    shape = jax.ShapeDtypeStruct((10, 8), jnp.float32)
+    grid, options = (-(-10 // size),), plgpu.CompilerParams()
+    call = pl.pallas_call(kernel, out_shape=shape, grid=grid, in_specs=[spec], out_specs=spec, compiler_params=options)
+
+    def run(x):
+        with jax.named_scope("outer"), jax.named_scope("copy(rows)"):
+            return call(x)
+
+    return run
+
+
+@pytest.mark.parametrize(("size", "rows"), [(2, 10), (4, 12), (16, 16)])
+def test_what_a_mask_cuts_off_is_not_moved(size, rows):
+    counted = traffic.count(copy_rows(size), jax.ShapeDtypeStruct((10, 8), jnp.float32))
+    work = counted["copy_rows_"]  # a kernel without a name is called as its scope
+    assert (work.bytes_read, work.bytes_written) == (((10 + rows) * 8) * FLOAT,) * 2
+
+
+def test_decoding_reads_its_cache_once_and_writes_little():
+    """One query per head where the kernel's tile has 16 rows."""
+    case = Case("small", 256, 8, 8, 128, decode_batch=1)
+    splits, lengths = 2, np.asarray([256], np.int32)
+    run = kernels.named("pallas_gpu_decode").build(case, blocks=pallas_gpu_decode.Blocks(64, splits))
+    for which, codes in (("decode", 2 * 128), ("decode_int8", 128 + FLOAT)):
+        q, k, v, _, *scales = cases.decode_inputs(case, which)
+        counted = traffic.count(lambda q, k, v, *scales: run(q, k, v, lengths, *scales), q, k, v, *scales)
+        (work,) = counted.values()
+        integers = 2 * FLOAT * 8 * splits  # where the visible slots of a row begin and end
+        assert work.bytes_read == 2 * 8 * 256 * codes + splits * 8 * 128 * 2 + integers
+        assert work.bytes_written == splits * 8 * (128 + 1) * FLOAT
+
+
 @pytest.mark.parametrize(
     "case", [Case("a", 7, 2, 1, 8), Case("b", 7, 2, 1, 8, window=3), Case("c", 5, 1, 1, 8, causal=False)]
 )
@@ -116,4 +158,5 @@ def test_least_bytes():
     assert cases.least_bytes(case, "forward") == 2 * q + 2 * k + statistics
     assert cases.least_bytes(case, "backward") == 4 * q + 4 * k + statistics
     assert cases.least_bytes(case, "decode") == 3 * (2 * 4 * 8 * 2 + 2 * k)
+    assert cases.least_bytes(case, "decode_int8") == 3 * (2 * 4 * 8 * 2 + 2 * 10 * 2 * (8 + 4))
     assert cases.least_bytes(case._replace(window=4), "decode") == 3 * (2 * 4 * 8 * 2 + 2 * 4 * 2 * 8 * 2)
