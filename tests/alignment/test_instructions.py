@@ -1,0 +1,189 @@
+"""Templated instructions: one right answer each, checked by rule; and small talk out of a package made here."""
+
+import zipfile
+
+import pytest
+
+from llm_jax.alignment import conversations, instructions
+from llm_jax.alignment.conversations import Tally
+from llm_jax.errors import UserError
+
+LAWS = [(f"{name}法", "", f"第{i}条", f"{name}的第{i}个规定。") for name in "甲乙丙丁" for i in range(30)]
+
+
+def request(exercise):
+    return exercise.conversation.messages[0].content
+
+
+def test_articles_are_asked_for_by_law_number_and_text():
+    tally = Tally()
+    twice = [
+        ("甲法", "", "第1条", "又一个。"),
+        ("戊法", "", "第9条", "乙的第2个规定。"),
+        ("戊法", "", "第8条", "长" * 201),
+    ]
+    found = list(instructions.statute_exercises(LAWS + twice, tally))
+    assert tally.counts == {"article that is there twice": 4, "article that is too long": 1}
+    by_subject = {f"《{law}》{number}": (law, number, text) for law, _, number, text in LAWS}
+    kinds = set()
+    for exercise in found:
+        law, number, text = by_subject[exercise.conversation.record]
+        answer = {"law_of_article": f"《{law}》", "number_of_article": number, "text_of_article": text}[exercise.kind]
+        assert exercise.answer == answer
+        assert (text in request(exercise)) == (exercise.kind != "text_of_article")
+        assert answer not in request(exercise) or exercise.kind == "number_of_article"
+        kinds.add((exercise.kind, request(exercise)[:3]))
+    assert len(kinds) > 4  # every kind, asked in several ways
+
+
+def test_idioms_have_one_answer_each():
+    rows = [("守株待兔", "shǒu"), ("守株待鹿", "shǒu"), ("画蛇添足", "huà"), ("亡羊补牢", "wáng"), ("亡羊补牢", "x")]
+    entries = [{"word": word, "pinyin": reading, "explanation": f"比喻{word[:2]}"} for word, reading in rows]
+    tally = Tally()
+    found = {e.conversation.record: e for e in instructions.idiom_exercises(entries, tally)}
+    assert set(found) == {word for word, _ in rows} and not tally.counts
+    # The two that differ in the last character share an explanation, a reading and that gap.
+    for word in ("守株待兔", "守株待鹿"):
+        assert found[word].kind == "missing_character" and "守株待＿" not in request(found[word])
+    for exercise in found.values():
+        gapped = request(exercise).translate({ord(mark): " " for mark in "“”："}).split()
+        if exercise.kind == "missing_character":
+            (gap,) = [part for part in gapped if "＿" in part]
+            filled = gap.split("中")[0].replace("＿", exercise.answer)
+            assert exercise.conversation.record in filled
+        else:
+            assert exercise.answer == exercise.conversation.record
+
+
+MODULE = '''
+class Thing:
+    @property
+    def size(self, unit="cm"):
+        """How large it is."""
+        return 3 if unit == "cm" else 30
+
+def undocumented(a):
+    return a
+
+def stub():
+    """Nothing but words."""
+
+def add(a, b=1, *rest, key: int = 0) -> int:
+    """Add two numbers.
+
+    And more.
+    """
+    # a comment
+    return a + b
+
+def add(a, b=1, *rest, key: int = 0) -> int:
+    """Add two numbers.
+
+    And more.
+    """
+    return a + b
+'''
+
+
+def test_functions_are_asked_for_by_their_documentation():
+    tally = Tally()
+    size, add = sorted(instructions.function_exercises([MODULE], tally), key=request, reverse=True)
+    if "size" not in request(size):
+        size, add = add, size
+    assert "def add(a, b=1, *rest, key: int=0)" in request(add) and "Add two numbers.\n\nAnd more." in request(add)
+    assert add.answer == "def add(a, b=1, *rest, key: int=0) -> int:\n    return a + b"
+    assert size.answer.startswith("def size(self, unit='cm'):") and "How large" not in size.answer
+    assert tally.counts == {"repeated function": 1}
+    assert instructions.solves(add.answer, add)
+    fenced = "Sure:\n```python\ndef add(a, b=1, *rest, key: int = 0):\n    return 7\n```\nThat is it."
+    assert instructions.solves(fenced, add)
+    for wrong in (
+        "def add(a, b=1, *rest):\n    pass",
+        "def sub(a, b=1, *rest, key: int=0): pass",
+        "def add(",
+        "words",
+        "",
+    ):
+        assert not instructions.solves(wrong, add)
+
+
+def test_replies_are_compared_but_for_marks_and_spaces():
+    (exercise,) = instructions.idiom_exercises([{"word": "画蛇添足", "pinyin": "h", "explanation": "多余"}], Tally())
+    right = exercise.answer
+    for reply in (right, f" {right}\n", f"“{right}”。", f"《{right}》"):
+        assert instructions.solves(reply, exercise)
+    for reply in ("", f"{right}！", f"是{right}", right[:-1] + "水"):
+        assert not instructions.solves(reply, exercise)
+
+
+def test_a_split_holds_subjects_out():
+    found = list(instructions.statute_exercises(LAWS, Tally()))
+    train, heldout = instructions.split(found, 0.3)
+    assert len(train) + len(heldout) == len(found) and 20 < len(heldout) < 55
+    assert instructions.split(found[::-1], 0.3)[1] == heldout[::-1]
+
+
+def test_some_of_a_source(monkeypatch):
+    monkeypatch.setattr(instructions, "fetch", lambda package, cache: None)
+    monkeypatch.setattr(instructions.readers, "articles", lambda path: LAWS)
+    monkeypatch.setattr(instructions.readers, "standard_library", lambda: iter([MODULE]))
+    some, _ = instructions.exercises(("statutes", "functions"), limit=10)
+    assert len(some) == 12
+    more, _ = instructions.exercises(("statutes",), limit=20)
+    assert more[:10] == some[:10]
+    assert len(instructions.exercises(("statutes",))[0]) == len(LAWS)
+    with pytest.raises(UserError, match="did you mean 'statutes'"):
+        instructions.exercises(("statute",))
+
+
+TALK = """
+categories:
+- x
+conversations:
+- - Is it so?
+  - Yes
+- - How many?
+  - 22
+  - Really?
+- - Is it so?
+  - Yes
+- "no list"
+- - Alone
+- - Hm
+  - ''
+"""
+
+
+def test_small_talk_is_text_in_turns(tmp_path):
+    path = tmp_path / "talk.whl"
+    with zipfile.ZipFile(path, "w") as package:
+        package.writestr("chatterbot_corpus/data/english/x.yml", TALK)
+        package.writestr("chatterbot_corpus/data/german/y.yml", TALK)
+    found, tally = instructions.read_small_talk(path, "english")
+    assert [[message.content for message in talk.messages] for talk in found] == [
+        ["Is it so?", "Yes"],
+        ["How many?", "22"],
+    ]
+    assert [talk.messages[1].role for talk in found] == ["assistant"] * 2
+    assert found[1].record == "english/x.yml, conversation 2"
+    assert tally.counts == {
+        "repeated conversation": 1,
+        "last turn without a reply": 1,
+        "conversation that is no list of texts": 1,
+        "no reply": 1,
+        "empty reply": 1,
+    }
+    instructions.write(tmp_path / "talk.jsonl", found)
+    read, _ = conversations.read(tmp_path / "talk.jsonl")
+    assert [talk.messages for talk in read] == [talk.messages for talk in found]
+
+
+@pytest.mark.slow
+def test_the_real_sets():
+    found, _ = instructions.exercises()
+    assert all(instructions.solves(exercise.answer, exercise) for exercise in found)
+    counts = {kind: sum(exercise.kind == kind for exercise in found) for kind in instructions.REQUESTS}
+    assert min(counts.values()) > 3_000
+    for language, least in (("en", 1_000), ("zh", 480)):
+        talk, _ = instructions.small_talk(language)
+        assert sum(len(conversation.messages) // 2 for conversation in talk) > least
