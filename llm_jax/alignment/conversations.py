@@ -108,7 +108,7 @@ def read_each(path: str | Path, make: Callable[[Any, str, str], Made], what: str
                 found.append(make(value, source, f"{name}:{number}"))
             except BadRecordError as error:
                 tally.add(error.reason, f"{name}:{number}", error.detail)
-    require(bool(found), f"{path} has no {what} to learn from: {tally or 'it is empty'}")
+    require(bool(found), f"{path} has no {what} to learn from: {str(tally) or 'it is empty'}")
     return found, tally
 
 
@@ -210,8 +210,10 @@ def _listed(items: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _alpaca(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for pair in record.get("history") or ():
-        _check(isinstance(pair, list) and len(pair) == 2, "history that is no list of pairs", repr(pair)[:30])
+    history = record.get("history") or []
+    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    _check(pairs, "history that is no list of pairs", repr(history)[:30])
+    for pair in history:
         yield from zip(("user", "assistant"), pair)
     request, given = _text(record["instruction"]), _text(record.get("input") or "")
     yield "user", f"{request}\n\n{given}" if given else request

@@ -72,7 +72,7 @@ def load(config: ChatDataConfig, template: ChatTemplate) -> ChatData:
     found, tally = conversations.read(config.path, config.format)
     train, heldout = conversations.split(found, config.holdout_fraction)
     data = ChatData(tokenize_all(train, template, config, tally), tokenize_all(heldout, template, config, tally), tally)
-    require(bool(data.train), f"{config.path} has no conversation to train on: {tally or 'all are held out'}")
+    require(bool(data.train), f"{config.path} has no conversation to train on: {str(tally) or 'all are held out'}")
     return data
 
 

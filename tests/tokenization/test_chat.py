@@ -1,24 +1,18 @@
 """Chat templates against hand-written token strings and transformers, and against people who type control tokens."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sentencepiece import sentencepiece_model_pb2 as protocol
 
-from llm_jax.config import TokenizerConfig
 from llm_jax.errors import UserError
 from llm_jax.tokenization import chat, template_sandbox
 from llm_jax.tokenization.chat import Baichuan2, ChatML, JinjaTemplate, Llama2, Message
-from llm_jax.tokenization.sentencepiece_model import SentencePieceTokenizer
 from llm_jax.tokenization.tokenizer_json import JsonTokenizer
-from llm_jax.tokenization.train import train_on_texts
+from tests.tokenization import chat_tokenizers
+from tests.tokenization.chat_tokenizers import BYTE_FALLBACK, BYTE_LEVEL, GOLDEN, golden_tokenizer
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "chat.json").read_text())
-TEXTS = ["What is the capital of France? [INST] Paris <<SYS>> [/INST] <</SYS>>\n\n一二三 system user assistant\n"] * 3
 SYSTEM, USER, REPLY, AGAIN = (
     Message("system", "Be brief."),
     Message("user", " Who? "),
@@ -31,20 +25,7 @@ TWO_ROUNDS = [SYSTEM, USER, REPLY, AGAIN]
 
 @pytest.fixture(scope="module")
 def sentencepieces():
-    """Tokenizers of LLaMA-2's kind (a space before every text) and of Baichuan-2's (none, and reserved pieces)."""
-    llama = train_on_texts(TEXTS, TokenizerConfig(vocab_size=310, style="llama2"))
-    model = protocol.ModelProto.FromString(train_on_texts(TEXTS, TokenizerConfig(vocab_size=310, style="baichuan2")))
-    for i, name in ((300, "<reserved_106>"), (301, "<reserved_107>")):
-        model.pieces[i].piece, model.pieces[i].type = name, model.pieces[i].USER_DEFINED
-    return {"llama2": SentencePieceTokenizer(llama), "baichuan2": SentencePieceTokenizer(model.SerializeToString())}
-
-
-def golden_tokenizer(kind):
-    stored = GOLDEN["tokenizers"][kind]
-    return JsonTokenizer(stored["definition"], stored["bos"], stored["eos"])
-
-
-BYTE_LEVEL, BYTE_FALLBACK = golden_tokenizer("byte_level"), golden_tokenizer("byte_fallback")
+    return chat_tokenizers.sentencepieces()
 
 
 def shown(template, ids):
@@ -91,11 +72,21 @@ def test_baichuan2(sentencepieces):
     assert shown(template, template.encode(TWO_ROUNDS)) == (
         "Be brief.<reserved_106> Who? <reserved_107>\tI am. <reserved_106>\n\nWhy<reserved_107>"
     )
-    assert shown(template, supervised(template, TWO_ROUNDS)) == "\tI am. "
+    assert shown(template, supervised(template, TWO_ROUNDS)) == "\tI am. <reserved_106>"
     assert template.stop_ids == (2, 300, 301)
     assert dataclasses.astuple(template.sampling)[1:5] == (0.3, 5, 0.85, 1.05)
     fields = {field.name: field.default for field in dataclasses.fields(Baichuan2)}
     assert (fields["user_id"], fields["assistant_id"]) == (195, 196)
+
+
+def test_where_baichuan2_replies_end(sentencepieces):
+    template = Baichuan2(sentencepieces["baichuan2"], 300, 301)
+    segments = template.segments([*TWO_ROUNDS, Message("assistant", "Why not")], False)
+    assert segments[-1] == ([2], "assistant", True, ())
+    assert [segment for segment in segments if segment.labels] == [([300], "user", True, (2,))]
+    assert 2 not in template.encode(TWO_ROUNDS, False)
+    with pytest.raises(UserError, match="needs a tokenizer with an eos token"):
+        Baichuan2(JsonTokenizer(GOLDEN["tokenizers"]["byte_level"]["definition"]))
 
 
 def test_baichuan2_keeps_typed_markers_as_text(sentencepieces):
@@ -120,6 +111,16 @@ def test_chatml():
     assert (template.sampling.temperature, template.sampling.top_p) == (1.0, 0.8)
 
 
+def test_what_qwens_published_code_trains_on():
+    template = ChatML(BYTE_LEVEL, marks_supervised=True)
+    messages = [*TWO_ROUNDS, Message("assistant", "Why not")]
+    assert template.encode(messages, False) == ChatML(BYTE_LEVEL).encode(messages, False)
+    assert shown(template, supervised(template, messages)) == (
+        "<|im_start|><|im_end|>\n<|im_start|><|im_end|>\n<|im_start|>\tI am. <|im_end|>\n"
+        "<|im_start|><|im_end|>\n<|im_start|>Why not<|im_end|>\n"
+    )
+
+
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: f"{case['tokenizer']}-{case['template']}")
 def test_jinja_templates_as_transformers_encodes_them(case):
     template = JinjaTemplate(golden_tokenizer(case["tokenizer"]), GOLDEN["templates"][case["template"]])
@@ -132,6 +133,42 @@ def test_where_replies_of_a_jinja_template_end():
     assert ends == {"chatml": (2,), "llama2": (2,), "modern": (2,)}
     source = "{% for m in messages %}{{ m.content }}\n<|im_start|>{% endfor %}"
     assert JinjaTemplate(BYTE_LEVEL, source).stop_ids == (2, 1)  # the end of text, and what follows a reply
+
+
+def test_replies_of_a_jinja_template():
+    why = Message("user", "Why")
+    rounds = [USER, Message("assistant", "I am. "), why, Message("assistant", "Why not")]
+    chatml = JinjaTemplate(BYTE_LEVEL, GOLDEN["templates"]["chatml"])
+    assert shown(chatml, supervised(chatml, rounds)) == "I am. <|im_end|>Why not<|im_end|>"
+    assert [segment.role for segment in chatml.segments(rounds, False)] == ["", "assistant", "", "assistant", ""]
+    llama = JinjaTemplate(BYTE_FALLBACK, GOLDEN["templates"]["llama2"])
+    assert shown(llama, supervised(llama, rounds)) == " I am. </s> Why not </s>"
+    for template, own in ((chatml, ChatML(BYTE_LEVEL)), (llama, Llama2(BYTE_FALLBACK))):
+        with_system = [SYSTEM, *rounds]
+        assert supervised(template, with_system) == supervised(own, with_system)
+        whole = [token for segment in template.segments(with_system, False) for token in segment.ids]
+        assert whole == template.encode(with_system, False) == own.encode(with_system, False)
+
+
+TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ WORDS }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (TURN.replace("WORDS", "m.content if loop.last else m.content.split('</a>') | last"), "in another way once"),
+        ("{% for m in messages if m.content != 'a</a>b' %}{{ m.content }}<|im_end|>{% endfor %}"
+         "{% if add_generation_prompt %}A:{% endif %}", "in another way once"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "ends a reply with no token"),
+        (TURN.replace("WORDS", "m.content ~ messages[0].content"), "depends on what others say"),
+    ],
+)  # fmt: skip
+def test_jinja_templates_whose_replies_cannot_be_told_apart(source, message):
+    template = JinjaTemplate(BYTE_LEVEL, source)
+    rounds = [Message("user", "hi"), Message("assistant", "a</a>b"), Message("user", "so"), Message("assistant", "c")]
+    template.encode(rounds, False)  # they are good to talk in
+    with pytest.raises(UserError, match=f"{message}.*name another template"):
+        template.segments(rounds, False)
 
 
 NAMES = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<unk>", "<reserved_106>", "<reserved_107>"]
