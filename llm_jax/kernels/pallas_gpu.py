@@ -24,8 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llm_jax.errors import require
-from llm_jax.kernels.choice import Problem, refuses_gpu
+from llm_jax.kernels.choice import Problem, check_supported, refuses_gpu, unsupported
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.ranges import Ranges, key_ranges, query_ranges
 from llm_jax.kernels.reference import HIDDEN, LOWEST
@@ -121,15 +120,7 @@ def refuses(problem: Problem) -> str | None:
     """Why these kernels cannot serve a problem, or None."""
     if problem.platform != "gpu":
         return f"it runs on NVIDIA GPUs, not on {problem.platform}"
-    return refuses_gpu(problem.device_kind) or _unsupported(problem.dtype, problem.head_dim)
-
-
-def _unsupported(dtype: str, head_dim: int) -> str | None:
-    if dtype not in DTYPES:
-        return f"its dtypes are {', '.join(DTYPES)}, not {dtype}"
-    if head_dim not in HEAD_DIMS:
-        return f"its head dims are {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
-    return None
+    return refuses_gpu(problem.device_kind) or unsupported(problem.dtype, problem.head_dim, DTYPES, HEAD_DIMS)
 
 
 def gpu_attention(
@@ -156,12 +147,7 @@ def gpu_attention(
 
     Raises `UserError` for another dtype or head dim.
     """
-    reason = _unsupported(str(q_BTNH.dtype), q_BTNH.shape[3])
-    require(reason is None, f"attention: the GPU kernels cannot serve this call: {reason}")
-    require(
-        q_BTNH.dtype == k_BSKH.dtype == v_BSKH.dtype,
-        f"attention: queries, keys and values are {q_BTNH.dtype}, {k_BSKH.dtype} and {v_BSKH.dtype}: cast them to one",
-    )
+    check_supported("'pallas_gpu'", (q_BTNH, k_BSKH, v_BSKH), DTYPES, HEAD_DIMS)
     blocks = BLOCKS[q_BTNH.shape[3], q_BTNH.dtype.itemsize] if blocks is None else blocks
     # Outside of the kernels, where XLA merges it with what made the queries (RoPE): no more bytes are moved.
     q_BTNH = mask.scale_queries(q_BTNH)
@@ -471,6 +457,7 @@ def _divide(i: jax.Array, blocks: jax.Array, heads: int) -> tuple[jax.Array, jax
 class _Rows(NamedTuple):
     """A block of queries or keys inside a kernel; every array has one element per row."""
 
+    start: jax.Array  # int32, the position of the first row
     position: jax.Array  # int32, among the keys
     exists: jax.Array | None  # whether the row may be read; None if all may
     segments: jax.Array | None
@@ -478,21 +465,26 @@ class _Rows(NamedTuple):
 
 def _queries(plan: _Plan, refs: _Operands, block: jax.Array, rows: Any) -> _Rows:
     """Block `block` of the queries, which is at `rows` of the refs."""
-    row_T = block * plan.tile.queries + jnp.arange(plan.tile.queries, dtype=jnp.int32)
+    first = block * plan.tile.queries
+    row_T = first + jnp.arange(plan.tile.queries, dtype=jnp.int32)
     exists_T = row_T < plan.num_queries
-    return _Rows(refs.limits_B2[0] + row_T, exists_T, _segments(refs.query_segments_BT, rows, exists_T))
+    offset, segments_T = refs.limits_B2[0], _segments(refs.query_segments_BT, rows, exists_T)
+    return _Rows(offset + first, offset + row_T, exists_T, segments_T)
 
 
 def _keys(plan: _Plan, refs: _Operands, block: jax.Array, rows: Any, masked: bool) -> _Rows:
-    """Block `block` of the keys; a key exists if its length, padding and causality leave it to any query."""
-    index_S = block * plan.tile.keys + jnp.arange(plan.tile.keys, dtype=jnp.int32)
+    """Block `block` of the keys; a key exists if length, padding, causality and window leave it to any query."""
+    start = block * plan.tile.keys
+    index_S = start + jnp.arange(plan.tile.keys, dtype=jnp.int32)
     if not masked:
-        return _Rows(index_S, None, None)
+        return _Rows(start, index_S, None, None)
     exists_S = index_S < refs.limits_B2[1]
     if plan.causal:
         exists_S &= index_S < refs.limits_B2[0] + plan.num_queries
+    if refs.window_1 is not None:
+        exists_S &= (refs.limits_B2[0] - index_S < refs.window_1[0]) | (refs.window_1[0] <= 0)
     segments_S = _segments(refs.key_segments_BS, rows, exists_S)
-    return _Rows(index_S, exists_S if segments_S is None else exists_S & (segments_S != 0), segments_S)
+    return _Rows(start, index_S, exists_S if segments_S is None else exists_S & (segments_S != 0), segments_S)
 
 
 def _segments(ref: Any, rows: Any, exists: jax.Array) -> jax.Array | None:
@@ -517,11 +509,14 @@ def _seen(plan: _Plan, refs: _Operands, queries: _Rows, keys: _Rows, query_axis:
 
 
 def _add_bias(scores: jax.Array, slope: jax.Array | None, queries: _Rows, keys: _Rows, query_axis: int) -> jax.Array:
-    """ALiBi; the distance is exact, and not split into a term per query and one per key, which would round."""
+    """ALiBi; the distance is not split into a term per query and one per key, which would round.
+
+    It is taken between places relative to the block of keys: int32 until then, and exact in float32 below 2**24.
+    """
     if slope is None:
         return scores
-    query = jnp.expand_dims(queries.position.astype(jnp.float32), 1 - query_axis)
-    key = jnp.expand_dims(keys.position.astype(jnp.float32), query_axis)
+    query = jnp.expand_dims((queries.position - keys.start).astype(jnp.float32), 1 - query_axis)
+    key = jnp.expand_dims((keys.position - keys.start).astype(jnp.float32), query_axis)
     return scores + slope * (key - query)
 
 

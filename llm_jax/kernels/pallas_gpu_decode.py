@@ -10,6 +10,7 @@ head, H head dim, P splits.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from llm_jax.errors import require
 from llm_jax.kernels import flash_decoding
 from llm_jax.kernels.choice import Problem, refuses_gpu
 from llm_jax.kernels.flash_decoding import FIRST, HOLES, LAST, QUERY_INDEX, SEGMENT, Slots, product_dtype
@@ -24,6 +26,10 @@ from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.reference import HIDDEN, LOWEST
 
 DTYPES = ("bfloat16", "float16", "float32")
+CACHE_DTYPES = (*DTYPES, "int8")
+# Where an array is larger than the first, elements of one byte need more than 31 bits to be counted; where it is larger
+# than the second, JAX's Triton lowering takes 64. Between the two it would read elsewhere.
+WRAPPED_BYTES = (2**31, 2**32)
 LONGEST_HEAD = 256
 PROGRAMS = 512  # at least: about four for each multiprocessor of an A100 or H100
 LEAST_KEYS = 128  # of a split: below, its output in float32 weighs too much against what it reads
@@ -46,7 +52,17 @@ def refuses(problem: Problem) -> str | None:
         return f"queries must be one of {', '.join(DTYPES)}, got {problem.dtype}"
     if problem.head_dim > LONGEST_HEAD:
         return f"the head dim {problem.head_dim} is above {LONGEST_HEAD}"
-    return refuses_gpu(problem.device_kind)
+    cache = problem.batch, problem.num_kv_heads, problem.num_keys, problem.head_dim
+    return refuses_gpu(problem.device_kind) or _unreadable(str(problem.cache_dtype), math.prod(cache))
+
+
+def _unreadable(cache_dtype: str, size: int) -> str | None:
+    """Why keys of this dtype and number of elements cannot be read, or None."""
+    if cache_dtype not in CACHE_DTYPES:
+        return f"the cache must be one of {', '.join(CACHE_DTYPES)}, got {cache_dtype}"
+    if cache_dtype == "int8" and WRAPPED_BYTES[0] < size <= WRAPPED_BYTES[1]:
+        return f"it cannot address int8 keys of 2 to 4 GiB, here {size / 2**30:.2f}: take a shorter cache or fewer rows"
+    return None
 
 
 def default_blocks(slots: Slots) -> Blocks:
@@ -75,7 +91,12 @@ class _Inputs(NamedTuple):
 def decode(
     q_B1NH: jax.Array, slots: Slots, mask: AttentionMask, *, blocks: Blocks | None = None, interpret: bool = False
 ) -> jax.Array:
-    """What `decode_attention` gives, [B,1,N,H] in q's dtype; not differentiated."""
+    """What `decode_attention` gives, [B,1,N,H] in q's dtype; not differentiated.
+
+    Raises `UserError` for a cache that it cannot read.
+    """
+    reason = _unreadable(str(slots.key.dtype), slots.key.size)
+    require(reason is None, f"decoding: 'pallas_gpu' cannot serve this call: {reason}")
     blocks = default_blocks(slots) if blocks is None else blocks
     B, K, S, H = slots.key.shape
     q_BKRH = flash_decoding.folded_queries(q_B1NH, mask, K)

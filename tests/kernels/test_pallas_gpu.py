@@ -13,22 +13,15 @@ import pytest
 from llm_jax.errors import UserError
 from llm_jax.kernels import pallas_gpu, pallas_gpu_decode
 from llm_jax.kernels.choice import Problem
+from llm_jax.kernels.flash_decoding import Slots
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.pallas_gpu import Blocks, Pass, gpu_attention
 from llm_jax.kernels.ranges import key_ranges, query_ranges
 from llm_jax.kernels.tile import visible
 from tests.kernels import oracle
+from tests.kernels.forms import QUANTITIES, SAVED, inputs, relative_error
 
-NAMES = ("out", "dq", "dk", "dv")
-SAVED = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
 SMALL = Blocks(Pass(16, 32, 4, 2), Pass(16, 16, 4, 2), Pass(32, 16, 4, 2))
-
-
-def inputs(B, T, S, N, K, H, dtype=jnp.float32, seed=0):
-    """Queries, keys, values and a cotangent of the output."""
-    keys = jax.random.split(jax.random.key(seed), 4)
-    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))
-    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
 
 
 def output_and_gradients(q, k, v, mask, dout):
@@ -42,8 +35,7 @@ compiled = jax.jit(output_and_gradients)  # one compilation for all masks of a s
 
 def relative_errors(actual, expected):
     """Relative L2 error of the output and of each gradient."""
-    pairs = zip(NAMES, actual, expected, strict=True)
-    return {name: np.linalg.norm(np.asarray(a, np.float64) - e) / np.linalg.norm(e) for name, a, e in pairs}
+    return dict(zip(QUANTITIES, map(relative_error, actual, expected), strict=True))
 
 
 def check(q, k, v, mask, dout, tolerance=4e-6):
@@ -169,13 +161,48 @@ def test_wrong_kernels_are_caught():
     assert min(errors.values()) > 1e-2, errors
     with changed(jnp, "log2", jnp.zeros_like):
         errors = relative_errors(jax.jit(lambda *x: output_and_gradients(*x))(q, k, v, mask, dout), expected)
-    assert errors["out"] < 4e-6 and min(errors[name] for name in NAMES[1:]) > 1e-2, errors
+    assert errors["out"] < 4e-6 and min(errors[name] for name in QUANTITIES[1:]) > 1e-2, errors
+
+
+def with_window(function, difference):
+    """Of `ranges`, told of a window that is larger than the one it is given."""
+    return lambda mask, *sizes: function(dataclasses.replace(mask, window=mask.window + difference), *sizes)
+
+
+WRONG_WINDOWS = {
+    "in a tile": {"visible": lambda *indices, window, **rules: visible(*indices, window=window + 1, **rules)},
+    "in the choice of tiles": {
+        "key_ranges": with_window(key_ranges, -1),
+        "query_ranges": with_window(query_ranges, -1),
+    },
+}
+
+
+@pytest.mark.parametrize("place", WRONG_WINDOWS)
+def test_a_window_that_is_off_by_one_inside_the_kernels_is_caught(place):
+    q, k, v, dout = inputs(1, 34, 34, 1, 1, 32)
+    mask = AttentionMask(window=jnp.int32(2))  # query 32 sees one key of the block before its own
+    expected = oracle.attention(q, k, v, mask, dout)
+    with contextlib.ExitStack() as stack:
+        for name, value in WRONG_WINDOWS[place].items():
+            stack.enter_context(changed(pallas_gpu, name, value))
+        errors = relative_errors(jax.jit(lambda *x: output_and_gradients(*x))(q, k, v, mask, dout), expected)
+    assert min(errors.values()) > 1e-2, errors
+    assert max(relative_errors(compiled(q, k, v, mask, dout), expected).values()) < 4e-6
+
+
+def test_distances_are_exact_beyond_what_float32_counts():
+    first = jnp.int32(2**24 + 1)
+    rows = pallas_gpu._Rows(first, first + jnp.arange(16), None, None)
+    bias = pallas_gpu._add_bias(jnp.zeros((16, 16)), jnp.float32(0.5), rows, rows, query_axis=0)
+    np.testing.assert_array_equal(bias, 0.5 * (np.arange(16)[None, :] - np.arange(16)[:, None]))
 
 
 HIDDEN_KEYS = {
     "beyond the length": ({"key_lengths": jnp.asarray([19, 0], jnp.int32)}, {0: slice(19, None), 1: slice(None)}),
     "padding": ({"key_segment_ids": EVERYTHING.key_segment_ids.at[0, :9].set(0)}, {0: slice(9), 1: slice(42, None)}),
     "not yet written": ({"query_offset": jnp.asarray([-5, 2], jnp.int32)}, {0: slice(32, None), 1: slice(39, None)}),
+    "behind the window": ({"query_offset": jnp.asarray([40, 44], jnp.int32)}, {0: slice(11), 1: slice(15)}),
 }
 
 
@@ -295,18 +322,45 @@ def test_lowers_for_cuda_without_a_gpu(head_dim):
 
 
 SERVED = Problem("gpu", "NVIDIA A100-SXM4-80GB", "bfloat16", 1, 256, 256, 4, 2, 128, ("causal",))
+DECODED = SERVED._replace(num_queries=1, cache_dtype="bfloat16")
 
 
 def test_refusals():
     for served in ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090", "NVIDIA RTX A6000"):
         assert pallas_gpu.refuses(SERVED._replace(device_kind=served)) is None
-        assert pallas_gpu_decode.refuses(SERVED._replace(device_kind=served)) is None
+        assert pallas_gpu_decode.refuses(DECODED._replace(device_kind=served)) is None
     for old in ("Tesla T4", "Tesla V100-SXM2-16GB", "NVIDIA GeForce RTX 2080 Ti", "AMD Instinct MI300X"):
         assert "from Ampere on" in pallas_gpu.refuses(SERVED._replace(device_kind=old))
-        assert "from Ampere on" in pallas_gpu_decode.refuses(SERVED._replace(device_kind=old))
+        assert "from Ampere on" in pallas_gpu_decode.refuses(DECODED._replace(device_kind=old))
     assert "NVIDIA GPUs, not on cpu" in pallas_gpu.refuses(SERVED._replace(platform="cpu"))
     assert "not int8" in pallas_gpu.refuses(SERVED._replace(dtype="int8"))
     assert "32, 64, 96, 128, 192, 256, not 80" in pallas_gpu.refuses(SERVED._replace(head_dim=80))
+
+
+def decoded(batch, length, dtype):
+    """Why the kernel refuses a cache of 8 heads of 128 numbers, or None."""
+    problem = DECODED._replace(batch=batch, num_keys=length, num_kv_heads=8, cache_dtype=dtype)
+    reason = pallas_gpu_decode.refuses(problem)
+    keys = jax.ShapeDtypeStruct((batch, 8, length, 128), dtype)
+    scales = jax.ShapeDtypeStruct((batch, 8, length, 1), "float32") if dtype == "int8" else None
+    slots, q = Slots(keys, keys, scales, scales), jax.ShapeDtypeStruct((batch, 1, 8, 128), "bfloat16")
+    try:
+        jax.eval_shape(lambda q, slots: pallas_gpu_decode.decode(q, slots, AttentionMask(), interpret=True), q, slots)
+    except UserError as error:
+        assert reason is not None and reason in str(error) and "\n" not in reason
+    else:
+        assert reason is None
+    return reason
+
+
+def test_decoding_refuses_a_cache_that_it_cannot_read():
+    """By its dtype, or as Triton's addresses would wrap: from 2 GiB of codes on, as long as they have 32 bits."""
+    for dtype in ("bfloat16", "float16", "float32", "int8"):
+        assert decoded(1, 64, dtype) is None
+    assert "float32, int8, got float8_e4m3fn" in decoded(1, 64, "float8_e4m3fn")
+    assert decoded(32, 2**16, "int8") is None and decoded(80, 2**16, "int8") is None
+    assert "here 3.00" in decoded(48, 2**16, "int8")
+    assert decoded(48, 2**16, "bfloat16") is None
 
 
 def test_mistakes_are_one_line():
