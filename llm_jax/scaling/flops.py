@@ -43,8 +43,9 @@ class Parameters:
 
 
 def count(model: ModelConfig) -> Parameters:
-    """Embedding V D, head V D (0 if tied, D + 1 in a reward model), and L (2 D H (N + K) + 3 D F + 2 D [+ H (N + 2 K) of biases]) + D.
+    """Embedding V D, head V D (0 if tied), and L (2 D H (N + K) + 3 D F + 2 D [+ H (N + 2 K) of biases]) + D.
 
+    A reward model's head has D + 1 instead.
     Of the ways to leave embeddings out, this one gives the sizes that Baichuan-2 prints for its sweep (11.51 to
     3019.33 million): norms counted, embedding and head not.
     """
