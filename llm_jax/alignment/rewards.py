@@ -55,7 +55,8 @@ def _check(name: str, values: np.ndarray, responses: Sequence[Response]) -> np.n
         values.shape == (len(responses),) and values.dtype.kind in "fiub",
         f"the reward {name!r} returned {values.dtype} {values.shape} for {len(responses)} responses: one number each",
     )
-    rewards_B = values.astype(np.float32)
+    with np.errstate(over="ignore"):  # which the next line finds
+        rewards_B = values.astype(np.float32)
     for bad in np.flatnonzero(~np.isfinite(rewards_B))[:1]:
         raise UserError(
             f"the reward {name!r} of response {bad + 1} of {len(responses)} is {values[bad]}, no finite float32: "
@@ -86,7 +87,7 @@ def weighted(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> Rew
 
     def weighted_sum(prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
         values = {name: score(reward, prompts, responses) for name, reward in rewards.items()}
-        return np.sum([weights[name] * values_B for name, values_B in values.items()], axis=0)
+        return np.sum([np.float32(weights[name]) * values_B for name, values_B in values.items()], axis=0)
 
     return weighted_sum
 
