@@ -7,6 +7,9 @@ writer.) Which tiles there are is a list made before the kernel starts, from `ra
 over it, so that a tile without a visible pair costs nothing at all, and a tile with only visible pairs takes a branch
 without a mask.
 
+Softmax is computed in base 2, the exponential that the hardware has, and the saved log-sum-exp is in base 2 as well: to
+change its base would round it again, and its error is one that all weights of the row share.
+
 Layout. Mosaic tiles the last two dimensions, so the kernels work on [B,N,T,H]; the change of axes outside fuses into
 whatever makes or takes the arrays. A value per query lies along the lanes in memory ([1,T], compact), and is turned
 into a column, repeated over the lanes, where a kernel has the queries in rows. The key gradients' kernel works on
@@ -29,7 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from llm_jax.errors import require
 from llm_jax.kernels import ranges, tile
-from llm_jax.kernels.choice import Problem
+from llm_jax.kernels.choice import Problem, check_supported, unsupported
 from llm_jax.kernels.chunked import Tile
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.reference import HIDDEN, LOWEST
@@ -45,6 +48,7 @@ _INNER, _OUTER = 4, 17
 _MOST_BLOCKS = 2 ** (_OUTER - _INNER)
 # The list of steps lies in scalar memory, 1 MiB on these chips, which the compiler wants a part of.
 _LARGEST_LIST = 900 * 1024
+_INSTEAD = "take shorter sequences, fewer rows on a device, or implementation='chunked'"
 
 
 class Blocks(NamedTuple):
@@ -71,28 +75,19 @@ def refuses(problem: Problem) -> str | None:
     by_row = {"query_segment_ids", "key_lengths", "query_offset"} & set(problem.features)
     rows = problem.batch if by_row else 1
     blocks = default_blocks(problem.dtype, problem.head_dim)
-    return _unsupported(problem.dtype, problem.head_dim) or _too_long(
-        rows, problem.num_queries, problem.num_keys, blocks
-    )
-
-
-def _unsupported(dtype: str, head_dim: int) -> str | None:
-    if dtype not in DTYPES:
-        return f"its dtypes are {', '.join(DTYPES)}, not {dtype}"
-    if head_dim not in HEAD_DIMS:
-        return f"its head dims are {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
-    return None
+    refusal = unsupported(problem.dtype, problem.head_dim, DTYPES, HEAD_DIMS)
+    return refusal or _too_long(rows, problem.num_queries, problem.num_keys, blocks)
 
 
 def _too_long(rows: int, num_queries: int, num_keys: int, blocks: Blocks) -> str | None:
     sides = [(pl.cdiv(num_queries, size.queries), pl.cdiv(num_keys, size.keys)) for size in blocks]
     most = max(map(max, sides))
     if most > _MOST_BLOCKS:
-        return f"{most} blocks of a sequence are more than the {_MOST_BLOCKS} that a step can name: take larger blocks"
+        return f"{most} blocks of a sequence are more than the {_MOST_BLOCKS} that a step can name: {_INSTEAD}"
     tiles = max(map(math.prod, sides))
     if 4 * rows * tiles <= _LARGEST_LIST:
         return None
-    return f"the list of {tiles} tiles for each of {rows} masks does not fit into scalar memory: take larger blocks"
+    return f"the list of {tiles} tiles for each of {rows} masks does not fit into scalar memory: {_INSTEAD}"
 
 
 def tpu_attention(
@@ -106,7 +101,7 @@ def tpu_attention(
 ) -> jax.Array:
     """`attention` by fused TPU kernels, [B,T,N,H] in q's dtype; every field of the mask is honoured.
 
-    The output carries the checkpoint name "attention_out", the saved float32 log-sum-exp "attention_lse".
+    The output carries the checkpoint name "attention_out", the saved log-sum-exp (float32, base 2) "attention_lse".
 
     Args:
       q_BTNH: bfloat16 or float32, as are keys and values; head dim 32, 64, 96, 128, 192 or 256. Lengths need not
@@ -120,16 +115,14 @@ def tpu_attention(
     Raises `UserError` for another dtype or head dim, for lengths of more tiles than scalar memory can list, and for
     blocks that are not multiples of 128 unless interpreted.
     """
-    dtype, head_dim = str(q_BTNH.dtype), q_BTNH.shape[3]
-    refusal = _unsupported(dtype, head_dim)
-    require(refusal is None, f"attention on TPUs: {refusal}")
-    blocks = blocks or default_blocks(dtype, head_dim)
+    check_supported("'pallas_tpu'", (q_BTNH, k_BSKH, v_BSKH), DTYPES, HEAD_DIMS)
+    blocks = blocks or default_blocks(str(q_BTNH.dtype), q_BTNH.shape[3])
     for sizes in blocks:
         fits = interpret or all(size % LANES == 0 for size in sizes)
-        require(fits, f"attention on TPUs: blocks must be multiples of {LANES}, not {tuple(sizes)}")
+        require(fits, f"attention: blocks of 'pallas_tpu' must be multiples of {LANES}, not {tuple(sizes)}")
     plan = _plan(q_BTNH, k_BSKH, mask, blocks, interpret)
     refusal = _too_long(plan.batch if plan.by_row else 1, plan.queries, plan.keys, plan.blocks)
-    require(refusal is None, f"attention on TPUs: {refusal}")
+    require(refusal is None, f"attention: 'pallas_tpu' cannot serve this call: {refusal}")
     return _attention(plan, mask.scale_queries(q_BTNH), k_BSKH, v_BSKH, mask)
 
 
@@ -194,7 +187,7 @@ class _Residuals(NamedTuple):
     v_BSKH: jax.Array
     mask: AttentionMask
     out_BTNH: jax.Array
-    lse_BN1T: jax.Array  # padded to whole blocks
+    lse_BN1T: jax.Array  # base 2; padded to whole blocks of the forward pass
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -206,7 +199,7 @@ def _forward(
     plan: _Plan, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: AttentionMask
 ) -> tuple[jax.Array, _Residuals]:
     size = plan.blocks.forward
-    k_BKSH, v_BKSH = _clean_keys(plan, k_BSKH, v_BSKH, mask)
+    k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in mask.clean_keys(plan.queries, k_BSKH, v_BSKH))
     q_BNTH = q_BTNH.swapaxes(1, 2)
     inputs = {"q": q_BNTH, "k": k_BKSH, "v": v_BKSH}
     row = (plan.batch, plan.heads, 1, _whole(plan.queries, size.queries))
@@ -220,43 +213,31 @@ def _forward(
 
 def _backward(plan: _Plan, residuals: _Residuals, dout_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_BTNH, k_BSKH, v_BSKH, mask, out_BTNH, lse_BN1T = residuals
-    k_BKSH, v_BKSH = _clean_keys(plan, k_BSKH, v_BSKH, mask)
+    k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in mask.clean_keys(plan.queries, k_BSKH, v_BSKH))
     q_BNTH, dout_BNTH = _clean_queries(plan, q_BTNH, dout_BTNH, mask, lse_BN1T)
     out_BNTH = out_BTNH.swapaxes(1, 2)
     delta_BN1T = jnp.sum(dout_BNTH.astype(jnp.float32) * out_BNTH.astype(jnp.float32), axis=3)[:, :, None]
     inputs = {"q": q_BNTH, "k": k_BKSH, "v": v_BKSH, "dout": dout_BNTH}
+    inputs |= {"lse": _row(plan, lse_BN1T), "delta": _row(plan, delta_BN1T)}
 
     size = plan.blocks.key_gradients
-    rows = {"lse": _row(plan, size, lse_BN1T * LOG2E), "delta": _row(plan, size, delta_BN1T)}
-    outputs = {"dk": _like(k_BKSH), "dv": _like(v_BKSH)}
-    gradient = (size.keys, plan.head_dim)
-    dkv = _call(plan, _key_gradients_kernel, size, mask, inputs | rows, outputs, [gradient, gradient], by_keys=True)
+    outputs, gradient = {"dk": _like(k_BKSH), "dv": _like(v_BKSH)}, (size.keys, plan.head_dim)
+    dkv = _call(plan, _key_gradients_kernel, size, mask, inputs, outputs, [gradient, gradient], by_keys=True)
 
     size = plan.blocks.query_gradients
-    rows = {"lse": _row(plan, size, lse_BN1T * LOG2E), "delta": _row(plan, size, delta_BN1T)}
     statistic, gradient = (size.queries, plan.lanes(size)), (size.queries, plan.head_dim)
     scratch = [statistic, statistic, gradient]
-    dq = _call(plan, _query_gradients_kernel, size, mask, inputs | rows, {"dq": _like(q_BNTH)}, scratch)
+    dq = _call(plan, _query_gradients_kernel, size, mask, inputs, {"dq": _like(q_BNTH)}, scratch)
     return dq["dq"].swapaxes(1, 2), dkv["dk"].swapaxes(1, 2), dkv["dv"].swapaxes(1, 2), None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _clean_keys(plan: _Plan, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: AttentionMask) -> tuple[jax.Array, jax.Array]:
-    """[B,K,S,H], zero where no query may look: a probability of 0 times NaN would otherwise reach the output."""
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    visible_BS = mask.visible_keys(plan.queries, plan.keys)
-    if visible_BS is None:
-        return k_BKSH, v_BKSH
-    visible_B1S1 = visible_BS[:, None, :, None]
-    return jnp.where(visible_B1S1, k_BKSH, 0), jnp.where(visible_B1S1, v_BKSH, 0)
-
-
 def _clean_queries(
     plan: _Plan, q_BTNH: jax.Array, dout_BTNH: jax.Array, mask: AttentionMask, lse_BN1T: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """[B,N,T,H], zero where a query saw nothing, for the same reason."""
+    """[B,N,T,H], zero where a query saw nothing: a weight of 0 times NaN would otherwise reach a key's gradient."""
     q_BNTH, dout_BNTH = q_BTNH.swapaxes(1, 2), dout_BTNH.swapaxes(1, 2)
     fields = (mask.window, mask.query_segment_ids, mask.query_offset, mask.key_lengths)
     if all(field is None for field in fields):
@@ -279,9 +260,10 @@ def _pad(row: jax.Array, length: int) -> jax.Array:
     return jnp.pad(row, [(0, 0)] * (row.ndim - 1) + [(0, length - row.shape[-1])])
 
 
-def _row(plan: _Plan, size: Tile, row_BN1T: jax.Array) -> jax.Array:
-    """A value per query, as long as this pass's blocks are together."""
-    return _pad(row_BN1T, _whole(plan.queries, size.queries))
+def _row(plan: _Plan, row_BN1T: jax.Array) -> jax.Array:
+    """A value per query, as long as the blocks of either backward pass are together."""
+    sizes = (plan.blocks.key_gradients.queries, plan.blocks.query_gradients.queries)
+    return _pad(row_BN1T, max(_whole(plan.queries, size) for size in sizes))
 
 
 class _Scalars(NamedTuple):
@@ -299,7 +281,7 @@ def _steps(found: ranges.Ranges, inner_blocks: int) -> tuple[jax.Array, jax.Arra
 
     A step is a block of the side that a kernel writes (the outer one) with a block of the other, and what to do there.
     A block without a visible pair still gets a step that writes its zeros. Steps beyond the end of a list repeat the
-    last blocks, so that nothing is fetched for them.
+    last blocks, so that nothing is fetched for them (see `_locate` for the heads of a group).
     """
     outer_blocks = found.first.shape[1]
     counts_RX = jnp.maximum(found.last - found.first, 1)
@@ -350,8 +332,9 @@ def _locate(plan: _Plan, size: Tile, by_keys: bool, *grid: Any) -> _Place:
     packed = scalars.steps[at]
     outer, inner = packed >> _OUTER, (packed >> _INNER) & ((1 << (_OUTER - _INNER)) - 1)
     flags = packed & ((1 << _INNER) - 1)
-    n = h * inner_heads + g
-    full = (flags & _FULL) != 0
+    visits, full = (flags & _VISITS) != 0, (flags & _FULL) != 0
+    # Where nothing is visited all heads of a group look at the last one's blocks: a block is fetched when it changes.
+    n = h * inner_heads + jnp.where(visits, g, inner_heads - 1)
     return _Place(
         b=b,
         n=n,
@@ -360,7 +343,7 @@ def _locate(plan: _Plan, size: Tile, by_keys: bool, *grid: Any) -> _Place:
         y=outer if by_keys else inner,
         begins=((flags & _BEGINS) != 0) & (g == 0),
         ends=((flags & _ENDS) != 0) & (g == inner_heads - 1),
-        masked=((flags & _VISITS) != 0) & ~full,
+        masked=visits & ~full,
         full=full,
     )
 
@@ -498,7 +481,7 @@ def _forward_kernel(
         sums_T1 = jnp.sum(sums_ref[...], axis=1, keepdims=True)
         sums_T1 = jnp.where(sums_T1 > 0, sums_T1, 1.0)
         outputs["out"][...] = (out_ref[...] / sums_T1).astype(outputs["out"].dtype)
-        lse_TL = highest_ref[...] / LOG2E + jnp.log(sums_T1)
+        lse_TL = highest_ref[...] + jnp.log2(sums_T1)
         outputs["lse"][...] = lse_TL.T[:1]
 
 
@@ -585,7 +568,7 @@ def _scores(
     if not plan.biased:
         return scores
     query, key = _indices(size, at, scalars, query_axis)
-    return scores + scalars.slopes[at.n] * (key.astype(jnp.float32) - query.astype(jnp.float32))
+    return scores + scalars.slopes[at.n] * (key - query).astype(jnp.float32)
 
 
 def _indices(size: Tile, at: _Place, scalars: _Scalars, query_axis: int) -> tuple[jax.Array, jax.Array]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from llm_jax.errors import require
 from llm_jax.kernels import flash_decoding
 from llm_jax.kernels.choice import Problem
 from llm_jax.kernels.flash_decoding import FIRST, HOLES, LAST, QUERY_INDEX, SEGMENT, Slots, product_dtype
@@ -25,6 +26,7 @@ from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.reference import HIDDEN, LOWEST
 
 DTYPES = ("bfloat16", "float32")
+CACHE_DTYPES = (*DTYPES, "int8")  # Mosaic widens no float16
 LONGEST_HEAD = 256
 KEYS = 512  # of a block
 BLOCK_BYTES = 1024 * 1024  # of the keys of a step, and as many of values: each is in memory twice
@@ -46,6 +48,13 @@ def refuses(problem: Problem) -> str | None:
         return f"queries must be one of {', '.join(DTYPES)}, got {problem.dtype}"
     if problem.head_dim > LONGEST_HEAD:
         return f"the head dim {problem.head_dim} is above {LONGEST_HEAD}"
+    return _unreadable(str(problem.cache_dtype))
+
+
+def _unreadable(cache_dtype: str) -> str | None:
+    """Why keys and values of this dtype cannot be read, or None."""
+    if cache_dtype not in CACHE_DTYPES:
+        return f"the cache must be one of {', '.join(CACHE_DTYPES)}, got {cache_dtype}"
     return None
 
 
@@ -75,7 +84,12 @@ class _Inputs(NamedTuple):
 def decode(
     q_B1NH: jax.Array, slots: Slots, mask: AttentionMask, *, blocks: Blocks | None = None, interpret: bool = False
 ) -> jax.Array:
-    """What `decode_attention` gives, [B,1,N,H] in q's dtype; not differentiated."""
+    """What `decode_attention` gives, [B,1,N,H] in q's dtype; not differentiated.
+
+    Raises `UserError` for a cache that it cannot read.
+    """
+    reason = _unreadable(str(slots.key.dtype))
+    require(reason is None, f"decoding: 'pallas_tpu' cannot serve this call: {reason}")
     blocks = default_blocks(slots) if blocks is None else blocks
     B, K, S, H = slots.key.shape
     q_BKRH = flash_decoding.folded_queries(q_B1NH, mask, K)

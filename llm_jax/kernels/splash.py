@@ -44,9 +44,9 @@ def refuses(problem: Problem) -> str | None:
 
 def _unsupported(features: Iterable[str], static_window: bool, num_queries: int, num_keys: int) -> str | None:
     if others := [name for name in features if name not in FEATURES]:
-        return f"it knows nothing like mask.{others[0]}"
+        return f"it knows nothing like mask.{others[0]}: take implementation='pallas_tpu'"
     if not static_window:
-        return "its window must be a number when it is compiled, not an array"
+        return "its window must be a number when it is compiled, not an array: take implementation='pallas_tpu'"
     if num_queries % LANES or num_keys % LANES:
         return f"lengths must be multiples of {LANES}, not {num_queries} queries and {num_keys} keys"
     return None
