@@ -57,7 +57,7 @@ def test_equal_and_empty_responses_are_asked_again_and_then_counted():
     def sample(prompts, temperature, seed):
         for prompt in prompts:
             asked[prompt] += 1
-        replies = {PROMPTS[0]: " same ", PROMPTS[1]: " \n"}
+        replies = {PROMPTS[0]: "same" + " " * asked[PROMPTS[0]], PROMPTS[1]: " \n"}
         # The third prompt gets different responses only when it is asked for the second time.
         return [
             replies.get(prompt, "same" if prompt == PROMPTS[2] and asked[prompt] <= 2 else f"{temperature} {seed}")

@@ -9,6 +9,7 @@ from llm_jax.alignment.conversations import Tally
 from llm_jax.errors import UserError
 
 LAWS = [(f"{name}法", "", f"第{i}条", f"{name}的第{i}个规定。") for name in "甲乙丙丁" for i in range(30)]
+LAWS += [("己法", "", f"第{i}条", f"己法的第{i}个规定。") for i in range(30)]
 
 
 def request(exercise):
@@ -32,6 +33,7 @@ def test_articles_are_asked_for_by_law_number_and_text():
         assert exercise.answer == answer
         assert (text in request(exercise)) == (exercise.kind != "text_of_article")
         assert answer not in request(exercise) or exercise.kind == "number_of_article"
+        assert law not in request(exercise) or exercise.kind != "law_of_article"
         kinds.add((exercise.kind, request(exercise)[:3]))
     assert len(kinds) > 4  # every kind, asked in several ways
 
@@ -42,6 +44,10 @@ def test_idioms_have_one_answer_each():
     tally = Tally()
     found = {e.conversation.record: e for e in instructions.idiom_exercises(entries, tally)}
     assert set(found) == {word for word, _ in rows} and not tally.counts
+    # Of these three, one has no gap, reading or explanation of its own.
+    three = [{"word": word, "pinyin": "y", "explanation": "z"} for word in ("甲乙", "甲丙", "丁乙")]
+    assert [e.conversation.record for e in instructions.idiom_exercises(three, tally)] == ["甲丙", "丁乙"]
+    assert tally.counts == {"idiom without a single answer": 1}
     # The two that differ in the last character share an explanation, a reading and that gap.
     for word in ("守株待兔", "守株待鹿"):
         assert found[word].kind == "missing_character" and "守株待＿" not in request(found[word])

@@ -82,6 +82,7 @@ def test_prompts_are_texts_or_messages_or_nothing():
         ({"chosen": "a", "rejected": "b", "chosen_safe": 1}, "field 'chosen_safe' that is no bool"),
         ({"chosen": "a", "rejected": "b", "chosen_rating": 3}, "only one of two ratings"),
         ({"chosen": "a", "rejected": "b", "chosen_rating": 4.5, "rejected_rating": 0}, "rating out of range"),
+        ({"chosen": "a", "rejected": "b", "chosen_rating": 4, "rejected_rating": -5}, "rating out of range"),
         ({"chosen": "a", "rejected": "b", "chosen_rating": float("nan"), "rejected_rating": 0}, "rating out of range"),
         ({"chosen": "a", "rejected": "b", "chosen_rating": 0, "rejected_rating": 3}, "chosen rated no higher"),
         ({"chosen": "a", "rejected": "b", "chosen_rating": 3, "rejected_rating": 1.5}, "ratings too close"),

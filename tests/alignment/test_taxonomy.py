@@ -71,6 +71,7 @@ def test_every_beginning_is_as_even_as_can_be(keys, seed):
                     assert not same_parent or taken[one] + 1 >= taken[other] or taken[one] == whole[one]
 
 
+@pytest.mark.filterwarnings("error")
 def test_k_means_finds_what_lies_apart():
     generator = np.random.default_rng(0)
     centres = np.eye(5) * 10
