@@ -5,6 +5,7 @@ Legend: B batch, T query length, S key length, N query heads, K key/value heads,
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 # What "auto" tries on each platform, in this order, before it falls back on the plain forms. "splash" and "mosaic_gpu"
 # are for those who ask for them by name: each serves a part of what the kernel before it serves.
 PREFERRED: dict[str, tuple[str, ...]] = {"gpu": ("pallas_gpu",), "tpu": ("pallas_tpu",)}
+# What takes the place of one that knows no `query_offset`, where a prompt is read into a cache.
+FOR_PROMPTS = {"splash": "pallas_tpu"}
 
 
 def attention(
@@ -72,9 +75,9 @@ def attention(
 
     Query head n reads key/value head n // (N / K), without repeating keys or values in memory. Scores are divided by
     sqrt(H); softmax is float32. A query that sees nothing gives exactly 0 and zero gradients. What keys and values
-    hold beyond `mask.key_lengths`, in padding or after the last query never matters, be it NaN. The output carries the
-    checkpoint name "attention_out" (and the log-sum-exp of all forms but the reference "attention_lse") for remat
-    policies.
+    hold beyond `mask.key_lengths`, in padding or after the last query never matters, be it NaN, nor in the plain forms
+    before the first query's window. The output carries the checkpoint name "attention_out" (and the log-sum-exp of all
+    forms but the reference "attention_lse") for remat policies.
 
     On a mesh in context (`jax.set_mesh`) the kernels for one platform run per device, see `sharded`.
 
@@ -134,6 +137,7 @@ def _check_shapes(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> No
     require(len(q) == len(k) == 4, f"attention: queries {q} and keys {k} must be [batch, length, heads, head dim]")
     require(k == v, f"attention: keys {k} and values {v} differ in shape")
     require(q[0] == k[0] and q[3] == k[3], f"attention: queries {q} and keys {k} differ in batch or head dim")
+    require(0 not in q + k, f"attention: queries {q} and keys {k} must be at least 1 in every dimension")
     require(q[2] % k[2] == 0, f"attention: {q[2]} query heads are not a multiple of {k[2]} key/value heads")
 
 
@@ -160,14 +164,19 @@ def check_mask(q_BTNH: jax.Array, num_keys: int, mask: AttentionMask) -> None:
         "query_scale": ((B, T),),
     }
     for field, shapes in expected.items():
-        value = getattr(mask, field)
-        if value is not None:
-            shape = jnp.shape(value)
-            wanted = " or ".join(map(str, shapes))
-            require(shape in shapes, f"attention: mask.{field} has shape {shape}, expected {wanted}")
-            whole = field not in ("slopes", "query_scale")
-            kind, called = (jnp.integer, "integers") if whole else (jnp.floating, "floating point")
-            dtype = jnp.result_type(value)
-            require(jnp.issubdtype(dtype, kind), f"attention: mask.{field} has dtype {dtype}, expected {called}")
-    if isinstance(mask.window, int | np.integer):
-        require(mask.window >= 0, f"attention: mask.window={mask.window} must be positive, or 0 for unlimited")
+        if getattr(mask, field) is not None:
+            _check_field(field, getattr(mask, field), shapes)
+    if mask.window is not None and not isinstance(mask.window, jax.core.Tracer):
+        window = int(jax.device_get(mask.window))
+        require(window >= 0, f"attention: mask.window={window} must be positive, or 0 for unlimited")
+
+
+def _check_field(field: str, value: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
+    listed = isinstance(value, list | tuple)
+    require(not listed, f"attention: mask.{field} is a {type(value).__name__}, expected an array")
+    shape, wanted = jnp.shape(value), " or ".join(map(str, shapes))
+    require(shape in shapes, f"attention: mask.{field} has shape {shape}, expected {wanted}")
+    whole = field not in ("slopes", "query_scale")
+    kind, called = (jnp.integer, "integers") if whole else (jnp.floating, "floating point")
+    dtype = jnp.result_type(value)
+    require(jnp.issubdtype(dtype, kind), f"attention: mask.{field} has dtype {dtype}, expected {called}")

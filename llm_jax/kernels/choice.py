@@ -1,13 +1,18 @@
 """Which implementation of a kernel runs: what each may look at to refuse, the order of preference, and the log line.
 
 Attention and decoding share this; each has its own table of implementations.
+
+The line that says what was chosen goes to standard error, in notebooks and scripts as in experiments, because it may
+say that a program runs slower than it could. `logging.getLogger("llm_jax.kernels.choice").setLevel("WARNING")` turns it
+off.
 """
 
 import dataclasses
 import difflib
-import functools
 import importlib
 import logging
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +21,19 @@ import jax
 from llm_jax.errors import UserError, require
 from llm_jax.kernels.mask import AttentionMask
 
+
+class _ToStandardError(logging.Handler):
+    """Plain lines to what is standard error when they are written, which notebooks and tests replace."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 logger = logging.getLogger(__name__)
+logger.setLevel(logging.INFO)
+logger.addHandler(_ToStandardError())
+logger.propagate = False  # a program that shows the library's messages would show these twice
+_announced: set[tuple[str, str, str]] = set()
 
 # Parts of the names of GPUs that JAX's Triton compiler refuses: those before Ampere, and other makers'.
 WITHOUT_TRITON = ("Tesla", "T4", "GeForce GTX", "GeForce RTX 20", "Quadro", "TITAN", "AMD", "Radeon", "Instinct")
@@ -83,12 +100,18 @@ def never(problem: Problem) -> str | None:
 
 
 def device() -> tuple[str, str]:
-    """Platform and kind of the devices that the mesh in context is made of, absent ones too, or of this process."""
+    """Platform and kind of the devices that a computation is taken to run on.
+
+    They are those that the mesh in context is made of, absent ones too; without a mesh what `jax.default_device` says,
+    and else the first of this process. Where the arguments lie cannot be known inside of `jax.jit`: a program for the
+    CPU of a machine with an accelerator needs one of the first two, or an implementation asked for by name.
+    """
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
         return described.platform, described.device_kind
-    first = jax.local_devices(backend=jax.default_backend())[0]
-    return jax.default_backend(), first.device_kind
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    first = default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
+    return first.platform, first.device_kind
 
 
 def used_features(mask: AttentionMask) -> tuple[str, ...]:
@@ -172,7 +195,9 @@ def _check_name(task: str, table: Mapping[str, Implementation], asked: str) -> N
         raise UserError(f"{task} implementation {asked!r} is not one of {', '.join(known)}{hint}")
 
 
-@functools.cache
 def announce(task: str, name: str, reason: str) -> None:
-    """Log a choice; the cache makes it once per distinct choice."""
-    logger.info("%s: %s (%s)", task, name, reason)
+    """Log a choice, once: the same one for other sizes, which the reason may tell, is not news."""
+    kind = task, name, re.sub(r"\d+", "", reason)
+    if kind not in _announced:
+        _announced.add(kind)
+        logger.info("%s: %s (%s)", task, name, reason)

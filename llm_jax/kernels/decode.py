@@ -84,6 +84,7 @@ def _check_shapes(q_B1NH: jax.Array, slots: Slots) -> None:
     require(len(k) == 4, f"decoding: keys {k} must be [batch, key/value heads, length, head dim]")
     require(k == v, f"decoding: keys {k} and values {v} differ in shape")
     require(q[0] == k[0] and q[3] == k[3], f"decoding: queries {q} and keys {k} differ in batch or head dim")
+    require(0 not in q + k, f"decoding: queries {q} and keys {k} must be at least 1 in every dimension")
     require(q[2] % k[1] == 0, f"decoding: {q[2]} query heads are not a multiple of {k[1]} key/value heads")
     floating = jnp.issubdtype(q_B1NH.dtype, jnp.floating)
     require(floating, f"decoding: queries must be floating point, got {q_B1NH.dtype}")
@@ -94,5 +95,8 @@ def _check_shapes(q_B1NH: jax.Array, slots: Slots) -> None:
         wanted = (*k[:3], 1) if coded else None
         given = None if scale is None else scale.shape
         require(given == wanted, f"decoding: {name}_scale of {array.dtype} slots has shape {given}, expected {wanted}")
+        if scale is not None:
+            single = scale.dtype == jnp.float32
+            require(single, f"decoding: {name}_scale must be float32, got {scale.dtype}")
     one = slots.key.dtype == slots.value.dtype
     require(one, f"decoding: keys are {slots.key.dtype} and values {slots.value.dtype}, but a cache has one dtype")

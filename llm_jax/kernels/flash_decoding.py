@@ -2,7 +2,8 @@
 
 One query per row leaves too few programs to fill a device, so the visible part of a row's cache is divided among
 several ("splits"). Each gives a softmax over its own part, and these are then weighted by their log-sum-exps (Dao et
-al., "Flash-Decoding for long-context inference", 2023).
+al., "Flash-Decoding for long-context inference", 2023). How many there are is compiled in, so it follows from the
+length of the cache: while little of it is filled, most splits find no block to read and end at once.
 
 Legend: B batch, S key length, N query heads, K key/value heads, R query heads per key/value head, H head dim, P splits.
 """

@@ -22,7 +22,7 @@ class AttentionMask:
     Attributes:
       causal: key j is visible to query i only if j <= i. Static.
       window: int32 scalar, may be traced; key j is visible to query i iff 0 <= i - j < window (so a window is always
-        causal). A value <= 0 means unlimited.
+        causal). 0 means unlimited. So does less, where it is traced; a number that is known `attention` refuses.
       query_segment_ids: int32 [B,T]; 0 is padding, which sees nothing.
       key_segment_ids: int32 [B,S]; visible iff equal to the query's and non-zero.
       query_offset: int32 [] or [B], the index of the first query among the keys (a cache's length before the step).
@@ -82,7 +82,7 @@ class AttentionMask:
         return -self.slopes.astype(jnp.float32)[:, None, None] * distance_B1TS.astype(jnp.float32)
 
     def visible_keys(self, num_queries: int, num_keys: int) -> jax.Array | None:
-        """Bool [B or 1, S]: false where a key is hidden from every query by padding, length or causality.
+        """Bool [B or 1, S]: false where a key is hidden from every query by padding, length, causality or the window.
 
         What lies at such a key is never looked at, so an unwritten cache may hold anything, NaN included. None where
         no key is hidden in this way.
@@ -91,6 +91,9 @@ class AttentionMask:
         rules = []
         if (self.causal or self.window is not None) and (self.query_offset is not None or num_keys > num_queries):
             rules.append(key_index_S < self._offset()[:, None] + num_queries)
+        if self.window is not None and self.query_offset is not None:
+            window = jnp.asarray(self.window, jnp.int32)
+            rules.append((self._offset()[:, None] - key_index_S < window) | (window <= 0))
         if self.key_segment_ids is not None:
             rules.append(self.key_segment_ids != 0)
         if self.key_lengths is not None:
@@ -129,8 +132,8 @@ class AttentionMask:
             last = jnp.minimum(last, jnp.max(self.key_lengths))
         if self.window is not None:
             window = jnp.asarray(self.window, jnp.int32)
-            lowest = jnp.min(self._offset()) + query_start - window + 1
-            first = jnp.where(window > 0, jnp.maximum(lowest, 0), 0)
+            after = jnp.maximum(jnp.min(self._offset()) + query_start + 1, 0)  # not negative: a large window overflows
+            first = jnp.where(window > 0, jnp.maximum(after - window, 0), 0)
         return first, last
 
     def padded(self, num_queries: int, padded_queries: int, num_keys: int, padded_keys: int) -> "AttentionMask":

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
+from llm_jax.errors import require
 from llm_jax.kernels.choice import Implementation, Problem
 from llm_jax.parallel.rules import RULES, LogicalAxes
 
@@ -47,7 +48,7 @@ def on_shards(
     """The kernel run `per_shard`; it refuses what does not divide over the mesh in context, or what it cannot serve."""
 
     def refuses(problem: Problem) -> str | None:
-        return _indivisible(problem) or kernel.refuses(_of_one_shard(problem))
+        return _explicit() or _indivisible(problem) or kernel.refuses(_of_one_shard(problem))
 
     return Implementation(per_shard(kernel.run, axes, out_axes), refuses)
 
@@ -66,6 +67,8 @@ def per_shard(
       run: takes arrays and an `AttentionMask`, returns an array; it is differentiated where it lies.
       axes: for each argument before the mask, the logical axes of its leading dimensions (of every leaf of a tree).
       out_axes: those of the result.
+
+    The result raises `UserError` on a mesh whose axes are explicit.
     """
 
     @functools.wraps(run)
@@ -74,6 +77,8 @@ def per_shard(
         free = _free_axes()
         if math.prod(free.values()) == 1:
             return run(*arrays, mask)
+        refusal = _explicit()
+        require(refusal is None, f"attention: {refusal}")
         # Plain numbers stay outside, so that they stay static.
         fields = {name: getattr(mask, name) for name in MASK_AXES}
         fields = {name: value for name, value in fields.items() if isinstance(value, jax.Array | np.ndarray)}
@@ -109,6 +114,15 @@ def _shares(axis: str) -> int:
     """Over how many devices a logical axis is divided here."""
     free = _free_axes()
     return math.prod(free[name] for name in RULES[axis] if name in free)
+
+
+def _explicit() -> str | None:
+    """Why the mesh in context cannot be cut over, or None: under explicit axes arrays would have to be cut already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if math.prod(_free_axes().values()) == 1 or AxisType.Explicit not in mesh.axis_types:
+        return None
+    name = mesh.axis_names[mesh.axis_types.index(AxisType.Explicit)]
+    return f"the mesh's axis {name!r} is explicit: make the mesh with axis_types=(AxisType.Auto, ...)"
 
 
 def _indivisible(problem: Problem) -> str | None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.config import ModelConfig
-from llm_jax.kernels.attention import attention
+from llm_jax.kernels.attention import FOR_PROMPTS, attention
 from llm_jax.kernels.decode import decode_attention
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.models import mup, positions, quantized
@@ -126,6 +126,7 @@ def _cached_attention(q_BTNH: jax.Array, cache: LayerCache, mask: AttentionMask,
         return decode_attention(q_BTNH, cache, mask, implementation=implementation)
     k_BKSH, v_BKSH = cache.read(q_BTNH.dtype)
     k_BSKH, v_BSKH = k_BKSH.transpose(0, 2, 1, 3), v_BKSH.transpose(0, 2, 1, 3)
+    implementation = FOR_PROMPTS.get(implementation, implementation)
     return attention(q_BTNH, k_BSKH, v_BSKH, mask, implementation=implementation)
 
 

@@ -48,7 +48,7 @@ def in_int8(slots):
 
 
 def everything(random, B, S, N):
-    """A mask with every field in use, and of rows of every kind: a window or none, left padding, holes, nothing."""
+    """A mask as of a batch of prompts: every field in use, left padding, holes, a window or none, rows of nothing."""
     query = random.integers(0, S, B)
     segments = np.zeros((B, S), np.int32)
     for b in range(B):
@@ -95,4 +95,4 @@ def poisoned(slots, mask):
 
 
 def relative_error(actual, wanted):
-    return np.linalg.norm(np.asarray(actual, np.float64) - wanted) / np.linalg.norm(wanted)
+    return np.linalg.norm(np.asarray(actual, np.float64) - wanted) / max(np.linalg.norm(wanted), 1e-30)

@@ -18,9 +18,15 @@ from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.reference import HIDDEN
 from tests.kernels import oracle
 from tests.kernels.forms import FORMS, KERNELS, QUANTITIES, inputs, output_and_gradients, relative_error
-from tests.kernels.strategies import problems
+from tests.kernels.strategies import full_masks, problems
 
 TOLERANCE = {"float32": 4e-6, "bfloat16": 1.2e-2, "float16": 1.5e-3}
+
+
+def forms_in(dtype):
+    return [form for form in FORMS if (form, dtype) != ("pallas_tpu", "float16")]
+
+
 # Two sequences of several tiles on either side, neither a whole number of them; every rule is in force; the first rows
 # of the second sequence and the last of it see nothing.
 SHAPE = (2, 37, 45, 4, 2, 32)
@@ -147,25 +153,32 @@ def test_the_comparison_sees_broken_masks(form):
         assert min(found.values()) > 1e-3, (name, found)
 
 
-GRID = problems(longest=40, head_dim=32, sizes=st.sampled_from([16, 32]))
+@hypothesis.settings(max_examples=20, deadline=None, database=None)
+@hypothesis.given(mask=full_masks(*SHAPE[:4]))
+def test_any_values_of_the_rules(mask):
+    """Of one shape: the programs are those that `test_every_rule_at_once` has compiled."""
+    check(SHAPE, mask, "float32", FORMS, (16, 16))
+
+
+SIZES = st.sampled_from([16, 32])
 
 
 @hypothesis.settings(max_examples=2, deadline=None, database=None)
-@hypothesis.given(problem=GRID)
+@hypothesis.given(problem=problems(longest=40, head_dims=st.just(32), sizes=SIZES))
 def test_any_problem(problem):
     """The plain forms are drawn problems of their own, see `test_attention`."""
     check(problem[0], problem[1], "float32", KERNELS, problem[2])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_many_more_problems(dtype):
-    found = []
+    found, head_dims = [], st.sampled_from([32, 64, 96, 128])
 
     @hypothesis.settings(max_examples=30, deadline=None)
-    @hypothesis.given(problem=GRID)
+    @hypothesis.given(problem=problems(longest=40, head_dims=head_dims, sizes=SIZES))
     def draw(problem):
-        found.append(check(problem[0], problem[1], dtype, FORMS, problem[2])[1])
+        found.append(check(problem[0], problem[1], dtype, forms_in(dtype), problem[2])[1])
 
     draw()
     if dtype == "float32":
@@ -184,7 +197,7 @@ TABLE_MASKS = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_table(dtype, capsys):
     """The worst relative error over all head dims, masks and two draws of the inputs, printed."""
-    forms = [form for form in FORMS if (form, dtype) != ("pallas_tpu", "float16")]
+    forms = forms_in(dtype)
     worst = {form: dict.fromkeys(QUANTITIES, 0.0) for form in (*forms, "dense float32")}
     for head_dim, mask, seed in itertools.product(HEAD_DIMS, TABLE_MASKS.values(), range(2)):
         q, k, v, dout = inputs(*SHAPE[:-1], head_dim, dtype=jnp.dtype(dtype), seed=seed)

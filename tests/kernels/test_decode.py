@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from unittest import mock
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,7 @@ from tests.kernels.decoding import (
     relative_error,
     visible,
 )
+from tests.kernels.strategies import decoding_problems, full_masks
 
 KERNELS = ("gpu", "tpu")
 B, S, N, K, H = SHAPE
@@ -46,16 +48,44 @@ def test_any_mask_agrees_with_the_definition_whatever_lies_in_hidden_slots(form,
     """Drawn masks with every feature; the cache is NaN in all slots that are hidden."""
     q, slots = inputs(*SHAPE)
     slots = in_int8(slots) if stored == "int8" else slots
-    nothing = 0
-    for seed in range(12):
-        mask = everything(np.random.default_rng(seed), B, S, N)
-        wanted = expected(q, slots, mask)
+    seen_B = []
+
+    @hypothesis.settings(max_examples=20, deadline=None, database=None)
+    @hypothesis.given(mask=full_masks(B, 1, S, N))
+    def draw(mask):
         actual = np.asarray(compiled(form)(q, poisoned(slots, mask), mask))
-        np.testing.assert_allclose(actual, wanted, rtol=2e-5, atol=2e-6, err_msg=f"seed {seed}")
-        unseen_B = ~visible(mask, B, S).any(axis=1)
-        assert np.all(actual[unseen_B] == 0), "a row that sees nothing gives exactly 0"
-        nothing += unseen_B.sum()
-    assert nothing > 0
+        np.testing.assert_allclose(actual, expected(q, slots, mask), rtol=2e-5, atol=2e-6)
+        seen_B.extend(visible(mask, B, S).any(axis=1))
+        assert np.all(actual[~visible(mask, B, S).any(axis=1)] == 0), "a row that sees nothing gives exactly 0"
+
+    draw()
+    assert any(seen_B) and not all(seen_B)
+
+
+# Of the queries and of the cache. A TPU has no float16.
+DTYPES = [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("float16", "float16")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "stored"), DTYPES)
+@pytest.mark.parametrize("form", KERNELS)
+def test_any_problem(form, dtype, stored):
+    if (form, dtype) == ("tpu", "float16"):
+        pytest.skip("not for TPUs")
+
+    @hypothesis.settings(max_examples=30, deadline=None)
+    @hypothesis.given(problem=decoding_problems())
+    def draw(problem):
+        shape, mask, splits = problem
+        q, slots = inputs(*shape, jnp.dtype(dtype))
+        slots = in_int8(slots) if stored == "int8" else slots
+        wanted = expected(q, slots, mask)
+        actual = jax.jit(interpreted(form, splits))(q, poisoned(slots, mask), mask)
+        assert actual.dtype == jnp.dtype(dtype)
+        assert np.all(np.asarray(actual)[~visible(mask, shape[0], shape[1]).any(axis=1)] == 0)
+        assert relative_error(actual, wanted) < {"float32": 4e-6, "bfloat16": 1.2e-2, "float16": 1.5e-3}[dtype]
+
+    draw()
 
 
 @pytest.mark.parametrize("form", KERNELS)
@@ -175,11 +205,23 @@ def without_holes(mask, batch, num_keys, real=flash_decoding.row_integers):
     return real(mask, batch, num_keys).at[HOLES].set(0)
 
 
+def one_key_early(mask, batch, num_keys, real=flash_decoding.row_integers):
+    rows = real(mask, batch, num_keys)
+    return rows.at[FIRST].set(jnp.maximum(rows[FIRST] - 1, 0))
+
+
+def without_last_block(row, block, split, splits, real=flash_decoding.part):
+    first, last = real(row, block, split, splits)
+    return first, jnp.maximum(last - 1, first)
+
+
 # The kernels share what combines the splits, so one of them shows its fault.
 BROKEN = {
     "splits are not weighted": (("gpu",), {"combine": unweighted}),
     "the tail of the last block is not masked": (KERNELS, {"row_integers": whole_blocks}),
     "segment ids are not looked at": (KERNELS, {"row_integers": without_holes}),
+    "the window begins one key early": (KERNELS, {"row_integers": one_key_early}),
+    "a split does not come to its last block": (KERNELS, {"part": without_last_block}),
 }
 
 

@@ -140,6 +140,17 @@ def test_what_does_not_divide_is_refused_in_one_line(shape, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_mesh_with_explicit_axes_is_refused_in_one_line():
+    explicit = jax.make_mesh((1, 2, 4), ("replica", "data", "tensor"), axis_types=(AxisType.Explicit,) * 3)
+    arrays = inputs(*SHAPE)[:3]
+    with small_tiles(), jax.set_mesh(explicit):
+        with pytest.raises(UserError, match="cannot serve: the mesh's axis 'replica' is explicit") as error:
+            attention(*arrays, AttentionMask(), implementation="pallas_gpu")
+        with pytest.raises(UserError, match="axis 'replica' is explicit"):
+            sharded.per_shard(of_mask("slopes"))(*arrays, MASK)
+    assert "\n" not in str(error.value)
+
+
 def test_a_kernel_is_asked_about_the_problem_of_one_device():
     asked = []
     kernel = sharded.Implementation(of_mask("slopes"), asked.append)
