@@ -319,6 +319,12 @@ def whole_epoch(packed, epoch=0):
     return Batch(*(field[first % ROWS : first % ROWS + packed.rows_per_epoch] for field in rows))
 
 
+def rows_of(packed, epoch):
+    """The rows of an epoch, each a batch of its own."""
+    epoch_rows = whole_epoch(packed, epoch)
+    return [Batch(*(field[i : i + 1] for field in epoch_rows)) for i in range(packed.rows_per_epoch)]
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 def test_every_sample_is_whole_and_once_in_an_epoch(padded, epoch):
@@ -355,6 +361,10 @@ def test_batches_depend_on_the_seed_and_the_step_alone():
     assert all(same(packed.batch(i), make_packed().batch(i)) for i in (30, 0, 7))
     orders = [pieces(whole_epoch(packed, epoch)) for epoch in (0, 1)] + [pieces(whole_epoch(make_packed(seed=1)))]
     assert all(a != b and sorted(a) == sorted(b) for a, b in itertools.combinations(orders, 2))
+    one, two = ({frozenset(pieces(row)) for row in rows_of(packed, epoch)} for epoch in (0, 1))
+    assert one != two  # samples of equal length swap places, and rows come in another order
+    shapes = [[tuple(map(len, pieces(row))) for row in rows_of(packed, epoch)] for epoch in (0, 1)]
+    assert shapes[0] != shapes[1] and sorted(shapes[0]) == sorted(shapes[1])
 
 
 def test_starting_at_a_step_and_sharing_among_processes():
