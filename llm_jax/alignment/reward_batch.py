@@ -327,4 +327,5 @@ def response_batches(
         items = [rows[i] if i < rows.windows else [] for i in range(start, start + batch_size)]
         layouts = [_lay_out([sequences[i] for i in row], sequence_length, places) for row in items]
         numbers = [[*row, *[-1] * (places - len(row))] for row in items]
-        yield ResponseBatch(*map(np.stack, zip(*layouts)), np.array(numbers, np.int32))
+        stacked = Layout(*map(np.stack, zip(*layouts)))
+        yield ResponseBatch(*stacked, places=np.array(numbers, np.int32))

@@ -111,9 +111,9 @@ def heldout_bars(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
         axes.legend(frameon=False, ncols=len(methods), loc="upper right", bbox_to_anchor=(1, 0), borderaxespad=3.2)
 
 
-def legend_beside(axes: Axes) -> None:
+def legend_beside(axes: Axes, title: str = "") -> None:
     """The legend to the right of the axes, where it hides nothing."""
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title=title, title_fontsize="small")
 
 
 def perplexity_by_length(rows: Mapping[str, Mapping[int, tuple[float, float]]], path: Path) -> None:

@@ -222,9 +222,7 @@ def test_packed_pairs_have_the_rewards_of_responses_alone(params, rated):
     score = jax.jit(rewards_of)
     alone = {}
     for response in (response for p in pairs for response in (p.chosen, p.rejected)):
-        tokens = np.pad(response, (0, 16 - len(response)))[
-            None
-        ]  # which a causal model does not see: one program for all
+        tokens = np.pad(response, (0, 16 - len(response)))[None]  # the model is causal, so what comes after is not seen
         positions, ends = np.arange(16)[None], np.array([[len(response) - 1]])
         alone[BYTES.decode(response)] = float(score(params, tokens, positions, None, ends)[0, 0])
     assert len({round(value, 3) for value in alone.values()}) > 10, "the rewards tell responses apart"
