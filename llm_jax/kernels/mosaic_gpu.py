@@ -5,10 +5,11 @@ softmax that saves the log-sum-exp of each row, and a backward pass that recompu
 for the queries and once for keys and values, so that no two programs add to one place. (Dao, "FlashAttention-2",
 algorithms 1 and 2; the roles of the warpgroups: Shah and others, "FlashAttention-3", section 3.1.)
 
-The TMA reads zeros beyond the end of an array and writes nothing there, so lengths need not divide by the blocks. As
-tiles go from shared memory to the tensor cores without passing through registers, rows that take no part are zeroed
-before the kernels, where XLA merges it with what made them; under plain causality or a window there are none. Softmax
-is computed in base 2: the saved log-sum-exp is in base 2 as well.
+The TMA reads zeros beyond the end of an array and writes nothing there, so lengths need not divide by the blocks; they
+divide by 8, as Mosaic cuts no tile of 8 rows in shared memory. As tiles go from there to the tensor cores without
+passing through registers, rows that take no part are zeroed before the kernels, where XLA merges it with what made
+them; under plain causality or a window there are none. Softmax is computed in base 2: the saved log-sum-exp is in base
+2 as well.
 
 Interpretation runs the same bodies on JAX's model of the copies and barriers. What only the hardware does (layouts,
 fences, the order of asynchronous instructions) it does not show.
@@ -29,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from llm_jax.errors import require
+from llm_jax.kernels.choice import Problem, check_supported, unsupported
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.ranges import Ranges, key_ranges, query_ranges
 from llm_jax.kernels.reference import HIDDEN, LOWEST
@@ -50,6 +52,7 @@ from llm_jax.kernels.warpgroups import (
 
 HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
+TILE_ROWS = 8  # of a matrix in shared memory
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
@@ -120,18 +123,17 @@ class _Operands(NamedTuple):
     delta_BNT: Any = None  # float32, what the softmax's normalisation takes from a row of the scores' gradient
 
 
-def refuses(problem: Any) -> str | None:
-    """Why these kernels cannot serve an `attention.Problem`, or None."""
+def refuses(problem: Problem) -> str | None:
+    """Why these kernels cannot serve a problem, or None."""
     if not any(name in problem.device_kind for name in HOPPER):
         return f"it runs on Hopper GPUs ({', '.join(HOPPER)}), not on {problem.device_kind}"
-    return _unsupported(problem.dtype, problem.head_dim)
+    unserved = unsupported(problem.dtype, problem.head_dim, DTYPES, HEAD_DIMS)
+    return unserved or _uneven(problem.num_queries, problem.num_keys)
 
 
-def _unsupported(dtype: str, head_dim: int) -> str | None:
-    if dtype not in DTYPES:
-        return f"its dtypes are {', '.join(DTYPES)}, not {dtype}"
-    if head_dim not in HEAD_DIMS:
-        return f"its head dims are {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+def _uneven(num_queries: int, num_keys: int) -> str | None:
+    if num_queries % TILE_ROWS or num_keys % TILE_ROWS:
+        return f"its lengths are multiples of {TILE_ROWS}, not {num_queries} queries and {num_keys} keys: pad them"
     return None
 
 
@@ -150,7 +152,7 @@ def mosaic_gpu_attention(
     query may see, by length, padding or causality, may hold anything. Scores, softmax and sums are float32.
 
     Args:
-      q_BTNH: bfloat16 or float16; head dim 64 or 128.
+      q_BTNH: bfloat16 or float16; head dim 64 or 128; T and S are multiples of 8.
       k_BSKH: of q's dtype; query head n reads key/value head n // (N / K).
       v_BSKH: like `k_BSKH`.
       mask: the rules.
@@ -158,14 +160,11 @@ def mosaic_gpu_attention(
         `query_gradients`, keys of `key_gradients`) is a multiple of 128, what it walks over a multiple of 64.
       interpret: run the kernels' bodies on JAX's model of the hardware, on a CPU.
 
-    Raises `UserError` for another dtype or head dim.
+    Raises `UserError` for another dtype, head dim or length.
     """
-    reason = _unsupported(str(q_BTNH.dtype), q_BTNH.shape[3])
-    require(reason is None, f"attention: the Hopper kernels cannot serve this call: {reason}")
-    require(
-        q_BTNH.dtype == k_BSKH.dtype == v_BSKH.dtype,
-        f"attention: queries, keys and values are {q_BTNH.dtype}, {k_BSKH.dtype} and {v_BSKH.dtype}: cast them to one",
-    )
+    check_supported("'mosaic_gpu'", (q_BTNH, k_BSKH, v_BSKH), DTYPES, HEAD_DIMS)
+    reason = _uneven(q_BTNH.shape[1], k_BSKH.shape[1])
+    require(reason is None, f"attention: 'mosaic_gpu' cannot serve this call: {reason}")
     blocks = BLOCKS[q_BTNH.shape[3]] if blocks is None else blocks
     _check_blocks(blocks)
     k_BSKH, v_BSKH = mask.clean_keys(q_BTNH.shape[1], k_BSKH, v_BSKH)

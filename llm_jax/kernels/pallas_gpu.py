@@ -511,12 +511,13 @@ def _seen(plan: _Plan, refs: _Operands, queries: _Rows, keys: _Rows, query_axis:
 def _add_bias(scores: jax.Array, slope: jax.Array | None, queries: _Rows, keys: _Rows, query_axis: int) -> jax.Array:
     """ALiBi; the distance is not split into a term per query and one per key, which would round.
 
-    It is taken between places relative to the block of keys: int32 until then, and exact in float32 below 2**24.
+    It is taken between places relative to the program's own block: int32 until then, and exact in float32 below 2**24.
     """
     if slope is None:
         return scores
-    query = jnp.expand_dims((queries.position - keys.start).astype(jnp.float32), 1 - query_axis)
-    key = jnp.expand_dims((keys.position - keys.start).astype(jnp.float32), query_axis)
+    origin = (queries, keys)[query_axis].start
+    query = jnp.expand_dims((queries.position - origin).astype(jnp.float32), 1 - query_axis)
+    key = jnp.expand_dims((keys.position - origin).astype(jnp.float32), query_axis)
     return scores + slope * (key - query)
 
 

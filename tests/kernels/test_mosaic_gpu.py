@@ -1,5 +1,6 @@
 """The Hopper kernels, on JAX's model of the hardware, against the float64 oracle; and that they lower for one."""
 
+import dataclasses
 import functools
 import threading
 from unittest import mock
@@ -19,10 +20,9 @@ from llm_jax.kernels.choice import Problem
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.mosaic_gpu import Blocks, Pass, mosaic_gpu_attention
 from llm_jax.kernels.warpgroups import Ring
-from tests.kernels import oracle
+from tests.kernels import forms, oracle
+from tests.kernels.forms import QUANTITIES, SAVED, relative_error
 
-NAMES = ("out", "dq", "dk", "dv")
-SAVED = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
 SMALL = Blocks(Pass(128, 64, 2), Pass(64, 128, 2), Pass(128, 64, 2))
 
 
@@ -44,13 +44,7 @@ def compiled_once(monkeypatch):
     interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
-def inputs(B, T, S, N, K, H, dtype=jnp.bfloat16):
-    """Queries, keys, values and a cotangent of the output."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))
-    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
-
-
+inputs = functools.partial(forms.inputs, dtype=jnp.bfloat16)
 attend = functools.partial(mosaic_gpu_attention, blocks=SMALL, interpret=True)
 
 
@@ -59,32 +53,35 @@ def output_and_gradients(q, k, v, mask, dout):
     return out, *pullback(dout)
 
 
+compiled = jax.jit(output_and_gradients)
+
+
 def check(q, k, v, mask, dout, tolerance):
-    actual = jax.jit(output_and_gradients)(q, k, v, mask, dout)
+    actual = compiled(q, k, v, mask, dout)
     assert all(a.dtype == q.dtype for a in actual)
-    pairs = zip(NAMES, actual, oracle.attention(q, k, v, mask, dout), strict=True)
-    errors = {name: np.linalg.norm(np.asarray(a, np.float64) - e) / np.linalg.norm(e) for name, a, e in pairs}
+    expected = oracle.attention(q, k, v, mask, dout)
+    errors = dict(zip(QUANTITIES, map(relative_error, actual, expected), strict=True))
     assert max(errors.values()) < tolerance, errors
     return actual
 
 
 # Two sequences whose ends are in the middle of a block on either side, every rule in force.
-SHAPE = (2, 70, 140, 2, 1, 64)
+SHAPE = (2, 72, 144, 2, 1, 64)
 EVERYTHING = AttentionMask(
     window=jnp.int32(20),
-    query_segment_ids=jnp.asarray([[1] * 30 + [2] * 40, [3] * 64 + [0] * 6], jnp.int32),
-    key_segment_ids=jnp.asarray([[1] * 80 + [2] * 60, [3] * 130 + [0] * 10], jnp.int32),
+    query_segment_ids=jnp.asarray([[1] * 30 + [2] * 42, [3] * 66 + [0] * 6], jnp.int32),
+    key_segment_ids=jnp.asarray([[1] * 80 + [2] * 64, [3] * 134 + [0] * 10], jnp.int32),
     query_offset=jnp.asarray([70, 60], jnp.int32),
-    key_lengths=jnp.asarray([140, 110], jnp.int32),
+    key_lengths=jnp.asarray([141, 110], jnp.int32),
     slopes=jnp.asarray([0.05, 0.01], jnp.float32),
-    query_scale=jnp.linspace(0.5, 1.5, 140).reshape(2, 70),
+    query_scale=jnp.linspace(0.5, 1.5, 144).reshape(2, 72),
 )
 
 
 def test_all_rules_at_once_and_what_nobody_sees_may_hold_anything():
     q, k, v, dout = inputs(*SHAPE)
     hidden_T = EVERYTHING.query_segment_ids == 0
-    hidden_S = (EVERYTHING.key_segment_ids == 0) | (jnp.arange(140) >= EVERYTHING.key_lengths[:, None])
+    hidden_S = (EVERYTHING.key_segment_ids == 0) | (jnp.arange(144) >= EVERYTHING.key_lengths[:, None])
     poison = [jnp.where(hidden[:, :, None, None], jnp.nan, x) for hidden, x in ((hidden_T, q), (hidden_S, k))]
     actual = check(
         poison[0],
@@ -102,7 +99,7 @@ def test_all_rules_at_once_and_what_nobody_sees_may_hold_anything():
 CASES = {
     "causal, several blocks of head dim 128": ((1, 200, 200, 1, 1, 128), AttentionMask(), jnp.float16, 2e-3),
     "bidirectional, more queries than keys": (
-        (1, 135, 70, 1, 1, 64),
+        (1, 136, 72, 1, 1, 64),
         AttentionMask(causal=False),
         jnp.bfloat16,
         1.2e-2,
@@ -130,16 +127,25 @@ def test_an_off_by_one_window_would_be_seen():
 
 
 def races_found():
-    """Whether the forward pass of a walk over more blocks than there are buffers has races."""
-    q, k, v, _ = inputs(1, 64, 256, 1, 1, 64)
-    model = InterpretGPUParams(detect_races=True)
-    with mock.patch.object(mosaic_gpu, "interpreter", lambda: model):
-        jax.block_until_ready(attend(q, k, v, AttentionMask(causal=False)))
-    return interpret_pallas_call.get_races().races_found
+    """For each kernel, of a walk over more blocks than there are buffers and two query heads, whether it has races."""
+    q, k, v, dout = inputs(1, 128, 256, 2, 1, 64)
+    model, call, found = InterpretGPUParams(detect_races=True), mosaic_gpu._call, {}
+
+    def watched(kernel, *arguments):
+        results = jax.block_until_ready(call(kernel, *arguments))
+        found[kernel.__name__] = interpret_pallas_call.get_races().races_found
+        return results
+
+    with mock.patch.multiple(mosaic_gpu, interpreter=lambda: model, _call=watched):
+        jax.vjp(lambda *x: attend(*x, AttentionMask(causal=False)), q, k, v)[1](dout)
+    return found
+
+
+KERNELS = ("attention_forward", "attention_query_gradients", "attention_key_gradients")
 
 
 def test_no_warpgroup_reads_what_another_overwrites():
-    assert not races_found()
+    assert races_found() == dict.fromkeys(KERNELS, False)
 
 
 def test_a_buffer_given_back_too_early_would_be_seen():
@@ -151,11 +157,38 @@ def test_a_buffer_given_back_too_early_would_be_seen():
         return buffers
 
     with mock.patch.object(Ring, "receive", receive_and_release), mock.patch.object(Ring, "release", lambda *_: None):
-        assert races_found()
+        assert races_found() == dict.fromkeys(KERNELS, True)
+
+
+def changed(**rules):
+    return dataclasses.replace(EVERYTHING, **rules)
+
+
+# Of one structure, so that one program of each form serves them all.
+SAME_INPUTS = {
+    "every rule": EVERYTHING,
+    "an unlimited window and one segment": changed(
+        window=jnp.int32(-3),
+        query_segment_ids=jnp.ones((2, 72), jnp.int32),
+        key_segment_ids=jnp.ones((2, 144), jnp.int32),
+    ),
+    "queries before the first key, and a sequence without keys": changed(
+        query_offset=jnp.asarray([-9, 0], jnp.int32), key_lengths=jnp.asarray([144, 0], jnp.int32)
+    ),
+}
+
+
+def test_agrees_with_the_other_forms_on_the_same_inputs():
+    q, k, v, dout = inputs(*SHAPE)
+    for name, mask in SAME_INPUTS.items():
+        own = compiled(q, k, v, mask, dout)
+        for form in ("chunked", "pallas_gpu"):
+            other = forms.output_and_gradients(q, k, v, mask, dout, form, (64, 64))
+            assert max(map(relative_error, own, other)) < 1.2e-2, (name, form)
 
 
 def test_vmap_is_a_larger_batch():
-    q, k, v, _ = inputs(2, 60, 60, 1, 1, 64)
+    q, k, v, _ = inputs(2, 56, 56, 1, 1, 64)
     mask = AttentionMask(slopes=jnp.asarray([0.5], jnp.float32))
     together = attend(q, k, v, mask)
     apart = jax.vmap(lambda *x: attend(*(y[None] for y in x), mask)[0])(q, k, v)
@@ -179,18 +212,34 @@ def test_a_remat_policy_saves_the_forward_pass():
     assert forwards(gradient(SAVED)) == 1
 
 
-def test_lowers_for_a_gpu_that_is_not_here_without_a_square_array():
-    x = jax.ShapeDtypeStruct((1, 8192, 40, 128), jnp.bfloat16)
+def lowered(num_queries, num_keys):
+    """The program for a Hopper GPU, which need not be here."""
+    queries, keys = (jax.ShapeDtypeStruct((1, length, 40, 128), jnp.bfloat16) for length in (num_queries, num_keys))
     mask = AttentionMask(window=jax.ShapeDtypeStruct((), jnp.int32), slopes=jax.ShapeDtypeStruct((40,), jnp.float32))
 
     def run(q, k, v, mask, dout):
         out, pullback = jax.vjp(lambda *x: mosaic_gpu_attention(*x, mask), q, k, v)
         return out, *pullback(dout)
 
-    text = jax.jit(run).trace(x, x, x, mask, x).lower(lowering_platforms=("cuda",)).as_text()
-    for kernel in ("attention_forward", "attention_query_gradients", "attention_key_gradients"):
-        assert kernel in text
-    assert "8192x8192" not in text
+    return jax.jit(run).trace(queries, keys, keys, mask, queries).lower(lowering_platforms=("cuda",)).as_text()
+
+
+# Blocks divide the one, and cut the other on either side.
+@pytest.mark.parametrize("lengths", [(8192, 8192), (104, 2040)])
+def test_lowers_for_a_gpu_that_is_not_here_without_a_square_array(lengths):
+    text = lowered(*lengths)
+    assert all(kernel in text for kernel in KERNELS)
+    assert f"{lengths[0]}x{lengths[1]}" not in text
+
+
+@pytest.mark.parametrize("lengths", [(100, 104), (104, 2044), (1, 300)])
+def test_lengths_that_do_not_lower_are_refused(lengths):
+    refusal = f"multiples of 8, not {lengths[0]} queries and {lengths[1]} keys"
+    with pytest.raises(UserError, match=refusal):
+        lowered(*lengths)
+    with mock.patch.object(mosaic_gpu, "_uneven", lambda *_: None), pytest.raises(ValueError, match="multiple of"):
+        lowered(*lengths)
+    assert refusal in mosaic_gpu.refuses(SERVED._replace(num_queries=lengths[0], num_keys=lengths[1]))
 
 
 SERVED = Problem("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", 1, 64, 64, 2, 1, 128, ())

@@ -191,11 +191,14 @@ def test_a_window_that_is_off_by_one_inside_the_kernels_is_caught(place):
     assert max(relative_errors(compiled(q, k, v, mask, dout), expected).values()) < 4e-6
 
 
-def test_distances_are_exact_beyond_what_float32_counts():
-    first = jnp.int32(2**24 + 1)
-    rows = pallas_gpu._Rows(first, first + jnp.arange(16), None, None)
-    bias = pallas_gpu._add_bias(jnp.zeros((16, 16)), jnp.float32(0.5), rows, rows, query_axis=0)
-    np.testing.assert_array_equal(bias, 0.5 * (np.arange(16)[None, :] - np.arange(16)[:, None]))
+@pytest.mark.parametrize("query_axis", [0, 1])
+def test_distances_are_exact_beyond_what_float32_counts(query_axis):
+    keys, queries = (
+        pallas_gpu._Rows(jnp.int32(first), first + jnp.arange(16), None, None) for first in (2**24 + 1, 2**24 + 33)
+    )
+    bias = pallas_gpu._add_bias(jnp.zeros((16, 16)), jnp.float32(0.5), queries, keys, query_axis)
+    expected_TS = 0.5 * (np.arange(16)[None, :] - np.arange(16)[:, None] - 32)
+    np.testing.assert_array_equal(bias, expected_TS if query_axis == 0 else expected_TS.T)
 
 
 HIDDEN_KEYS = {
