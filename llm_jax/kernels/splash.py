@@ -1,7 +1,8 @@
 """JAX's own splash attention for TPUs behind this project's mask, for the masks that it covers.
 
 Splash scales nothing, takes padding for a segment like any other and leaves a query that sees nothing undefined: all
-three are put right around it.
+three are put right around it. Queries that are scaled before are rounded once more, unless the square root of the head
+dim is a power of 2.
 
 Legend: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
@@ -23,7 +24,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from llm_jax.errors import require
-from llm_jax.kernels.choice import Problem, used_features
+from llm_jax.kernels.choice import Problem, check_supported, unsupported, used_features
 from llm_jax.kernels.mask import AttentionMask
 
 LANES = 128
@@ -36,13 +37,12 @@ def refuses(problem: Problem) -> str | None:
     """Why splash attention cannot serve a problem, or None."""
     if problem.platform != "tpu":
         return f"it runs on TPUs, not on {problem.platform}"
-    if problem.dtype not in DTYPES:
-        return f"its dtypes are {', '.join(DTYPES)}, not {problem.dtype}"
     static_window = "window" not in problem.features or problem.static_window is not None
-    return _unsupported(problem.features, static_window, problem.num_queries, problem.num_keys)
+    refusal = unsupported(problem.dtype, problem.head_dim, DTYPES, (problem.head_dim,))  # any head dim will do
+    return refusal or _unknown(problem.features, static_window, problem.num_queries, problem.num_keys)
 
 
-def _unsupported(features: Iterable[str], static_window: bool, num_queries: int, num_keys: int) -> str | None:
+def _unknown(features: Iterable[str], static_window: bool, num_queries: int, num_keys: int) -> str | None:
     if others := [name for name in features if name not in FEATURES]:
         return f"it knows nothing like mask.{others[0]}: take implementation='pallas_tpu'"
     if not static_window:
@@ -73,11 +73,12 @@ def splash_attention(
       blocks: splash's own block sizes; None takes the largest up to 512 that divide the lengths.
       interpret: run on any platform, slowly.
 
-    Raises `UserError` for a rule or a length that splash does not know.
+    Raises `UserError` for a dtype, a rule or a length that splash does not know.
     """
     static_window = mask.window is None or isinstance(mask.window, int | np.integer)
-    refusal = _unsupported(used_features(mask), static_window, q_BTNH.shape[1], k_BSKH.shape[1])
-    require(refusal is None, f"splash attention: {refusal}")
+    check_supported("'splash'", (q_BTNH, k_BSKH, v_BSKH), DTYPES, q_BTNH.shape[3:])
+    refusal = _unknown(used_features(mask), static_window, q_BTNH.shape[1], k_BSKH.shape[1])
+    require(refusal is None, f"attention: 'splash' cannot serve this call: {refusal}")
     scale_BT11: jax.Array | float = q_BTNH.shape[3] ** -0.5
     if mask.query_scale is not None:
         scale_BT11 = scale_BT11 * jax.lax.stop_gradient(mask.query_scale)[:, :, None, None]

@@ -385,6 +385,21 @@ def test_splash_in_bfloat16():
     assert max(errors.values()) < 1.2e-2, errors
 
 
+TPU = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice("TPU v5", 2, platform="tpu"))
+
+
+@pytest.mark.parametrize("head_dim", [80, 256])
+def test_splash_lowers_for_any_head_dim(head_dim):
+    q, k, v, dout = inputs(1, 256, 128, 2, 1, head_dim, dtype=jnp.bfloat16)
+
+    @jax.jit
+    def run(q, k, v, dout):
+        return jax.vjp(lambda *x: splash.splash_attention(*x, AttentionMask(causal=False)), q, k, v)[1](dout)
+
+    with jax.sharding.use_abstract_mesh(TPU):
+        assert run.trace(q, k, v, dout).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 3
+
+
 PROBLEM = Problem("tpu", "TPU v5p", "bfloat16", 1, 256, 256, 4, 2, 128, ("causal",))
 
 
@@ -427,8 +442,7 @@ def test_decoding_lowers_for_every_cache(dtype, cache):
     q, slot = (jax.ShapeDtypeStruct(shape, of) for shape, of in (((2, 1, 4, 64), dtype), ((2, 2, 300, 64), cache)))
     scale = jax.ShapeDtypeStruct((2, 2, 300, 1), jnp.float32) if cache == "int8" else None
     mask = AttentionMask(query_offset=jax.ShapeDtypeStruct((2,), jnp.int32))
-    device = AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(TPU):
         traced = jax.jit(pallas_tpu_decode.decode).trace(q, Slots(slot, slot, scale, scale), mask)
         assert "decode_attention" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
@@ -448,7 +462,7 @@ def test_mistakes_are_one_line():
 )
 def test_splash_called_directly_drops_no_rule(rule):
     q = jnp.zeros((1, 128, 2, 64))
-    with pytest.raises(UserError, match="splash attention: "):
+    with pytest.raises(UserError, match="'splash' cannot serve this call: "):
         splash.splash_attention(q, q, q, AttentionMask(**rule))
 
 
