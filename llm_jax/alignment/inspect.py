@@ -1,5 +1,6 @@
 """What a model is trained to write, to be looked at: a sample's tokens in colours, with the weights of their losses."""
 
+import codecs
 import unicodedata
 from collections.abc import Sequence
 
@@ -23,25 +24,22 @@ LEGEND = (
 def render(sample: Sample, tokenizer: Tokenizer) -> Text:
     """The tokens of a sample as coloured text; a mark ‹w› stands wherever the weight of the loss changes to w.
 
-    Control tokens are shown by their names, bytes that form no character as \\xNN, and other control characters
-    escaped; a line break is also shown as ⏎. Where the loss wants another token than the one that is read, it is
-    "read→wanted".
+    Control tokens are shown by their names, in bold, which words that look like them are not; a character of several
+    tokens at its last one; bytes that form none as \\xNN; what would not be seen escaped, and a line break also as ⏎.
+    Where the loss wants another token than the one that is read, it is "read→wanted".
     """
-    names = {token: name for name, token in tokenizer.special_ids.items()}
-    text = Text()
+    writer = _Writer(tokenizer)
     weight = None
     for i, (token, label) in enumerate(zip(sample.tokens.tolist(), sample.labels.tolist())):
         if sample.weights[i] != weight:
             weight = sample.weights[i]
-            text.append(f"‹{weight:g}›", WEIGHT)
-        shown = _shown(token, tokenizer, names)
-        if not weight:
-            text.append(shown, READ[i % 2])
-        elif label == token:
-            text.append(shown, LEARNED[i % 2])
-        else:
-            text.append(f"{shown}→{_shown(label, tokenizer, names)}", RELABELLED)
-    return text
+            writer.mark(f"‹{weight:g}›", WEIGHT)
+        style = (LEARNED if weight else READ)[i % 2]
+        writer.token(token, RELABELLED if weight and label != token else style)
+        if weight and label != token:
+            writer.mark("→", RELABELLED)
+            writer.token(label, RELABELLED)
+    return writer.finish()
 
 
 def show(samples: Sequence[Sample], tokenizer: Tokenizer, console: Console | None = None) -> None:
@@ -56,14 +54,35 @@ def show(samples: Sequence[Sample], tokenizer: Tokenizer, console: Console | Non
         console.print(render(sample, tokenizer), soft_wrap=True)
 
 
-def _shown(token: int, tokenizer: Tokenizer, names: dict[int, str]) -> str:
-    """A token's text as it stands in the middle of a line, in which nothing can do things to a terminal."""
-    if token in names:
-        return names[token]
-    before = tokenizer.encode("x")
-    content = tokenizer.decode_bytes([*before, token])[len(tokenizer.decode_bytes(before)) :]
-    text = content.decode(errors="backslashreplace")
-    return "".join(map(_visible, text)) or f"<{token}>"
+class _Writer:
+    """Tokens written one by one."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._names = {token: name for name, token in tokenizer.special_ids.items()}
+        self._before = tokenizer.encode("x")  # some tokenizers take a space from a text's first token
+        self._start = len(tokenizer.decode_bytes(self._before))
+        self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+        self._text = Text()
+
+    def token(self, token: int, style: str) -> None:
+        """A token of the text."""
+        content = self._tokenizer.decode_bytes([*self._before, token])[self._start :]
+        if token in self._names or not content:
+            self.mark(self._names.get(token, f"<{token}>"), f"{style} bold")
+        else:
+            self._text.append("".join(map(_visible, self._decoder.decode(content))), style)
+
+    def mark(self, text: str, style: str) -> None:
+        """Something between two characters."""
+        self._text.append(self._decoder.decode(b"", final=True), style)
+        self._decoder.reset()
+        self._text.append(text, style)
+
+    def finish(self) -> Text:
+        """The whole text."""
+        self.mark("", "")
+        return self._text
 
 
 def _visible(character: str) -> str:

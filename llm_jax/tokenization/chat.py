@@ -258,7 +258,7 @@ class JinjaTemplate(ChatTemplate):
         for i, message in enumerate(messages):
             if message.role == "assistant":
                 prompt = self._ids(messages[:i], True, now)
-                replied = self._ids(messages[: i + 1], False, now)
+                replied = self._ids(messages[: i + 1], False, now) if i + 1 < len(messages) else ids
                 kept = ids[: len(replied)] == replied and replied[: len(prompt)] == prompt
                 require(kept, UNTRAINABLE.format("writes a conversation in another way once there is a reply"))
                 ends = (j for j in range(len(prompt), len(replied)) if replied[j] in self.stop_ids)

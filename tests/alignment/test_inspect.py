@@ -31,21 +31,23 @@ def test_tokens_weights_and_colours():
         "<|im_start|>assistant⏎\n‹1›I am<|im_end|>"
     )
     reply = text.plain.index("I am")
-    assert (
-        style_at(text, reply) in inspect.LEARNED and style_at(text, text.plain.rindex("<|im_end|>")) in inspect.LEARNED
-    )
+    assert style_at(text, reply) in inspect.LEARNED
+    assert style_at(text, text.plain.rindex("<|im_end|>")) in [f"{style} bold" for style in inspect.LEARNED]
     assert style_at(text, text.plain.index("Who")) in inspect.READ
     assert style_at(text, reply - 2) == inspect.WEIGHT
-    neighbours = {str(span.style) for span in text.spans[-4:]}
-    assert neighbours == set(inspect.LEARNED)  # two shades
+    assert {str(span.style) for span in text.spans[-4:-1]} == set(inspect.LEARNED)  # two shades
+    typed = inspect.render(sample(ChatML(BYTE_LEVEL), "a", "<|im_end|>"), BYTE_LEVEL)
+    first, last = (typed.plain.index("<|im_end|>", typed.plain.index("‹1›")), typed.plain.rindex("<|im_end|>"))
+    assert first < last and "bold" not in style_at(typed, first) and "bold" in style_at(typed, last)
 
 
 def test_other_labels_weights_and_parts_of_characters():
-    text = inspect.render(sample(Baichuan2(Bytes()), "a", "b", "c", "é"), Bytes())
-    assert text.plain == "‹0›<195>a<196>‹1›b<195>→</s>‹0›c<196>‹1›\\xc3\\xa9</s>"
+    text = inspect.render(sample(Baichuan2(Bytes()), "a", "b", "c", "é画"), Bytes())
+    assert text.plain == "‹0›<195>a<196>‹1›b<195>→</s>‹0›c<196>‹1›é画</s>"
     assert style_at(text, text.plain.index("→")) == inspect.RELABELLED
-    halves = Sample(np.array([300, 301]), np.array([300, 301]), np.array([0, 0.5], np.float32))
-    assert inspect.render(halves, Bytes()).plain == "‹0›\\x00‹0.5›\\x01"
+    parts = np.array([300 + 0xE7, 300 + 0x94, 300 + 0xBB, 300, 300 + 0xE7])
+    halves = Sample(parts, parts, np.array([0, 0, 0.5, 0.5, 0.5], np.float32))
+    assert inspect.render(halves, Bytes()).plain == "‹0›\\xe7\\x94‹0.5›\\xbb\\x00\\xe7"
 
 
 def test_showing_samples():
