@@ -11,6 +11,7 @@ from llm_jax.kernels import choice, pallas_gpu, pallas_tpu
 from llm_jax.kernels.attention import IMPLEMENTATIONS, attention, plain
 from llm_jax.kernels.choice import Implementation
 from llm_jax.kernels.chunked import Tile, chunked_attention
+from llm_jax.kernels.reference import HIDDEN
 from llm_jax.kernels.sharded import on_shards
 
 QUANTITIES = ("out", "dq", "dk", "dv")
@@ -47,6 +48,26 @@ def output_and_gradients(q, k, v, mask, dout, form, tile=(16, 16)):
     with small_tiles(*tile):
         out, pullback = jax.vjp(lambda *x: attention(*x, mask, implementation=form), q, k, v)
         return out, *pullback(dout)
+
+
+@jax.jit
+def dense(q, k, v, mask, dout):
+    """Output and gradients as one writes them down, the whole matrix in float32, differentiated by JAX."""
+
+    def run(q, k, v):
+        (_, T, N, H), (_, S, K, _) = q.shape, k.shape
+        scale = 1.0 if mask.query_scale is None else mask.query_scale[:, :, None, None]
+        k, v = jnp.repeat(k, N // K, axis=2), jnp.repeat(v, N // K, axis=2)
+        scores = jnp.einsum("btnh,bsnh->bnts", q * scale, k) / jnp.sqrt(jnp.float32(H))
+        bias, visible = mask.bias(T, S), mask.visible(T, S)
+        scores = scores if bias is None else scores + bias
+        if visible is None:
+            return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
+        weights = jax.nn.softmax(jnp.where(visible, scores, HIDDEN)) * visible
+        return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+    out, pullback = jax.vjp(run, *(x.astype(jnp.float32) for x in (q, k, v)))
+    return out, *pullback(dout.astype(jnp.float32))
 
 
 def relative_error(actual, expected, least=0.0):

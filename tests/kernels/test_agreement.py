@@ -9,15 +9,13 @@ import itertools
 
 import hypothesis
 import hypothesis.strategies as st
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llm_jax.kernels.mask import AttentionMask
-from llm_jax.kernels.reference import HIDDEN
 from tests.kernels import oracle
-from tests.kernels.forms import FORMS, KERNELS, QUANTITIES, inputs, output_and_gradients, relative_error
+from tests.kernels.forms import FORMS, KERNELS, QUANTITIES, dense, inputs, output_and_gradients, relative_error
 from tests.kernels.strategies import full_masks, problems
 
 TOLERANCE = {"float32": 4e-6, "bfloat16": 1.2e-2, "float16": 1.5e-3}
@@ -39,26 +37,6 @@ EVERYTHING = AttentionMask(
     slopes=jnp.asarray([0.5, 0.25, 0.125, 0.0625], jnp.float32),
     query_scale=jnp.linspace(0.5, 1.5, 74).reshape(2, 37),
 )
-
-
-@jax.jit
-def dense(q, k, v, mask, dout):
-    """Output and gradients as one writes them down, the whole matrix in float32, differentiated by JAX."""
-
-    def run(q, k, v):
-        (_, T, N, H), (_, S, K, _) = q.shape, k.shape
-        scale = 1.0 if mask.query_scale is None else mask.query_scale[:, :, None, None]
-        k, v = jnp.repeat(k, N // K, axis=2), jnp.repeat(v, N // K, axis=2)
-        scores = jnp.einsum("btnh,bsnh->bnts", q * scale, k) / jnp.sqrt(jnp.float32(H))
-        bias, visible = mask.bias(T, S), mask.visible(T, S)
-        scores = scores if bias is None else scores + bias
-        if visible is None:
-            return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
-        weights = jax.nn.softmax(jnp.where(visible, scores, HIDDEN)) * visible
-        return jnp.einsum("bnts,bsnh->btnh", weights, v)
-
-    out, pullback = jax.vjp(run, *(x.astype(jnp.float32) for x in (q, k, v)))
-    return out, *pullback(dout.astype(jnp.float32))
 
 
 def errors(actual, expected, dout, least=0.1):

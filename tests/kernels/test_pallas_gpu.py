@@ -1,4 +1,4 @@
-"""The GPU's fused attention, interpreted, against the float64 oracle; and that it lowers for a GPU that is not here."""
+"""What is the GPU's own in fused attention, interpreted; `test_pallas` has what all platforms' kernels must do."""
 
 import contextlib
 import dataclasses
@@ -15,73 +15,12 @@ from llm_jax.kernels import pallas_gpu, pallas_gpu_decode
 from llm_jax.kernels.choice import Problem
 from llm_jax.kernels.flash_decoding import Slots
 from llm_jax.kernels.mask import AttentionMask
-from llm_jax.kernels.pallas_gpu import Blocks, Pass, gpu_attention
+from llm_jax.kernels.pallas_gpu import gpu_attention
 from llm_jax.kernels.ranges import key_ranges, query_ranges
 from llm_jax.kernels.tile import visible
 from tests.kernels import oracle
-from tests.kernels.forms import QUANTITIES, SAVED, inputs, relative_error
-
-SMALL = Blocks(Pass(16, 32, 4, 2), Pass(16, 16, 4, 2), Pass(32, 16, 4, 2))
-
-
-def output_and_gradients(q, k, v, mask, dout):
-    attend = functools.partial(gpu_attention, blocks=SMALL, interpret=True)
-    out, pullback = jax.vjp(lambda *x: attend(*x, mask), q, k, v)
-    return out, *pullback(dout)
-
-
-compiled = jax.jit(output_and_gradients)  # one compilation for all masks of a structure
-
-
-def relative_errors(actual, expected):
-    """Relative L2 error of the output and of each gradient."""
-    return dict(zip(QUANTITIES, map(relative_error, actual, expected), strict=True))
-
-
-def check(q, k, v, mask, dout, tolerance=4e-6):
-    actual = compiled(q, k, v, mask, dout)
-    assert all(a.dtype == q.dtype for a in actual)
-    errors = relative_errors(actual, oracle.attention(q, k, v, mask, dout))
-    assert max(errors.values()) < tolerance, errors
-    return actual
-
-
-# Two sequences of several blocks on either side, none of them whole at the end, every rule in force.
-SHAPE = (2, 37, 45, 4, 2, 32)
-EVERYTHING = AttentionMask(
-    window=jnp.int32(30),
-    query_segment_ids=jnp.asarray([[1] * 20 + [2] * 17, [3] * 33 + [0] * 4], jnp.int32),
-    key_segment_ids=jnp.asarray([[1] * 22 + [2] * 23, [3] * 42 + [0] * 3], jnp.int32),
-    query_offset=jnp.asarray([4, 6], jnp.int32),
-    key_lengths=jnp.asarray([45, 38], jnp.int32),
-    slopes=jnp.asarray([0.5, 0.1, 0.3, 0.9], jnp.float32),
-    query_scale=jnp.linspace(0.5, 1.5, 74).reshape(2, 37),
-)
-
-
-def test_all_rules_at_once():
-    q, k, v, dout = inputs(*SHAPE)
-    check(q, k, v, EVERYTHING, dout)
-
-
-@pytest.mark.parametrize("window", [0, 2, 17])
-def test_the_window_is_an_argument_of_the_compiled_program(window):
-    q, k, v, dout = inputs(*SHAPE)
-    check(q, k, v, dataclasses.replace(EVERYTHING, window=jnp.int32(window)), dout)
-
-
-CASES = {
-    "bidirectional, head dim 96": ((1, 33, 18, 1, 1, 96), AttentionMask(causal=False), jnp.float32, 4e-6),
-    "causal, head dim 192, bfloat16": ((1, 20, 36, 2, 1, 192), AttentionMask(), jnp.bfloat16, 1.2e-2),
-    "more queries than keys, float16": ((1, 40, 5, 2, 2, 32), AttentionMask(), jnp.float16, 2e-3),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_head_dims_and_dtypes(case):
-    shape, mask, dtype, tolerance = CASES[case]
-    q, k, v, dout = inputs(*shape, dtype=dtype)
-    check(q, k, v, mask, dout, tolerance)
+from tests.kernels.forms import QUANTITIES, inputs
+from tests.kernels.fused import ATTEND, GPU_BLOCKS, compiled, output_and_gradients, relative_errors
 
 
 @pytest.mark.slow
@@ -97,43 +36,9 @@ def test_every_head_dim_at_its_own_blocks(head_dim, dtype):
     assert max(errors.values()) < (4e-6 if dtype == jnp.float32 else 1.2e-2), errors
 
 
-def test_rounding_is_that_of_a_dense_computation():
-    """Against float64, no more than twice the error of the whole score matrix in float32."""
-    q, k, v, dout = inputs(*SHAPE)
-    mask = dataclasses.replace(EVERYTHING, window=jnp.int32(0))
-
-    def dense(q, k, v):
-        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
-        q = q * mask.query_scale[:, :, None, None]
-        scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(32) + mask.bias(37, 45)
-        seen = mask.visible(37, 45)
-        weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1), 0)
-        return jnp.einsum("bnts,bsnh->btnh", weights, v)
-
-    out, pullback = jax.vjp(dense, q, k, v)
-    expected = oracle.attention(q, k, v, mask, dout)
-    own = relative_errors(compiled(q, k, v, mask, dout), expected)
-    for name, error in relative_errors((out, *pullback(dout)), expected).items():
-        assert own[name] < 2 * error, name
-
-
-WRONG_MASKS = {
-    "a window off by one": {"window": EVERYTHING.window + 1},
-    "a length off by one": {"key_lengths": EVERYTHING.key_lengths + 1},
-    "slopes of the wrong sign": {"slopes": -EVERYTHING.slopes},
-    "slopes of other heads": {"slopes": EVERYTHING.slopes[::-1]},
-    "an offset off by one": {"query_offset": EVERYTHING.query_offset - 1},
-    "a segment's end off by one": {"key_segment_ids": jnp.roll(EVERYTHING.key_segment_ids, 1, axis=1)},
-}
-
-
-@pytest.mark.parametrize("mistake", WRONG_MASKS)
-def test_wrong_masks_are_caught(mistake):
-    """The comparison with the oracle can fail."""
-    q, k, v, dout = inputs(*SHAPE)
-    actual = compiled(q, k, v, dataclasses.replace(EVERYTHING, **WRONG_MASKS[mistake]), dout)
-    errors = relative_errors(actual, oracle.attention(q, k, v, EVERYTHING, dout))
-    assert min(errors.values()) > 1e-3, errors
+def run_anew():
+    """Not what another test has compiled."""
+    return jax.jit(functools.partial(output_and_gradients, ATTEND["pallas_gpu"]))
 
 
 @contextlib.contextmanager
@@ -157,10 +62,10 @@ def test_wrong_kernels_are_caught():
         return visible(query_index, key_index, 2**30, **rules)
 
     with changed(pallas_gpu, "visible", endless):
-        errors = relative_errors(jax.jit(lambda *x: output_and_gradients(*x))(q, k, v, mask, dout), expected)
+        errors = relative_errors(run_anew()(q, k, v, mask, dout), expected)
     assert min(errors.values()) > 1e-2, errors
     with changed(jnp, "log2", jnp.zeros_like):
-        errors = relative_errors(jax.jit(lambda *x: output_and_gradients(*x))(q, k, v, mask, dout), expected)
+        errors = relative_errors(run_anew()(q, k, v, mask, dout), expected)
     assert errors["out"] < 4e-6 and min(errors[name] for name in QUANTITIES[1:]) > 1e-2, errors
 
 
@@ -186,9 +91,9 @@ def test_a_window_that_is_off_by_one_inside_the_kernels_is_caught(place):
     with contextlib.ExitStack() as stack:
         for name, value in WRONG_WINDOWS[place].items():
             stack.enter_context(changed(pallas_gpu, name, value))
-        errors = relative_errors(jax.jit(lambda *x: output_and_gradients(*x))(q, k, v, mask, dout), expected)
+        errors = relative_errors(run_anew()(q, k, v, mask, dout), expected)
     assert min(errors.values()) > 1e-2, errors
-    assert max(relative_errors(compiled(q, k, v, mask, dout), expected).values()) < 4e-6
+    assert max(relative_errors(compiled("pallas_gpu")(q, k, v, mask, dout), expected).values()) < 4e-6
 
 
 @pytest.mark.parametrize("query_axis", [0, 1])
@@ -201,39 +106,6 @@ def test_distances_are_exact_beyond_what_float32_counts(query_axis):
     np.testing.assert_array_equal(bias, expected_TS if query_axis == 0 else expected_TS.T)
 
 
-HIDDEN_KEYS = {
-    "beyond the length": ({"key_lengths": jnp.asarray([19, 0], jnp.int32)}, {0: slice(19, None), 1: slice(None)}),
-    "padding": ({"key_segment_ids": EVERYTHING.key_segment_ids.at[0, :9].set(0)}, {0: slice(9), 1: slice(42, None)}),
-    "not yet written": ({"query_offset": jnp.asarray([-5, 2], jnp.int32)}, {0: slice(32, None), 1: slice(39, None)}),
-    "behind the window": ({"query_offset": jnp.asarray([40, 44], jnp.int32)}, {0: slice(11), 1: slice(15)}),
-}
-
-
-@pytest.mark.parametrize("case", HIDDEN_KEYS)
-def test_nan_where_no_query_looks_does_not_leak(case):
-    changes, hidden = HIDDEN_KEYS[case]
-    q, k, v, dout = inputs(*SHAPE)
-    mask = dataclasses.replace(EVERYTHING, **changes)
-    clean = check(q, k, v, mask, dout)
-    for b, keys in hidden.items():
-        k, v = k.at[b, keys].set(jnp.nan), v.at[b, keys].set(jnp.nan)
-    for a, b in zip(clean, compiled(q, k, v, mask, dout), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_queries_that_see_nothing_are_zero_and_pass_no_gradient():
-    """Padding, and a sequence without keys: whatever such rows hold, NaN included."""
-    q, k, v, dout = inputs(*SHAPE)
-    mask = dataclasses.replace(EVERYTHING, key_lengths=jnp.asarray([0, 45], jnp.int32))
-    clean = check(q, k, v, mask, dout)
-    empty = np.array([[True] * 37, [False] * 33 + [True] * 4])
-    assert not np.any(np.asarray(clean[0])[empty]) and not np.any(np.asarray(clean[1])[empty])
-    assert not np.any(np.asarray(clean[2])[0]) and not np.any(np.asarray(clean[3])[0])
-    q, dout = q.at[empty].set(jnp.nan), dout.at[empty].set(jnp.nan)
-    for a, b in zip(clean, compiled(q, k, v, mask, dout), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 LENGTH = 96
 
 
@@ -244,8 +116,8 @@ def tiles_in_ranges(mask):
         found = ranges(mask, 1, LENGTH, LENGTH, (tile.queries, tile.keys))
         return 2 * int(jnp.sum(found.last - found.first))
 
-    gradients = tiles(key_ranges, SMALL.query_gradients) + tiles(query_ranges, SMALL.key_gradients)
-    return tiles(key_ranges, SMALL.forward) + 2 * gradients
+    gradients = tiles(key_ranges, GPU_BLOCKS.query_gradients) + tiles(query_ranges, GPU_BLOCKS.key_gradients)
+    return tiles(key_ranges, GPU_BLOCKS.forward) + 2 * gradients
 
 
 def test_work_is_proportional_to_the_tiles_that_hold_a_visible_pair():
@@ -261,7 +133,7 @@ def test_work_is_proportional_to_the_tiles_that_hold_a_visible_pair():
     rules = {"causal": (0, one), "window": (16, one), "segments": (0, thirds)}
     visited, allowed = {}, {}
     with changed(pallas_gpu, "_scores", counted):
-        run = jax.jit(lambda *x: output_and_gradients(*x))
+        run = run_anew()
         for name, (window, segments) in rules.items():
             mask = AttentionMask(window=jnp.int32(window), query_segment_ids=segments, key_segment_ids=segments)
             q, k, v, dout = inputs(1, LENGTH, LENGTH, 2, 1, 32)
@@ -274,54 +146,6 @@ def test_work_is_proportional_to_the_tiles_that_hold_a_visible_pair():
     assert visited["causal"] < 0.75 * every_tile
     assert visited["window"] < 0.4 * every_tile
     assert visited["segments"] < 0.35 * every_tile
-
-
-def test_vmap():
-    """Over examples with windows and offsets of their own, each as if it were alone."""
-    q, k, v, dout = inputs(3, 20, 20, 2, 1, 32)
-    windows, offsets = jnp.asarray([3, 0, 5], jnp.int32), jnp.asarray([0, 2, -1], jnp.int32)
-
-    def one(q, k, v, window, offset, dout):
-        mask = AttentionMask(window=window, query_offset=offset)
-        return output_and_gradients(q[None], k[None], v[None], mask, dout[None])
-
-    together = jax.jit(jax.vmap(one))(q, k, v, windows, offsets, dout)
-    alone = jax.jit(one)
-    for i in range(3):
-        expected = alone(q[i], k[i], v[i], windows[i], offsets[i], dout[i])
-        for a, b in zip(together, expected, strict=True):
-            np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5)
-
-
-def kernels(function, *args):
-    """The names of the kernels that a program calls, for a GPU that need not be here."""
-    jaxpr = str(jax.make_jaxpr(function)(*args))
-    return [jaxpr.count(f"name={name}") for name in ("attention_forward", "attention_query_gradients")]
-
-
-def test_remat_that_saves_the_named_values_does_not_repeat_the_forward_pass():
-    q, k, v, _ = inputs(1, 16, 16, 1, 1, 32)
-
-    def loss(wrap):
-        return jax.grad(lambda q: jnp.sum(wrap(lambda q: gpu_attention(q, k, v, AttentionMask(), blocks=SMALL))(q)))
-
-    assert kernels(loss(jax.checkpoint), q)[0] == 2
-    assert kernels(loss(functools.partial(jax.checkpoint, policy=SAVED)), q)[0] == 1
-
-
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192])
-def test_lowers_for_cuda_without_a_gpu(head_dim):
-    q, k, v, dout = inputs(2, 300, 333, 4, 2, head_dim, dtype=jnp.bfloat16)
-    segments = {"query_segment_ids": jnp.ones((2, 300), jnp.int32), "key_segment_ids": jnp.ones((2, 333), jnp.int32)}
-
-    @jax.jit
-    def run(q, k, v, dout, window):
-        mask = AttentionMask(window=window, slopes=jnp.ones(4), key_lengths=jnp.asarray([5, 300]), **segments)
-        return jax.vjp(lambda *x: gpu_attention(*x, mask), q, k, v)[1](dout)
-
-    text = run.trace(q, k, v, dout, jnp.int32(5)).lower(lowering_platforms=("cuda",)).as_text()
-    for name in ("attention_forward", "attention_query_gradients", "attention_key_gradients"):
-        assert text.count(f'name = "{name}"') == 1
 
 
 SERVED = Problem("gpu", "NVIDIA A100-SXM4-80GB", "bfloat16", 1, 256, 256, 4, 2, 128, ("causal",))

@@ -1,4 +1,4 @@
-"""The TPU's fused attention, interpreted, against the float64 oracle; and that it lowers for a TPU that is not here."""
+"""What is the TPU's own in fused attention, interpreted; `test_pallas` has what all platforms' kernels must do."""
 
 import dataclasses
 import functools
@@ -19,76 +19,8 @@ from llm_jax.kernels.mask import AttentionMask
 from llm_jax.kernels.pallas_tpu import Blocks, tpu_attention
 from llm_jax.kernels.ranges import key_ranges, query_ranges
 from tests.kernels import oracle
-
-NAMES = ("out", "dq", "dk", "dv")
-SAVED = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-SMALL = Blocks(Tile(16, 32), Tile(32, 16), Tile(16, 16))
-
-
-def inputs(B, T, S, N, K, H, dtype=jnp.float32, seed=0):
-    """Queries, keys, values and a cotangent of the output."""
-    keys = jax.random.split(jax.random.key(seed), 4)
-    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))
-    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
-
-
-def output_and_gradients(q, k, v, mask, dout, blocks=SMALL):
-    out, pullback = jax.vjp(lambda *x: tpu_attention(*x, mask, blocks=blocks, interpret=True), q, k, v)
-    return out, *pullback(dout)
-
-
-compiled = jax.jit(output_and_gradients)  # one compilation for all masks of a structure
-
-
-def relative_errors(actual, expected):
-    """Relative L2 error of the output and of each gradient."""
-    pairs = zip(NAMES, actual, expected, strict=True)
-    return {name: np.linalg.norm(np.asarray(a, np.float64) - e) / np.linalg.norm(e) for name, a, e in pairs}
-
-
-def check(q, k, v, mask, dout, tolerance=4e-6):
-    actual = compiled(q, k, v, mask, dout)
-    assert all(a.dtype == q.dtype for a in actual)
-    errors = relative_errors(actual, oracle.attention(q, k, v, mask, dout))
-    assert max(errors.values()) < tolerance, errors
-    return actual
-
-
-# Two sequences of several blocks on either side, none of them whole at the end, every rule in force.
-SHAPE = (2, 37, 45, 4, 2, 32)
-EVERYTHING = AttentionMask(
-    window=jnp.int32(30),
-    query_segment_ids=jnp.asarray([[1] * 20 + [2] * 17, [3] * 33 + [0] * 4], jnp.int32),
-    key_segment_ids=jnp.asarray([[1] * 22 + [2] * 23, [3] * 42 + [0] * 3], jnp.int32),
-    query_offset=jnp.asarray([4, 6], jnp.int32),
-    key_lengths=jnp.asarray([45, 38], jnp.int32),
-    slopes=jnp.asarray([0.5, 0.1, 0.3, 0.9], jnp.float32),
-    query_scale=jnp.linspace(0.5, 1.5, 74).reshape(2, 37),
-)
-
-
-def test_all_rules_at_once():
-    q, k, v, dout = inputs(*SHAPE)
-    check(q, k, v, EVERYTHING, dout)
-
-
-@pytest.mark.parametrize("window", [0, 2, 17])
-def test_the_window_is_an_argument_of_the_compiled_program(window):
-    q, k, v, dout = inputs(*SHAPE)
-    check(q, k, v, dataclasses.replace(EVERYTHING, window=jnp.int32(window)), dout)
-
-
-CASES = {
-    "bidirectional, more queries than keys": ((1, 33, 18, 1, 1, 96), AttentionMask(causal=False), jnp.float32, 4e-6),
-    "causal, bfloat16": ((1, 20, 36, 2, 1, 192), AttentionMask(), jnp.bfloat16, 1.2e-2),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_head_dims_and_dtypes(case):
-    shape, mask, dtype, tolerance = CASES[case]
-    q, k, v, dout = inputs(*shape, dtype=dtype)
-    check(q, k, v, mask, dout, tolerance)
+from tests.kernels.forms import QUANTITIES, inputs
+from tests.kernels.fused import ATTEND, TPU_BLOCKS, output_and_gradients, relative_errors
 
 
 @pytest.mark.slow
@@ -99,58 +31,16 @@ def test_every_head_dim_at_whole_registers(head_dim, dtype):
     q, k, v, dout = inputs(1, 300, 260, 2, 1, head_dim, dtype=dtype)
     mask = AttentionMask(slopes=jnp.asarray([0.5, 0.1], jnp.float32))
     blocks = Blocks(Tile(128, 256), Tile(256, 128), Tile(128, 128))
-    actual = jax.jit(functools.partial(output_and_gradients, blocks=blocks))(q, k, v, mask, dout)
+    attend = functools.partial(tpu_attention, blocks=blocks, interpret=True)
+    actual = jax.jit(functools.partial(output_and_gradients, attend))(q, k, v, mask, dout)
     errors = relative_errors(actual, oracle.attention(q, k, v, mask, dout))
     assert max(errors.values()) < (4e-6 if dtype == jnp.float32 else 1.2e-2), errors
-
-
-def test_rounding_is_that_of_a_dense_computation():
-    """Against float64, no more than twice the error of the whole score matrix in float32."""
-    q, k, v, dout = inputs(*SHAPE)
-    mask = dataclasses.replace(EVERYTHING, window=jnp.int32(0))
-
-    def dense(q, k, v):
-        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
-        q = q * mask.query_scale[:, :, None, None]
-        scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(32) + mask.bias(37, 45)
-        seen = mask.visible(37, 45)
-        weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1), 0)
-        return jnp.einsum("bnts,bsnh->btnh", weights, v)
-
-    @jax.jit
-    def dense_gradients(q, k, v, dout):
-        out, pullback = jax.vjp(dense, q, k, v)
-        return out, *pullback(dout)
-
-    expected = oracle.attention(q, k, v, mask, dout)
-    own = relative_errors(compiled(q, k, v, mask, dout), expected)
-    for name, error in relative_errors(dense_gradients(q, k, v, dout), expected).items():
-        assert own[name] < 2 * error, name
-
-
-WRONG_MASKS = {
-    "a window off by one": {"window": EVERYTHING.window + 1},
-    "a length off by one": {"key_lengths": EVERYTHING.key_lengths + 1},
-    "slopes of the wrong sign": {"slopes": -EVERYTHING.slopes},
-    "slopes of other heads": {"slopes": EVERYTHING.slopes[::-1]},
-    "an offset off by one": {"query_offset": EVERYTHING.query_offset - 1},
-    "a segment's end off by one": {"key_segment_ids": jnp.roll(EVERYTHING.key_segment_ids, 1, axis=1)},
-}
-
-
-@pytest.mark.parametrize("mistake", WRONG_MASKS)
-def test_wrong_masks_are_caught(mistake):
-    """The comparison with the oracle can fail."""
-    q, k, v, dout = inputs(*SHAPE)
-    actual = compiled(q, k, v, dataclasses.replace(EVERYTHING, **WRONG_MASKS[mistake]), dout)
-    errors = relative_errors(actual, oracle.attention(q, k, v, EVERYTHING, dout))
-    assert min(errors.values()) > 1e-3, errors
 
 
 def wrong_kernels():
     """Name, what to patch, the mask that shows it, and the results that go wrong."""
     rows, visible, tiles = pallas_tpu._rows, pallas_tpu.tile.visible, pallas_tpu.ranges._tiles
-    everything, window = AttentionMask(causal=False), AttentionMask(window=jnp.int32(18))
+    everything, window = AttentionMask(causal=False), AttentionMask(window=jnp.int32(2))
 
     def dirty(ref, block, size, length, masked):
         return rows(ref, block, size, length, False)
@@ -165,56 +55,23 @@ def wrong_kernels():
         return tiles(mask if mask.window is None else dataclasses.replace(mask, window=mask.window - 1), *sizes)
 
     return {
-        "rows beyond the end enter a product": (pallas_tpu, "_rows", dirty, everything, NAMES),
-        "the tail of the keys is not masked": (pallas_tpu.tile, "visible", endless, everything, NAMES),
-        "weights are not divided by their sums": (jnp, "log2", jnp.zeros_like, everything, NAMES[1:]),
-        "inside a tile the window is off by one": (pallas_tpu.tile, "visible", wider, window, NAMES),
-        "a tile with one visible pair is skipped": (pallas_tpu.ranges, "_tiles", narrower, window, NAMES),
+        "rows beyond the end enter a product": (pallas_tpu, "_rows", dirty, everything, QUANTITIES),
+        "the tail of the keys is not masked": (pallas_tpu.tile, "visible", endless, everything, QUANTITIES),
+        "weights are not divided by their sums": (jnp, "log2", jnp.zeros_like, everything, QUANTITIES[1:]),
+        "inside a tile the window is off by one": (pallas_tpu.tile, "visible", wider, window, QUANTITIES),
+        "a tile with one visible pair is skipped": (pallas_tpu.ranges, "_tiles", narrower, window, QUANTITIES),
     }
 
 
 @pytest.mark.parametrize("mistake", wrong_kernels())
 def test_wrong_kernels_are_caught(mistake):
     module, name, wrong, mask, caught = wrong_kernels()[mistake]
-    # Of a window of 18 the oldest pair of query 32 is alone in its tile, in every pass.
-    length = 18 if mask.window is None else 50
+    length = 18 if mask.window is None else 34  # query 32 sees one key of the block before its own, in every pass
     q, k, v, dout = inputs(1, length, length, 1, 1, 32)
     with mock.patch.object(module, name, wrong):
-        actual = jax.jit(functools.partial(output_and_gradients))(q, k, v, mask, dout)
+        actual = jax.jit(functools.partial(output_and_gradients, ATTEND["pallas_tpu"]))(q, k, v, mask, dout)
     errors = relative_errors(actual, oracle.attention(q, k, v, mask, dout))
-    assert all(not errors[result] < 1e-3 for result in caught), errors
-
-
-HIDDEN_KEYS = {
-    "beyond the length": ({"key_lengths": jnp.asarray([19, 0], jnp.int32)}, {0: slice(19, None), 1: slice(None)}),
-    "padding": ({"key_segment_ids": EVERYTHING.key_segment_ids.at[0, :9].set(0)}, {0: slice(9), 1: slice(42, None)}),
-    "not yet written": ({"query_offset": jnp.asarray([-5, 2], jnp.int32)}, {0: slice(32, None), 1: slice(39, None)}),
-}
-
-
-@pytest.mark.parametrize("case", HIDDEN_KEYS)
-def test_nan_where_no_query_looks_does_not_leak(case):
-    changes, hidden = HIDDEN_KEYS[case]
-    q, k, v, dout = inputs(*SHAPE)
-    mask = dataclasses.replace(EVERYTHING, **changes)
-    clean = check(q, k, v, mask, dout)
-    for b, keys in hidden.items():
-        k, v = k.at[b, keys].set(jnp.nan), v.at[b, keys].set(jnp.nan)
-    for a, b in zip(clean, compiled(q, k, v, mask, dout), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_queries_that_see_nothing_are_zero_and_pass_no_gradient():
-    """Padding, and a sequence without keys: whatever such rows hold, NaN included."""
-    q, k, v, dout = inputs(*SHAPE)
-    mask = dataclasses.replace(EVERYTHING, key_lengths=jnp.asarray([0, 45], jnp.int32))
-    clean = check(q, k, v, mask, dout)
-    empty = np.array([[True] * 37, [False] * 33 + [True] * 4])
-    assert not np.any(np.asarray(clean[0])[empty]) and not np.any(np.asarray(clean[1])[empty])
-    assert not np.any(np.asarray(clean[2])[0]) and not np.any(np.asarray(clean[3])[0])
-    q, dout = q.at[empty].set(jnp.nan), dout.at[empty].set(jnp.nan)
-    for a, b in zip(clean, compiled(q, k, v, mask, dout), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert all(not errors[result] < 1e-2 for result in caught), errors
 
 
 def listed(mask, by_keys, length=64, tile=(16, 8)):
@@ -289,49 +146,6 @@ def test_distances_are_exact_beyond_the_integers_that_float32_holds():
     np.testing.assert_array_equal(scores_TS, np.float32(pallas_tpu.LOG2E) * distance_TS.astype(np.float32))
 
 
-def test_vmap():
-    """Over examples with windows and offsets of their own."""
-    q, k, v, dout = inputs(3, 20, 20, 2, 1, 32)
-    windows, offsets = jnp.asarray([3, 0, 5], jnp.int32), jnp.asarray([0, 2, -1], jnp.int32)
-
-    def one(q, k, v, dout, window, offset):
-        mask = AttentionMask(window=window, query_offset=offset)
-        return [x[0] for x in output_and_gradients(q[None], k[None], v[None], mask, dout[None])]
-
-    actual = jax.jit(jax.vmap(one))(q, k, v, dout, windows, offsets)
-    for i in range(3):
-        mask = AttentionMask(window=windows[i], query_offset=offsets[i])
-        expected = oracle.attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], mask, dout[i : i + 1])
-        errors = relative_errors([x[i : i + 1] for x in actual], expected)
-        assert max(errors.values()) < 4e-6, errors
-
-
-def test_remat_that_saves_the_named_values_does_not_repeat_the_forward_pass():
-    q, k, v, _ = inputs(1, 16, 16, 1, 1, 32)
-
-    def forwards(wrap):
-        attend = wrap(lambda q: tpu_attention(q, k, v, AttentionMask(), blocks=SMALL, interpret=True))
-        return str(jax.make_jaxpr(jax.grad(lambda q: jnp.sum(attend(q))))(q)).count("name=forward_kernel")
-
-    assert forwards(jax.checkpoint) == 2
-    assert forwards(functools.partial(jax.checkpoint, policy=SAVED)) == 1
-
-
-@pytest.mark.parametrize("head_dim", [64, 192])
-def test_lowers_for_tpu_without_a_tpu(head_dim):
-    q, k, v, dout = inputs(2, 300, 333, 4, 2, head_dim, dtype=jnp.bfloat16)
-    segments = {"query_segment_ids": jnp.ones((2, 300), jnp.int32), "key_segment_ids": jnp.ones((2, 333), jnp.int32)}
-
-    @jax.jit
-    def run(q, k, v, dout, window):
-        mask = AttentionMask(window=window, slopes=jnp.ones(4), key_lengths=jnp.asarray([5, 300]), **segments)
-        return jax.vjp(lambda *x: tpu_attention(*x, mask), q, k, v)[1](dout)
-
-    text = run.trace(q, k, v, dout, jnp.int32(5)).lower(lowering_platforms=("tpu",)).as_text()
-    for name in ("forward_kernel", "key_gradients_kernel", "query_gradients_kernel"):
-        assert text.count(f'kernel_name = "{name}"') == 1
-
-
 SPLASH_SEGMENTS = jnp.asarray([[1] * 100 + [2] * 100 + [0] * 56], jnp.int32)
 SPLASH_MASKS = {
     "causal": ((1, 128, 256), AttentionMask()),
@@ -364,7 +178,7 @@ def test_splash_agrees_where_it_serves(case):
         return both(q, k, v, dout)
 
     ours = run(functools.partial(tpu_attention, blocks=Blocks(*[Tile(128, 128)] * 3)))
-    for name, a, b in zip(NAMES, run(splash.splash_attention), ours, strict=True):
+    for name, a, b in zip(QUANTITIES, run(splash.splash_attention), ours, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
@@ -454,7 +268,7 @@ def test_mistakes_are_one_line():
     assert "\n" not in str(error.value)
     q, k, v, _ = inputs(1, 4, 4, 1, 1, 32)
     with pytest.raises(UserError, match="multiples of 128"):
-        tpu_attention(q, k, v, AttentionMask(), blocks=SMALL)
+        tpu_attention(q, k, v, AttentionMask(), blocks=TPU_BLOCKS)
 
 
 @pytest.mark.parametrize(
