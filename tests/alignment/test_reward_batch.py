@@ -25,6 +25,7 @@ BYTES = Bytes()
 ENCODE = ResponseEncoder(BYTES)
 HELLO = (Message("user", "Hi"),)
 NO_END = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
+ONLY_USERS_END = """{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}</s>{% endif %}{% endfor %}"""
 
 
 def ids(text):
@@ -85,6 +86,7 @@ TEMPLATES = {
         [4],
     ),
     "a file's without an end": (JinjaTemplate(BYTES, NO_END), [3, *ids("Hi"), 3, *ids(" A. ")], [2]),
+    "a file's that ends others only": (JinjaTemplate(BYTES, ONLY_USERS_END), [*ids("Hi"), 2, *ids(" A. ")], [2]),
 }  # fmt: skip
 
 
