@@ -215,7 +215,7 @@ def test_the_largest_window_hides_nothing(form):
     """Its sums with an offset below 0 are not 32-bit integers."""
     q, k, v, dout = inputs(1, 9, 7, 1, 1, 4)
     mask = AttentionMask(window=jnp.int32(2**31 - 1), query_offset=jnp.int32(-4))
-    with small_blocks(2, 3):
+    with small_blocks(8, 3):
         check(q, k, v, mask, dout, form)
 
 

@@ -13,7 +13,7 @@ import pytest
 from llm_jax.kernels import ranges
 from llm_jax.kernels.mask import AttentionMask
 from tests.kernels import oracle
-from tests.kernels.strategies import problems
+from tests.kernels.strategies import full_masks, problems
 
 
 def visible_pairs(mask, batch, num_queries, num_keys):
@@ -41,14 +41,25 @@ def both_ranges(*arguments):
     return ranges.key_ranges(*arguments), ranges.query_ranges(*arguments)
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
-@hypothesis.given(problem=problems())
-def test_nothing_visible_is_skipped_and_nothing_hidden_is_unmasked(problem):
-    (B, T, S, *_), mask, tile = problem
+def check_both(shape, mask, tile):
+    B, T, S = shape
     visible_BTS = visible_pairs(mask, B, T, S)
     keys, queries = both_ranges(mask, B, T, S, tile)
     check(keys, visible_BTS, tile)
     check(queries, visible_BTS.transpose(0, 2, 1), tile[::-1])
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(problem=problems())
+def test_nothing_visible_is_skipped_and_nothing_hidden_is_unmasked(problem):
+    check_both(problem[0][:3], *problem[1:])
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(mask=full_masks(2, 13, 18, 1))
+def test_nor_whatever_the_values_of_the_rules(mask):
+    """Segments that come back among them; of one shape, so that nothing is compiled anew."""
+    check_both((2, 13, 18), mask, (3, 4))
 
 
 def counted(mask, length=64, tile=(8, 8)):
