@@ -75,9 +75,9 @@ def attention(
 
     Query head n reads key/value head n // (N / K), without repeating keys or values in memory. Scores are divided by
     sqrt(H); softmax is float32. A query that sees nothing gives exactly 0 and zero gradients. What keys and values
-    hold beyond `mask.key_lengths`, in padding or after the last query never matters, be it NaN, nor in the plain forms
-    before the first query's window. The output carries the checkpoint name "attention_out" (and the log-sum-exp of all
-    forms but the reference "attention_lse") for remat policies.
+    hold beyond `mask.key_lengths`, in padding, after the last query or before the first query's window never matters,
+    be it NaN. The output carries the checkpoint name "attention_out" (and the log-sum-exp of all forms but the
+    reference "attention_lse") for remat policies.
 
     On a mesh in context (`jax.set_mesh`) the kernels for one platform run per device, see `sharded`.
 

@@ -89,7 +89,7 @@ def test_every_rule_at_once(dtype):
     q, k, v, dout = inputs(*SHAPE, dtype=jnp.dtype(dtype))
     seen_BTS = np.array([[[oracle.sees(EVERYTHING, b, t, s) for s in range(45)] for t in range(37)] for b in range(2)])
     blind_BT, hidden_BS = ~seen_BTS.any(axis=2), ~seen_BTS.any(axis=1)
-    # What padding, lengths and causality hide from all queries may hold anything; a window hides no key for good.
+    # What a rule alone hides from all queries may hold anything; a segment without a query hides no key for good.
     unread_BS = hidden_BS & ~np.asarray(EVERYTHING.visible_keys(37, 45))
     assert blind_BT.any() and unread_BS.any()
     keys, queries = (jnp.where(x[:, :, None, None], jnp.nan, 1).astype(dtype) for x in (unread_BS, blind_BT))
