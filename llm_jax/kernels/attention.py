@@ -77,7 +77,7 @@ def attention(
     sqrt(H); softmax is float32. A query that sees nothing gives exactly 0 and zero gradients. What keys and values
     hold beyond `mask.key_lengths`, in padding, after the last query or before the first query's window never matters,
     be it NaN. The output carries the checkpoint name "attention_out" (and the log-sum-exp of all forms but the
-    reference "attention_lse") for remat policies.
+    reference "attention_lse", which this project's kernels hold in base 2) for remat policies.
 
     On a mesh in context (`jax.set_mesh`) the kernels for one platform run per device, see `sharded`.
 
