@@ -47,7 +47,8 @@ class Proportion:
         shrink = 1 + z**2 / self.total
         middle = (self.share + z**2 / (2 * self.total)) / shrink
         half = z / shrink * math.sqrt(self.share * (1 - self.share) / self.total + (z / (2 * self.total)) ** 2)
-        return max(0.0, middle - half), min(1.0, middle + half)
+        low, high = max(0.0, middle - half), min(1.0, middle + half)
+        return min(low, self.share), max(high, self.share)  # of all or none, rounding may leave the share outside
 
 
 @dataclasses.dataclass(frozen=True)

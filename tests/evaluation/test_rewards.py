@@ -25,6 +25,13 @@ def test_wilsons_interval_is_scipys(right, total, confidence):
     np.testing.assert_allclose(Proportion(right, total).interval(confidence), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("total", range(1, 60))
+def test_wilsons_interval_holds_the_share_where_all_or_none_are_right(total):
+    for right in (0, total):
+        low, high = Proportion(right, total).interval()
+        assert low <= right / total <= high
+
+
 def test_nothing_has_no_share():
     assert math.isnan(Proportion(0, 0).share) and all(map(math.isnan, Proportion(0, 0).interval()))
 
