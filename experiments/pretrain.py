@@ -46,8 +46,8 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in CHANGEABLE + CHANGEABLE_GROUPS}
     values["model"] = {k: v for k, v in values["model"].items() if k not in EXECUTION_FIELDS}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("prefetch", "dataset")}
-    if config.model.dropout_rate:
-        values["microbatches"] = config.microbatches  # each draws its own mask
+    if config.model.is_stochastic():
+        values["microbatches"] = config.microbatches  # each draws its own numbers
     if not config.optimizer.decay_steps and config.optimizer.schedule != "constant":
         values["steps"] = config.steps  # the schedule ends with the run
     flat: dict[str, Any] = {}

@@ -28,6 +28,7 @@ ROPE_SCALINGS = ("none", "linear", "llama3")
 QUANTIZATIONS = ("none", "int8", "int4")
 CACHE_DTYPES = ("", "int8", *DTYPES)
 OUTPUTS = ("logits", "reward")
+LORA_TARGETS = ("attention", "query", "key", "value", "output", "ffn", "gate", "up", "down", "head")
 
 
 def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -101,6 +102,7 @@ class ModelConfig:
     mup_base_width: int = 0  # muP: the hidden size at which init_std and the learning rate hold; 0 = no muP
     # Training.
     dropout_rate: float = 0.0
+    neftune_alpha: float = 0.0  # how strong NEFTune's noise on the embedded tokens is; 0 = none
     init_std: float = 0.02  # ours; no report states it
     # Execution: none of these changes what is computed.
     param_dtype: str = "float32"
@@ -112,7 +114,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         positive(self, "ffn_size", "max_length", "rope_theta", "norm_eps", "init_std")
-        non_negative(self, "quantization_group", "mup_base_width")
+        non_negative(self, "quantization_group", "mup_base_width", "neftune_alpha")
         one_of("ModelConfig.quantization", self.quantization, QUANTIZATIONS)
         one_of("ModelConfig.position", self.position, POSITIONS)
         one_of("ModelConfig.output", self.output, OUTPUTS)
@@ -140,6 +142,7 @@ class ModelConfig:
         """The fields that a checkpoint's weights depend on, for comparing two configs."""
         excluded = (
             "dropout_rate",
+            "neftune_alpha",
             "init_std",
             "compute_dtype",
             "attention",
@@ -149,6 +152,26 @@ class ModelConfig:
             "dynamic_ntk",
         )
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in excluded}
+
+    def is_stochastic(self) -> bool:
+        """Whether training draws random numbers inside the model: for dropout, or for NEFTune's noise."""
+        return self.dropout_rate > 0 or self.neftune_alpha > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen matrices (Hu et al., 2021): which matrices, and how large the adapters are."""
+
+    rank: int = 0  # 0 = no adapters
+    alpha: float = 16.0  # what the adapters compute is multiplied by alpha / rank
+    targets: tuple[str, ...] = ("attention", "ffn")  # names of matrices, or of a layer's part for all of its matrices
+
+    def __post_init__(self) -> None:
+        non_negative(self, "rank")
+        positive(self, "alpha")
+        require(len(self.targets) > 0, f"LoraConfig.targets is empty: name some of {', '.join(LORA_TARGETS)}")
+        for target in self.targets:
+            one_of("LoraConfig.targets", target, LORA_TARGETS)
 
 
 @dataclasses.dataclass(frozen=True)

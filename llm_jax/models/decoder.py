@@ -165,6 +165,25 @@ def _loop(body: Callable, x_BTD: jax.Array, layers: tuple) -> tuple[jax.Array, t
     return x_BTD, None if caches is None else tuple(new_caches)
 
 
+def neftune_noise(
+    shape: tuple[int, int, int],
+    alpha: float,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    key: jax.Array,
+) -> jax.Array:
+    """Noise for embedded tokens of a shape [B, T, D], float32: uniform in +-alpha / sqrt(length * D), 0 for padding.
+
+    NEFTune (Jain et al., 2023), algorithm 1. The length is that of the text that a token belongs to: the last position
+    plus one of its segment.
+    """
+    lengths_BT = positions.text_lengths(positions_BT, segment_ids_BT).astype(jnp.float32)
+    bounds_BT = alpha * jax.lax.rsqrt(lengths_BT * shape[-1])
+    if segment_ids_BT is not None:
+        bounds_BT = jnp.where(segment_ids_BT > 0, bounds_BT, 0.0)
+    return bounds_BT[..., None] * jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
+
+
 def hidden_states(
     params: Params,
     config: ModelConfig,
@@ -185,7 +204,7 @@ def hidden_states(
       segment_ids: [B, T] int32; a token sees only its own segment, and segment 0 is padding.
       cache: keys and values of earlier tokens; needs T free slots (writing past the end is the caller's error). With
         dynamic NTK each row is one text, and its first call here, or `init_cache`, tells how long the prompt is.
-      dropout_key: turns dropout on, at `config.dropout_rate`.
+      dropout_key: turns dropout on, at `config.dropout_rate`, and NEFTune's noise, at `config.neftune_alpha`.
 
     Returns:
       [B, T, D] in the compute dtype; with a cache, the pair of it and the new cache.
@@ -197,9 +216,12 @@ def hidden_states(
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
         filled = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
         cache = cache._replace(segment_ids=filled).know_context(positions, segment_ids)
-    embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    embedding_key, layers_key, noise_key = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
     with jax.named_scope("embedding"):
         x_BTD: Any = Embedding(config).apply({"params": params["embedding"]}, tokens)
+        if noise_key is not None and config.neftune_alpha:
+            noise_BTD = neftune_noise(x_BTD.shape, config.neftune_alpha, positions, segment_ids, noise_key)
+            x_BTD += noise_BTD.astype(x_BTD.dtype)
         x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)
     mask, rotary = _mask(config, positions, segment_ids, cache), _rotary(config, positions, segment_ids, cache)
     layers_cache = None if cache is None else cache.layers

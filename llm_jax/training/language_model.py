@@ -15,7 +15,10 @@ from llm_jax.training.step import LossFunction, Update
 
 
 def loss_function(model: ModelConfig, loss: LossConfig) -> LossFunction:
-    """`loss_fn(params, batch, key)`: next-token cross-entropy of a `data.batch.Batch`, with dropout if configured."""
+    """`loss_fn(params, batch, key)`: next-token cross-entropy of a `data.batch.Batch`.
+
+    With dropout and NEFTune's noise, where they are configured and there is a key.
+    """
 
     def loss_fn(params: Any, batch: Any, key: jax.Array) -> LossOutput:
         hidden_BTD = models.hidden_states(
@@ -24,7 +27,7 @@ def loss_function(model: ModelConfig, loss: LossConfig) -> LossFunction:
             batch.tokens,
             positions=batch.positions,
             segment_ids=batch.segment_ids,
-            dropout_key=key if model.dropout_rate > 0 else None,
+            dropout_key=key if model.is_stochastic() else None,
         )
         with jax.named_scope("loss"):
             unembedding_VD = models.unembedding(params, model)
