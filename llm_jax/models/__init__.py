@@ -14,12 +14,13 @@ from llm_jax.models.decoder import (
 )
 from llm_jax.models.decoding import for_decoding
 from llm_jax.models.heads import rewards, unembed, unembedding
-from llm_jax.models.quantization import quantize, weight_bytes
+from llm_jax.models.quantization import dequantize, quantize, weight_bytes
 
 __all__ = [
     "Cache",
     "abstract",
     "count_parameters",
+    "dequantize",
     "for_decoding",
     "hidden_states",
     "init",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from llm_jax.config import ModelConfig
 from llm_jax.errors import require
 from llm_jax.models import decoder, heads
+from llm_jax.models.linear import Adapted
 
 
 def for_decoding(params: Any, config: ModelConfig, *, donate: bool = False) -> tuple[ModelConfig, Any]:
@@ -31,6 +32,8 @@ def for_decoding(params: Any, config: ModelConfig, *, donate: bool = False) -> t
       The configuration with which to use the new parameters, and the parameters. They are for use, not for saving.
     """
     require(decoder.is_stacked(params), "the parameters are laid out for decoding already")
+    adapted = any(map(_is_adapted, jax.tree.leaves(params, is_leaf=_is_adapted)))
+    require(not adapted, "merge a model's adapters (models.lora.merge) before it is laid out for decoding")
     require(config.output == "logits", "a reward model is not laid out for decoding: it generates nothing")
     config, params = decoder.without_mup(params, config)  # of which a part goes by norm_head
     mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
@@ -41,6 +44,10 @@ def for_decoding(params: Any, config: ModelConfig, *, donate: bool = False) -> t
         params["head"] = _transpose_head(params, config, donate)
         config = dataclasses.replace(config, norm_head=False)
     return dataclasses.replace(config, decoding_layout=True), params
+
+
+def _is_adapted(leaf: Any) -> bool:
+    return isinstance(leaf, Adapted)
 
 
 def _transpose_head(params: Any, config: ModelConfig, donate: bool) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from llm_jax.config import ModelConfig
 from llm_jax.errors import require
 from llm_jax.models import quantized
+from llm_jax.models.linear import Adapted, dense
 from llm_jax.models.quantized import Quantized
 from llm_jax.parallel.rules import constrain, gather
 
@@ -35,9 +36,9 @@ class Head(nn.Module):
         kernel = self.param("kernel", initializer, (config.vocab_size, config.hidden_size), config.param_dtype)
         if isinstance(kernel, Quantized):  # quantising normalises the rows
             return quantized.gather(kernel, axes, jnp.dtype(config.compute_dtype))
-        if not config.norm_head:
-            return gather(kernel, axes, jnp.dtype(config.compute_dtype))
-        return normalize_rows(gather(kernel, axes, jnp.dtype(jnp.float32))).astype(config.compute_dtype)
+        dtype = jnp.dtype(jnp.float32 if config.norm_head else config.compute_dtype)
+        weight_VD = dense(kernel, axes, 1, dtype) if isinstance(kernel, Adapted) else gather(kernel, axes, dtype)
+        return normalize_rows(weight_VD).astype(config.compute_dtype) if config.norm_head else weight_VD
 
     def _transposed(self) -> jax.Array:
         config, axes = self.config, ("embed", "vocab")
@@ -97,9 +98,9 @@ class RewardHead(nn.Module):
     def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
         D, dtype = self.config.hidden_size, self.config.param_dtype
         normal = nn.with_logical_partitioning(nn.initializers.normal((D + 1) ** -0.5), ("embed",))
-        kernel_D = self.param("kernel", normal, (D,), dtype)
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ()), (), dtype)
-        kernel_D = gather(kernel_D, ("embed",), jnp.dtype(jnp.float32))
+        kernel: Any = self.param("kernel", normal, (D,), dtype)
+        bias: Any = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ()), (), dtype)
+        kernel_D = gather(kernel, ("embed",), jnp.dtype(jnp.float32))
         return jnp.einsum("btd,d->bt", hidden_BTD.astype(jnp.float32), kernel_D) + bias.astype(jnp.float32)
 
 

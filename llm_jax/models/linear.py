@@ -7,14 +7,16 @@ measurements.
 
 Weights come in as master parameters, in their own dtype and sharded. They are cast and gathered where they are used,
 in the backward pass once more, so that no gathered weight is kept from one pass to the other; and their gradients are
-float32 before they are summed over devices.
+float32 before they are summed over devices. Quantised weights, and those under an adapter, are frozen: no gradient of
+theirs is computed, and nothing but the weights themselves is kept for their backward pass.
 
 B batch, T length, I input features, O output features (each may be several dimensions), F feed-forward, V vocabulary,
-D model.
+D model, R rank of an adapter.
 """
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -27,14 +29,69 @@ def _contract(a: jax.Array, a_dims: range, b: jax.Array, b_dims: range, dtype: j
     return jax.lax.dot_general(a, b, ((tuple(a_dims), tuple(b_dims)), ((), ())), preferred_element_type=dtype)
 
 
-def linear(x_BTI: jax.Array, kernel_IO: jax.Array | Quantized, axes: LogicalAxes) -> jax.Array:
+@flax.struct.dataclass
+class Adapted:
+    """A frozen kernel [*I, *O] with a low-rank adapter (`models/lora.py`): it acts as kernel + scale * down @ up."""
+
+    kernel: jax.Array | Quantized  # first, because Flax compares the first leaf with the shape that a layer states
+    down: jax.Array  # [*I, R]
+    up: jax.Array  # [R, *O]
+    scale: float = flax.struct.field(pytree_node=False)
+
+
+def linear(x_BTI: jax.Array, kernel_IO: jax.Array | Quantized | Adapted, axes: LogicalAxes) -> jax.Array:
     """`x @ kernel` over all of the input features: [B, T, *I] and [*I, *O] to [B, T, *O], in the dtype of `x`.
 
-    `axes` are the kernel's logical axes. Its gradient has its own dtype and layout; a quantised one has none.
+    `axes` are the kernel's logical axes. Its gradient has its own dtype and layout; a frozen one has none.
     """
+    if isinstance(kernel_IO, Adapted):
+        return _frozen(x_BTI, kernel_IO.kernel, axes) + _low_rank(x_BTI, kernel_IO, axes)
+    if isinstance(kernel_IO, Quantized):
+        return _frozen(x_BTI, kernel_IO, axes)
+    return _linear(x_BTI, kernel_IO, axes)
+
+
+def _low_rank(x_BTI: jax.Array, adapted: Adapted, axes: LogicalAxes) -> jax.Array:
+    """What the adapter adds to the product: scale * (x @ down) @ up."""
+    down_axes, up_axes = adapter_axes(axes, x_BTI.ndim - 2)
+    x_BTR = constrain(_linear(x_BTI, adapted.down, down_axes), "batch", None, None)
+    return _linear(x_BTR * adapted.scale, adapted.up, up_axes)
+
+
+def adapter_axes(axes: LogicalAxes, inputs: int) -> tuple[LogicalAxes, LogicalAxes]:
+    """The logical axes of `down` and `up`, given those of a kernel and how many of them are input features."""
+    return (*axes[:inputs], None), (None, *axes[inputs:])
+
+
+def dense(adapted: Adapted, axes: LogicalAxes, inputs: int, dtype: jnp.dtype) -> jax.Array:
+    """The whole kernel with its adapter as compute uses it, in `dtype`; gradients flow to the adapter only."""
+    whole = quantized.gather if isinstance(adapted.kernel, Quantized) else gather
+    kernel_IO: jax.Array = jax.lax.stop_gradient(whole(adapted.kernel, axes, dtype))
+    down_axes, up_axes = adapter_axes(axes, inputs)
+    down_IR, up_RO = gather(adapted.down, down_axes, dtype), gather(adapted.up, up_axes, dtype)
+    return kernel_IO + jnp.tensordot(down_IR * adapted.scale, up_RO, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _frozen(x_BTI: jax.Array, kernel_IO: jax.Array | Quantized, axes: LogicalAxes) -> jax.Array:
     if isinstance(kernel_IO, Quantized):
         return quantized.linear(x_BTI, kernel_IO, axes)
-    return _linear(x_BTI, kernel_IO, axes)
+    return _linear_forward(x_BTI, kernel_IO, axes)[0]
+
+
+def _frozen_forward(
+    x_BTI: jax.Array, kernel_IO: jax.Array | Quantized, axes: LogicalAxes
+) -> tuple[jax.Array, jax.Array | Quantized]:
+    return _frozen(x_BTI, kernel_IO, axes), kernel_IO
+
+
+def _frozen_backward(axes: LogicalAxes, kernel_IO: jax.Array | Quantized, dy_BTO: jax.Array) -> tuple[jax.Array, None]:
+    if isinstance(kernel_IO, Quantized):
+        return quantized.linear_transposed(dy_BTO, kernel_IO, axes), None
+    return _linear_transposed(dy_BTO, kernel_IO, axes), None
+
+
+_frozen.defvjp(_frozen_forward, _frozen_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -55,12 +112,15 @@ def _linear_backward(
     axes: LogicalAxes, residuals: tuple[jax.Array, jax.Array], dy_BTO: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x_BTI, kernel_IO = residuals
-    features = x_BTI.ndim - 2
-    gathered_IO = gather(kernel_IO, axes, x_BTI.dtype)
-    outputs = range(features, kernel_IO.ndim)
-    dx_BTI = _contract(dy_BTO, range(2, dy_BTO.ndim), gathered_IO, outputs, x_BTI.dtype)
     dkernel_IO = _contract(x_BTI, range(2), dy_BTO, range(2), jnp.dtype(jnp.float32))
+    dx_BTI = _linear_transposed(dy_BTO, kernel_IO, axes)
     return dx_BTI, constrain(dkernel_IO, *axes).astype(kernel_IO.dtype)
+
+
+def _linear_transposed(dy_BTO: jax.Array, kernel_IO: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """`dy @ kernel.T` over all of the output features, in the dtype of `dy`."""
+    outputs = range(kernel_IO.ndim - dy_BTO.ndim + 2, kernel_IO.ndim)
+    return _contract(dy_BTO, range(2, dy_BTO.ndim), gather(kernel_IO, axes, dy_BTO.dtype), outputs, dy_BTO.dtype)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)

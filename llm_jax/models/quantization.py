@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from llm_jax.config import QUANTIZATIONS, ModelConfig
 from llm_jax.errors import require
-from llm_jax.models import decoder, heads
-from llm_jax.models.quantized import PackedArray, Quantized, dequantize, quantize_array
+from llm_jax.models import decoder, heads, quantized
+from llm_jax.models.quantized import PackedArray, Quantized, is_quantized, quantize_array
 from llm_jax.parallel import rules
 
 DEFAULT_GROUPS = {"int8": 0, "int4": 32}  # docs/quantization.md has what they cost
@@ -46,7 +46,7 @@ def quantize(
     config = dataclasses.replace(config, quantization=kind, quantization_group=group)
     target = decoder.abstract(config)
     structure: Any
-    flat, structure = jax.tree_util.tree_flatten_with_path(target, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    flat, structure = jax.tree_util.tree_flatten_with_path(target, is_leaf=is_quantized)
     weights, layouts = structure.flatten_up_to(params), itertools.repeat(None)
     mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
     if mesh is not None:
@@ -57,6 +57,24 @@ def quantize(
             if donate:
                 weight.delete()
     return config, jax.tree.unflatten(structure, weights)
+
+
+def dequantize(params: Any, config: ModelConfig) -> tuple[ModelConfig, Any]:
+    """The same function as a float model, in `config.param_dtype`: what the quantised weights stand for, rounded.
+
+    Returns the configuration that describes the new parameters, and the parameters, where the old ones are.
+    """
+    config = dataclasses.replace(config, quantization="none", quantization_group=0)
+
+    def to_float(leaf: Any) -> Any:
+        return _dequantize(leaf, config.param_dtype) if is_quantized(leaf) else leaf
+
+    return config, jax.tree.map(to_float, params, is_leaf=is_quantized)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _dequantize(weight: Quantized, dtype: str) -> jax.Array:
+    return quantized.dequantize(weight).astype(dtype)
 
 
 def weight_bytes(params: Any) -> int:
@@ -89,6 +107,6 @@ def _quantize_table(
     """With `unit_rows`, the rows' L2 norms are divided out of the scales, as NormHead divides them out of the rows."""
     array = quantize_array(table_VD, tiles, None, scale_dtype)
     if unit_rows:
-        norms_V1 = jnp.sqrt(jnp.sum(jnp.square(dequantize(array)), axis=1, keepdims=True))
+        norms_V1 = jnp.sqrt(jnp.sum(jnp.square(quantized.dequantize(array)), axis=1, keepdims=True))
         array = dataclasses.replace(array, scale=array.scale / jnp.maximum(norms_V1, heads.NORM_HEAD_EPS))
     return array if layout is None else jax.lax.with_sharding_constraint(array, layout)

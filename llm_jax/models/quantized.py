@@ -52,14 +52,24 @@ class PackedArray:
         low, high = (jax.lax.slice_in_dim(array.qvalue, i, None, 2, axis % array.ndim) for i in (0, 1))
         return cls(jnp.bitwise_or(jnp.bitwise_and(low, 15), jnp.left_shift(high, 4)), array.scale, axis)
 
+    @property
+    def unpacked_shape(self) -> tuple[int, ...]:
+        """The shape of the values one by one."""
+        axis = self.axis % self.qvalue.ndim
+        return tuple(size * 2 if i == axis else size for i, size in enumerate(self.qvalue.shape))
+
     def unpack(self) -> QArray:
         """The same values one by one, as int8."""
-        axis = self.axis % self.qvalue.ndim
-        shape = [size * 2 if i == axis else size for i, size in enumerate(self.qvalue.shape)]
-        return QArray(jnp.stack(halves(self.qvalue), axis + 1).reshape(shape), self.scale, qtype=jnp.int8)
+        values = jnp.stack(halves(self.qvalue), self.axis % self.qvalue.ndim + 1)
+        return QArray(values.reshape(self.unpacked_shape), self.scale, qtype=jnp.int8)
 
 
 Quantized: TypeAlias = QArray | PackedArray
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether something is one quantised weight: the `is_leaf` of trees that hold some."""
+    return isinstance(leaf, Quantized)
 
 
 def halves(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -182,9 +192,27 @@ def linear(x_BTI: jax.Array, kernel_IO: Quantized, axes: LogicalAxes) -> jax.Arr
     if not _in_blocks():
         return _contract(x_BTI, kernel_IO, range(inputs)).astype(x_BTI.dtype)
     rows, outputs = x_BTI.shape[:2], kernel_IO.qvalue.shape[inputs:]
-    kernel_KN = jax.tree.map(lambda part: part.reshape(-1, math.prod(outputs)), kernel_IO)
-    y_MN = _linear_in_blocks(x_BTI.reshape(math.prod(rows), -1).astype(jnp.float32), kernel_KN)
+    y_MN = _linear_in_blocks(x_BTI.reshape(math.prod(rows), -1).astype(jnp.float32), _input_blocks(kernel_IO, inputs))
     return y_MN.reshape(*rows, *outputs).astype(x_BTI.dtype)
+
+
+def linear_transposed(y_BTO: jax.Array, kernel_IO: Quantized, axes: LogicalAxes) -> jax.Array:
+    """`y @ kernel.T` over all of the output features: [B, T, *O] and [*I, *O] to [B, T, *I], in the dtype of `y`.
+
+    This is the gradient that the input of `linear` gets. Derived by JAX, it would keep the kernel as floats.
+    """
+    kernel_IO, outputs = _gather(kernel_IO, axes), y_BTO.ndim - 2
+    shape_IO = kernel_IO.unpacked_shape if isinstance(kernel_IO, PackedArray) else kernel_IO.qvalue.shape
+    inputs = len(shape_IO) - outputs
+    if not _in_blocks():
+        weight_IO = dequantize(kernel_IO).astype(y_BTO.dtype)
+        contracted = tuple(range(2, y_BTO.ndim)), tuple(range(inputs, len(shape_IO)))
+        x_BTI = jax.lax.dot_general(y_BTO, weight_IO, (contracted, ((), ())), preferred_element_type=jnp.float32)
+        return x_BTI.astype(y_BTO.dtype)
+    y_MN = y_BTO.reshape(math.prod(y_BTO.shape[:2]), -1).astype(jnp.float32)
+    kernels = _input_blocks(kernel_IO, inputs)
+    x_blocks = jax.lax.map(lambda kernel_KN: y_MN @ dequantize(kernel_KN).T, kernels)
+    return x_blocks.swapaxes(0, 1).reshape(*y_BTO.shape[:2], *shape_IO[:inputs]).astype(y_BTO.dtype)
 
 
 def logits(hidden_BTD: jax.Array, table_VD: QArray, axes: LogicalAxes) -> jax.Array:
@@ -231,23 +259,30 @@ def _count_blocks(rows: int, size: int) -> int:
     return next((n for n in range(2, rows) if rows % n == 0 and size <= n * BLOCK_SIZE), rows)
 
 
-def _linear_in_blocks(x_MK: jax.Array, kernel_KN: Quantized) -> jax.Array:
-    """`x @ kernel`, float32 [M, N]: the sum over blocks of input features, whole groups each."""
-    bytes_KN, scale_GN = kernel_KN.qvalue, kernel_KN.scale
+def _input_blocks(kernel_IO: Quantized, inputs: int) -> Quantized:
+    """A kernel [*I, *O] as equal blocks [blocks, K / blocks, N] of its input features, whole groups each."""
+    N = math.prod(kernel_IO.qvalue.shape[inputs:])
+    bytes_KN, scale_GN = (part.reshape(-1, N) for part in (kernel_IO.qvalue, kernel_IO.scale))
+    packed = isinstance(kernel_IO, PackedArray)
     groups = len(scale_GN) if len(scale_GN) > 1 else len(bytes_KN)
-    blocks = _count_blocks(groups, x_MK.shape[1] * scale_GN.shape[1])
+    blocks = _count_blocks(groups, bytes_KN.size * (2 if packed else 1))
     if len(scale_GN) == 1:
-        scale_GN = jnp.broadcast_to(scale_GN, (blocks, scale_GN.shape[1]))
-    kernels = jax.tree.map(
-        lambda part: part.reshape(blocks, -1, part.shape[-1]), dataclasses.replace(kernel_KN, scale=scale_GN)
-    )
+        scale_GN = jnp.broadcast_to(scale_GN, (blocks, N))
+    values, scales = (part.reshape(blocks, -1, N) for part in (bytes_KN, scale_GN))
+    if packed:
+        return PackedArray(values, scales, axis=-2)
+    return QArray(values, scales, qtype=jnp.int8)
+
+
+def _linear_in_blocks(x_MK: jax.Array, kernels: Quantized) -> jax.Array:
+    """`x @ kernel`, float32 [M, N]: the sum over the blocks of a kernel's input features."""
 
     def add(sum_MN: jax.Array, block: tuple[jax.Array, Quantized]) -> tuple[jax.Array, None]:
         return sum_MN + _contract(*block, (0,)), None
 
+    blocks, _, N = kernels.qvalue.shape
     x_blocks = x_MK.reshape(len(x_MK), blocks, -1).swapaxes(0, 1)
-    sum_MN = jnp.zeros((len(x_MK), scale_GN.shape[1]), jnp.float32)
-    return jax.lax.scan(add, sum_MN, (x_blocks, kernels))[0]
+    return jax.lax.scan(add, jnp.zeros((len(x_MK), N), jnp.float32), (x_blocks, kernels))[0]
 
 
 def _logits_in_blocks(x_MK: jax.Array, table_VK: QArray) -> jax.Array:

@@ -29,6 +29,7 @@ DECAY_RULES = (
     DecayRule("scale of a norm", r"(.*/)?\w*norm\w*/scale", False),
     DecayRule("bias", r"(.*/)?bias", False),
     DecayRule("matrix", r"(.*/)?kernel", True),
+    DecayRule("factor of an adapter", r"(.*/)?kernel/(down|up)", True),
     DecayRule("embedding", r"(.*/)?embedding", True),
 )
 
