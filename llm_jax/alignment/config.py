@@ -10,6 +10,7 @@ from llm_jax.config import (
     LossConfig,
     MeshConfig,
     OptimizerConfig,
+    SamplingConfig,
     non_negative,
     one_of,
     positive,
@@ -146,7 +147,7 @@ class FineTuneConfig:
 class PreferenceConfig:
     """Which pairs of responses are read, which ones ratings make, and how strong their preferences are."""
 
-    path: str = ""  # a .jsonl or .jsonl.gz file, or a folder of them
+    path: str = ""  # a .jsonl, .jsonl.gz or .json file, or a folder of them
     ignored_fields: tuple[str, ...] = ()  # of the records, beside those that are known
     # What each step of the records' own scale counts as: () = itself; (1, 2, 2, 3, 4) makes four of five.
     strength_scale: tuple[int, ...] = ()
@@ -177,3 +178,94 @@ class PreferenceConfig:
             0 <= self.holdout_fraction < 1,
             f"PreferenceConfig.holdout_fraction={self.holdout_fraction} must be in [0, 1)",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """A run of supervised fine-tuning."""
+
+    training: FineTuneConfig = FineTuneConfig()
+    data: ChatDataConfig = dataclasses.field(default_factory=ChatDataConfig)
+    # Pre-training data mixed in: this share of the sequences of every batch, from a dataset of prepare_data.
+    pretraining_dataset: str = ""
+    pretraining_fraction: float = 0.0
+    eval_batches: int = 16  # of each source's held-out conversations
+    samples: int = 2  # held-out conversations whose last reply is written anew at every evaluation
+    sampling: SamplingConfig = dataclasses.field(
+        default_factory=lambda: SamplingConfig(max_new_tokens=64, temperature=0.0)
+    )
+
+    def __post_init__(self) -> None:
+        positive(self, "eval_batches")
+        non_negative(self, "samples")
+        require(
+            0 <= self.pretraining_fraction < 1,
+            f"SftConfig.pretraining_fraction={self.pretraining_fraction} must be in [0, 1)",
+        )
+        require(
+            (self.pretraining_fraction > 0) == bool(self.pretraining_dataset),
+            "SftConfig.pretraining_dataset and pretraining_fraction go together: set both, or neither",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """A run that trains a reward model."""
+
+    training: FineTuneConfig = dataclasses.field(
+        default_factory=lambda: FineTuneConfig(
+            optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=5, final_fraction=0.1), warmup_fraction=0.03
+        )
+    )
+    ratings: tuple[str, ...] = ()  # pairs of texts that people rated, by language (en, zh), instead of preferences.path
+    preferences: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
+    template: str = "auto"  # of prompt and response, as ChatDataConfig's; none = plain texts
+    data: RewardDataConfig = dataclasses.field(default_factory=RewardDataConfig)
+    loss: RewardLossConfig = dataclasses.field(default_factory=RewardLossConfig)
+    reference_responses: int = 512  # of the training pairs, over which the rewards' mean becomes 0
+
+    def __post_init__(self) -> None:
+        positive(self, "reference_responses")
+        one_of("RewardConfig.template", self.template, ("none", *TEMPLATES))
+        for language in self.ratings:
+            one_of("RewardConfig.ratings", language, ("en", "zh"))
+        require(
+            not (self.ratings and self.preferences.path),
+            "RewardConfig.ratings and preferences.path are two sources of pairs: set one",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructionsConfig:
+    """Which conversations are made out of packages; see `alignment.instructions` and `alignment.ratings`."""
+
+    exercises: tuple[str, ...] = ("statutes", "idioms", "functions")
+    limit: int = 2000  # of each source of exercises and of reviews; 0 = all
+    small_talk: tuple[str, ...] = ("en", "zh")
+    reviews: tuple[str, ...] = ()  # languages ("en", "zh") of reviews to be continued
+    holdout_fraction: float = 0.1
+    cache: str = ""  # where downloads are kept; "" = the user's cache folder
+
+    def __post_init__(self) -> None:
+        non_negative(self, "limit")
+        require(
+            0 < self.holdout_fraction < 1,
+            f"InstructionsConfig.holdout_fraction={self.holdout_fraction} must be in (0, 1)",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExercisesConfig:
+    """Which held-out exercises a model answers."""
+
+    model: str = ""  # a run folder, a Hugging Face folder, a .gguf file or a released model's name
+    template: str = "auto"  # see ChatDataConfig
+    instructions: InstructionsConfig = InstructionsConfig()
+    limit: int = 0  # how many are asked; 0 = all
+    sampling: SamplingConfig = dataclasses.field(
+        default_factory=lambda: SamplingConfig(max_new_tokens=64, temperature=0.0)
+    )
+
+    def __post_init__(self) -> None:
+        non_negative(self, "limit")
+        one_of("ExercisesConfig.template", self.template, TEMPLATES)

@@ -118,8 +118,23 @@ def save_model(workdir: Path, config: ModelConfig, params: Any) -> None:
     require(not folder.exists() or not any(folder.iterdir()), f"{folder} has checkpoints already: choose a new folder")
     require(models.is_stacked(params), "parameters laid out for decoding are not saved: save those they were made of")
     with ocp.CheckpointManager(folder) as manager:
-        model = ocp.args.JsonSave(dataclasses.asdict(config))
-        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params), config=model))
+        manager.save(0, args=_model_alone(config, params))
+
+
+def replace_model(workdir: Path, config: ModelConfig, params: Any, step: int) -> None:
+    """Write the model of a step beside a run, as the only checkpoint of `workdir`; returns when it is whole on disk.
+
+    The one that was there goes only then. A step that is there already is left alone.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+    with ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options) as manager:
+        if step not in manager.all_steps():
+            manager.save(step, args=_model_alone(config, params))
+
+
+def _model_alone(config: ModelConfig, params: Any) -> ocp.args.Composite:
+    model = ocp.args.JsonSave(dataclasses.asdict(config))
+    return ocp.args.Composite(params=ocp.args.StandardSave(params), config=model)
 
 
 def load_model(

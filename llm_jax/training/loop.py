@@ -191,6 +191,7 @@ class Loop:
     throughput: Throughput
     workdir: Path
     check: Callable[[int, Metrics], None] = check_finite  # of every step, before anything of it is kept
+    evaluated: Callable[[TrainState, int, Mapping[str, float]], None] | None = None  # is told of every evaluation
 
     def run(self, state: TrainState, batches: Iterator[Any], start_step: int) -> TrainState:
         """Train until the last step or a stop signal; either way the last state is checkpointed and returned."""
@@ -240,9 +241,15 @@ class Loop:
         if last or step % config.log_every == 0:
             self._log(step, metrics)
         if last or (config.eval_every and step % config.eval_every == 0):
-            self.recorder.write("heldout", step, {"tokens": self._tokens(step), **self.evaluate(state.params)})
+            self._evaluate(state, step)
         if step % config.checkpoint.every_steps == 0:
             self.checkpointer.save(state, step)
+
+    def _evaluate(self, state: TrainState, step: int) -> None:
+        values = self.evaluate(state.params)
+        self.recorder.write("heldout", step, {"tokens": self._tokens(step), **values})
+        if self.evaluated is not None:
+            self.evaluated(state, step, values)
 
     def _tokens(self, step: int) -> int:
         return step * self.throughput.tokens_per_step

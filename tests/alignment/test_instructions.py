@@ -138,6 +138,7 @@ def test_some_of_a_source(monkeypatch):
     more, _ = instructions.exercises(("statutes",), limit=20)
     assert more[:10] == some[:10]
     assert len(instructions.exercises(("statutes",))[0]) == len(LAWS)
+    assert 0.1 < len(instructions.split(more, 0.5)[1]) / 20 < 0.9  # what is drawn is not what is held out
     with pytest.raises(UserError, match="did you mean 'statutes'"):
         instructions.exercises(("statute",))
 
