@@ -113,13 +113,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Compile everything that was asked for, writing the tables after every job; the status to end with."""
     options = parse(arguments)
+    wanted = jobs(options.targets, options.cases, options.kernels)
+    require(bool(wanted), "none of these kernels is written for any of these targets")
     for name in options.targets:
         environment(TARGETS[name], options.output)  # a missing wheel is told before the first compilation
     options.output.mkdir(parents=True, exist_ok=True)
     stored = options.output / "attention_aot.jsonl"
     rows = [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
-    wanted = jobs(options.targets, options.cases, options.kernels)
-    require(bool(wanted), "none of these kernels is written for any of these targets")
     started, text, compiled = time.monotonic(), "", False
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         for number, (job, found) in enumerate(zip(wanted, pool.map(run, wanted)), 1):
