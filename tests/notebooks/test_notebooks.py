@@ -22,6 +22,7 @@ SCALING_LAWS = ROOT / "notebooks" / "scaling_laws.ipynb"
 def execute(path: Path, folder: Path, monkeypatch, **settings: str) -> nbformat.NotebookNode:
     """Run a notebook in `folder` with other values in its cell of settings."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XLA_FLAGS", "")  # as many devices as there are, not the eight simulated ones
     notebook = nbformat.read(path, as_version=4)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     for name in settings:
