@@ -25,8 +25,6 @@ def default_blocks(module: str, head_dim: int) -> Any:
     kernels = importlib.import_module(f"llm_jax.kernels.{module}")
     known = ", ".join(map(str, kernels.HEAD_DIMS))
     require(head_dim in kernels.HEAD_DIMS, f"the head dims of {module} are {known}, not {head_dim}")
-    if hasattr(kernels, "default_blocks"):
-        return kernels.default_blocks("bfloat16", head_dim)
     return kernels.BLOCKS[(head_dim, 2)] if (head_dim, 2) in kernels.BLOCKS else kernels.BLOCKS[head_dim]
 
 

@@ -59,7 +59,11 @@ def _unreadable(cache_dtype: str) -> str | None:
 
 
 def default_blocks(slots: Slots) -> Blocks:
-    """As many heads in a step as `BLOCK_BYTES` hold, and splits only where there is less than a row for each core."""
+    """As many heads in a step as `BLOCK_BYTES` hold, and splits only where there is less than a row for each core.
+
+    Fewer heads spill less but keep fewer products in flight: compiled for a TPU v5e at head dim 128, a step of 8 has
+    210 spills and 0.44 bundles for each key and head, one of 4 has 133 and 0.51, one of 2 none and 0.67.
+    """
     B, K, S, H = slots.key.shape
     keys = min(KEYS, pl.cdiv(S, LANES) * LANES)
     # An int8 block is widened in memory, so that it counts like one of 16 bits.
