@@ -167,13 +167,12 @@ def changed(**rules):
 # Of one structure, so that one program of each form serves them all.
 SAME_INPUTS = {
     "every rule": EVERYTHING,
-    "an unlimited window and one segment": changed(
+    "an unlimited window, one segment, queries before the first key, a sequence without keys": changed(
         window=jnp.int32(-3),
         query_segment_ids=jnp.ones((2, 72), jnp.int32),
         key_segment_ids=jnp.ones((2, 144), jnp.int32),
-    ),
-    "queries before the first key, and a sequence without keys": changed(
-        query_offset=jnp.asarray([-9, 0], jnp.int32), key_lengths=jnp.asarray([144, 0], jnp.int32)
+        query_offset=jnp.asarray([-9, 0], jnp.int32),
+        key_lengths=jnp.asarray([144, 0], jnp.int32),
     ),
 }
 
