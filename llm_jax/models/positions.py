@@ -70,11 +70,17 @@ def _ntk_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def text_lengths(positions_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """The last position plus one of each token's segment, int32 [B, T]; without segments of its row, [B, 1]."""
+    """The last position plus one of each token's segment, int32 [B, T]; without segments of its row, [B, 1].
+
+    Segments are numbered from 0 to at most T.
+    """
     if segment_ids_BT is None:
         return jnp.max(positions_BT, axis=1, keepdims=True) + 1
-    same_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    return jnp.max(jnp.where(same_BTT, positions_BT[:, None, :] + 1, 0), axis=2)
+
+    def row(positions_T: jax.Array, segment_ids_T: jax.Array) -> jax.Array:
+        return jax.ops.segment_max(positions_T, segment_ids_T, len(segment_ids_T) + 1)[segment_ids_T] + 1
+
+    return jax.vmap(row)(positions_BT, segment_ids_BT)
 
 
 def rotate(x_BTNH: jax.Array, tables: RotaryTables) -> jax.Array:
