@@ -19,9 +19,9 @@ BLOCK = 16  # keys: small enough for several blocks in a short cache
 SHAPE = (3, 70, 6, 2, 24)  # B, S, N, K, H: no size divides by the kernels' tiles
 
 
-def interpreted(form, splits=3):
-    """A kernel as it runs on no device."""
-    gpu, tpu = pallas_gpu_decode.Blocks(BLOCK, splits), pallas_tpu_decode.Blocks(BLOCK, 2, splits)
+def interpreted(form, splits=3, heads=2):
+    """A kernel as it runs on no device; on a TPU a step takes so many key/value heads, which must divide all."""
+    gpu, tpu = pallas_gpu_decode.Blocks(BLOCK, splits), pallas_tpu_decode.Blocks(BLOCK, heads, splits)
     module, blocks = {"gpu": (pallas_gpu_decode, gpu), "tpu": (pallas_tpu_decode, tpu)}[form]
     return functools.partial(module.decode, blocks=blocks, interpret=True)
 
