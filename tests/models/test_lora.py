@@ -134,8 +134,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("changes", "settings"), CASES.values(), ids=CASES)
-def test_values_and_gradients_are_those_of_the_dense_matrices(changes, settings):
+@pytest.mark.parametrize("case", ["scanned", "unrolled", "remat", pytest.param("dots", marks=pytest.mark.slow)])
+def test_values_and_gradients_are_those_of_the_dense_matrices(case):
+    changes, settings = CASES[case]
     config, params = base(**changes)
     adapters = trained(config, settings)
     value, gradient = value_and_gradient(adapters, params, config, settings)
