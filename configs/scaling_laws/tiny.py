@@ -2,7 +2,7 @@
 
     python -m experiments.scaling_laws --config=configs/scaling_laws/tiny.py --workdir=runs/scaling_laws_tiny
 
-The Python standard library in 1,024 pieces, four sizes, five budgets of 5e9 to 1.6e11 FLOPs, and a run of ten times
+The Python standard library in 1,024 pieces, four sizes, six budgets of 2e9 to 1.6e11 FLOPs, and a run of ten times
 more to predict.
 """
 
@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
             curve_points=4,
             grid=GridConfig(
                 sizes=tuple(cpu.size(hidden) for hidden in (4, 8, 16, 32)),
-                compute=(5e9, 1.2e10, 2.8e10, 6.7e10, 1.6e11),
+                compute=(2e9, 5e9, 1.2e10, 2.8e10, 6.7e10, 1.6e11),
                 least_tokens_per_parameter=0.9,
                 most_tokens_per_parameter=100.0,
             ),
