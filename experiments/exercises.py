@@ -59,8 +59,7 @@ def answer(config: ExercisesConfig, model: Pretrained, template: ChatTemplate, a
             model.params, model.config, [prompts[i] for i in chosen], config.sampling, stop_ids=template.stop_ids
         )
         for i, generation in zip(chosen, found):
-            ids = [t for t in generation.tokens if t not in template.stop_ids and t < model.tokenizer.vocab_size]
-            replies[i] = model.tokenizer.decode(ids)
+            replies[i] = template.reply_text(generation.tokens)
     return replies
 
 

@@ -11,6 +11,7 @@ continue after a stop.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 
 from experiments import reward_report, runner
 from llm_jax.alignment import finetune, preferences, ratings, reward, reward_batch
-from llm_jax.alignment.config import RewardConfig
+from llm_jax.alignment.config import RewardConfig, RewardLossConfig
 from llm_jax.alignment.preferences import Pair
 from llm_jax.alignment.ratings import RatedText
 from llm_jax.alignment.reward import RewardModel
@@ -33,6 +34,7 @@ from llm_jax.interop.pretrained import Pretrained
 from llm_jax.parallel import distributed
 from llm_jax.tokenization import chat
 from llm_jax.training.loop import place
+from llm_jax.training.step import LossFunction
 
 Encoded = dict[str, list[EncodedPair]]  # by source
 
@@ -121,7 +123,7 @@ def heldout_losses(
     mesh: Mesh,
 ) -> dict[str, float]:
     """The held-out loss and accuracy, over all pairs, and the accuracy by source; {} where there are no pairs."""
-    score = jax.jit(reward.loss_function(architecture, config.loss))
+    score = _compiled_loss(architecture, config.loss)
     share = jax.process_index(), jax.process_count()
     values: dict[str, float] = {}
     sums = np.zeros(3)  # loss, right ones, pairs
@@ -134,6 +136,12 @@ def heldout_losses(
         values[f"accuracy/{source}"] = found[1] / found[2]
         sums += found
     return {"loss": sums[0] / sums[2], "accuracy": sums[1] / sums[2], **values} if sums[2] else {}
+
+
+@functools.lru_cache
+def _compiled_loss(architecture: ModelConfig, loss: RewardLossConfig) -> LossFunction:
+    """Compiled once for all evaluations."""
+    return jax.jit(reward.loss_function(architecture, loss))
 
 
 def _train_batches(packed: PackedPairs, start_step: int) -> Iterator[RewardBatch]:

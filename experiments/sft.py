@@ -167,7 +167,6 @@ def _write_samples(
     mesh: Mesh,
 ) -> None:
     """Append what the model replies now to samples.jsonl; a job of several processes writes none."""
-    tokenizer = template.tokenizer
     prompts = [template.encode(each.messages) for each in asked]
     room = architecture.max_length - max(map(len, prompts), default=0)
     if not prompts or room < 1 or jax.process_count() > 1:
@@ -177,11 +176,10 @@ def _write_samples(
         found = generate(params, architecture, prompts, drawn, stop_ids=template.stop_ids)
     with (workdir / SAMPLES).open("a", encoding="utf-8") as file:
         for each, generation in zip(asked, found):
-            reply = [token for token in generation.tokens if token < tokenizer.vocab_size]
             record = {
                 "record": each.record,
                 "asked": each.messages[-1].content,
-                "reply": tokenizer.decode([token for token in reply if token not in template.stop_ids]),
+                "reply": template.reply_text(generation.tokens),
                 "finished": generation.finished,
             }
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

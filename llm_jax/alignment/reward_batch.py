@@ -14,14 +14,13 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
 from llm_jax.alignment.config import POOLINGS, RewardDataConfig, RewardLossConfig
 from llm_jax.alignment.conversations import BadRecordError, Tally
 from llm_jax.alignment.preferences import Pair
 from llm_jax.alignment.rewards import Prompt
-from llm_jax.config import one_of, unknown_key
+from llm_jax.config import one_of
 from llm_jax.data import loader, mixture
 from llm_jax.data.packing import SharedRows
 from llm_jax.errors import UserError, require
@@ -232,7 +231,7 @@ class PackedPairs:
         Raises `UserError` for a weight of an unknown source, a pair longer than a row, or fewer rows than a batch has.
         """
         self._config = config
-        pools = _pools(pairs, config.weights)
+        pools = mixture.pools(pairs, config.weights, "RewardDataConfig")
         sources = {name: _Rows(pool, name, config) for name, pool in pools.items()}
         self._places = max(rows.places for rows in sources.values())
         for rows in sources.values():
@@ -265,23 +264,14 @@ class PackedPairs:
         `prefetch` batches are prepared ahead in background threads. Raises `UserError` for a batch size that the
         processes do not divide.
         """
-        rows = loader.rows_of_process(self._config.batch_size, process_index, process_count)
-        mine = self._rows.batch(rows)[process_index::process_count][start_step:]
-        options = grain.ReadOptions(num_threads=loader.READ_THREADS, prefetch_buffer_size=prefetch)
-        return iter(mine.to_iter_dataset(options))
-
-
-def _pools(
-    pairs: Mapping[str, Sequence[EncodedPair]], weights: Mapping[str, float]
-) -> dict[str, Sequence[EncodedPair]]:
-    """What is packed together: everything, or each source that has a weight."""
-    for name in weights:
-        if name not in pairs:
-            message = unknown_key(name, list(pairs)).removeprefix("unknown config key ")
-            raise UserError(f"RewardDataConfig.weights: no source {message}; there are {', '.join(pairs)}")
-    if weights:
-        return {name: pairs[name] for name in sorted(weights) if weights[name] > 0}
-    return {"": [pair for name in sorted(pairs) for pair in pairs[name]]}
+        return loader.batches_of_process(
+            self._rows,
+            self._config.batch_size,
+            start_step=start_step,
+            process_index=process_index,
+            process_count=process_count,
+            prefetch=prefetch,
+        )
 
 
 def _row_shares(sizes: Mapping[str, tuple[int, int]], weights: Mapping[str, float]) -> dict[str, float]:

@@ -11,13 +11,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
 from llm_jax.alignment import conversations
 from llm_jax.alignment.config import ChatDataConfig
 from llm_jax.alignment.conversations import BadRecordError, Conversation, Tally
-from llm_jax.config import unknown_key
 from llm_jax.data import loader, mixture
 from llm_jax.data.batch import Batch
 from llm_jax.data.packing import SharedRows
@@ -227,7 +225,7 @@ class PackedSamples:
         padded: bool = False,
     ):
         self._batch_size = batch_size
-        sources = _pools(samples_by_source, weights)
+        sources = mixture.pools(samples_by_source, weights, "ChatDataConfig")
         packed = {name: PackedRows(pool, name, sequence_length, seed, padded) for name, pool in sources.items()}
         self.rows_per_epoch = sum(rows.windows for rows in packed.values())
         require(
@@ -257,10 +255,14 @@ class PackedSamples:
         `prefetch` batches are prepared ahead in background threads. Raises `UserError` for a batch size that the
         processes do not divide.
         """
-        rows = loader.rows_of_process(self._batch_size, process_index, process_count)
-        mine = self._rows.batch(rows)[process_index::process_count][start_step:]
-        options = grain.ReadOptions(num_threads=loader.READ_THREADS, prefetch_buffer_size=prefetch)
-        return iter(mine.to_iter_dataset(options))
+        return loader.batches_of_process(
+            self._rows,
+            self._batch_size,
+            start_step=start_step,
+            process_index=process_index,
+            process_count=process_count,
+            prefetch=prefetch,
+        )
 
 
 def heldout_batches(
@@ -280,16 +282,3 @@ def heldout_batches(
     packed = PackedRows(samples, "heldout", sequence_length, seed=0)
     batches = min(max_batches, -(-packed.windows // batch_size))
     return (loader.stack(packed, batch * batch_size + process_index * rows, rows) for batch in range(batches))
-
-
-def _pools(
-    samples_by_source: Mapping[str, Sequence[Sample]], weights: Mapping[str, float]
-) -> dict[str, Sequence[Sample]]:
-    """What is packed together: everything, or each source that has a weight."""
-    for name in weights:
-        if name not in samples_by_source:
-            message = unknown_key(name, list(samples_by_source)).removeprefix("unknown config key ")
-            raise UserError(f"ChatDataConfig.weights: no source {message}; there are {', '.join(samples_by_source)}")
-    if weights:
-        return {name: samples_by_source[name] for name in sorted(weights) if weights[name] > 0}
-    return {"": [sample for name in sorted(samples_by_source) for sample in samples_by_source[name]]}

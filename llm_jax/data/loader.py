@@ -10,6 +10,7 @@ Shapes: B sequences of a global batch, T tokens of a sequence.
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -65,7 +66,6 @@ def train_batches(
     unknown sources, a batch size that the processes do not divide, or a dataset shorter than one sequence.
     """
     folder, summary = _open(config)
-    rows = rows_of_process(config.batch_size, process_index, process_count)
     shares = mixture.fractions(summary, config.weights)
     tokens = sum(summary.sources[name].train.tokens for name in shares)
     require(
@@ -74,9 +74,33 @@ def train_batches(
         "lower DataConfig.sequence_length or add text",
     )
     sources = {name: _packed(folder, summary, name, "train", config) for name in shares}
-    batches = mixture.mix(sources, shares).batch(rows)
-    mine = batches[process_index::process_count][start_step:]
-    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=config.prefetch)
+    return batches_of_process(
+        mixture.mix(sources, shares),
+        config.batch_size,
+        start_step=start_step,
+        process_index=process_index,
+        process_count=process_count,
+        prefetch=config.prefetch,
+    )
+
+
+def batches_of_process(
+    rows: grain.MapDataset[Any],
+    batch_size: int,
+    *,
+    start_step: int,
+    process_index: int,
+    process_count: int,
+    prefetch: int,
+) -> Iterator[Any]:
+    """A process's part of the global batches of an endless sequence of rows, from `start_step` on, without end.
+
+    `prefetch` batches are prepared ahead in background threads. Raises `UserError` for a batch size that the processes
+    do not divide.
+    """
+    count = rows_of_process(batch_size, process_index, process_count)
+    mine = rows.batch(count)[process_index::process_count][start_step:]
+    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=prefetch)
     return iter(mine.to_iter_dataset(options))
 
 

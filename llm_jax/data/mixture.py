@@ -4,8 +4,8 @@ Grain's mixing is used: after k sequences every source has been drawn within a f
 draw is computed from k alone.
 """
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import grain
 
@@ -13,6 +13,7 @@ from llm_jax.config import unknown_key
 from llm_jax.data.records import Summary
 from llm_jax.errors import UserError, require
 
+T = TypeVar("T")
 ENDLESS = 1 << 48  # sequences: more than any run reads, and within what Grain's index arithmetic holds
 
 
@@ -47,10 +48,8 @@ def fractions(summary: Summary, weights: Mapping[str, float]) -> dict[str, float
 
     Raises `UserError` for a weight of a source that the dataset does not have, or that has nothing to train on.
     """
+    _check_known(weights, summary.sources, "DataConfig")
     for name, weight in weights.items():
-        if name not in summary.sources:
-            message = unknown_key(name, list(summary.sources)).removeprefix("unknown config key ")
-            raise UserError(f"DataConfig.weights: no source {message}; there are {', '.join(summary.sources)}")
         trainable = summary.sources[name].train.tokens > 1
         require(trainable or weight == 0, f"DataConfig.weights: source {name!r} has no training documents")
     by_tokens = {
@@ -59,6 +58,24 @@ def fractions(summary: Summary, weights: Mapping[str, float]) -> dict[str, float
     chosen = {name: weight for name, weight in (weights or by_tokens).items() if weight > 0}
     total = sum(chosen.values())
     return {name: chosen[name] / total for name in sorted(chosen)}
+
+
+def pools(items: Mapping[str, Sequence[T]], weights: Mapping[str, float], config: str) -> dict[str, Sequence[T]]:
+    """Which items are packed together: without weights those of all sources, else each weighted source's on their own.
+
+    Raises `UserError`, naming the `config` that has the weights, for a weight of an unknown source.
+    """
+    _check_known(weights, items, config)
+    if weights:
+        return {name: items[name] for name in sorted(weights) if weights[name] > 0}
+    return {"": [item for name in sorted(items) for item in items[name]]}
+
+
+def _check_known(weights: Mapping[str, float], sources: Mapping[str, Any], config: str) -> None:
+    for name in weights:
+        if name not in sources:
+            message = unknown_key(name, list(sources)).removeprefix("unknown config key ")
+            raise UserError(f"{config}.weights: no source {message}; there are {', '.join(sources)}")
 
 
 def mix(sources: Mapping[str, Windows], shares: Mapping[str, float]) -> grain.MapDataset[Any]:

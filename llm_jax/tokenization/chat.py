@@ -10,7 +10,7 @@ import itertools
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -73,6 +73,11 @@ class ChatTemplate(abc.ABC):
     def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation; see `segments`."""
         return [token for segment in self.segments(messages, add_generation_prompt) for token in segment.ids]
+
+    def reply_text(self, ids: Iterable[int]) -> str:
+        """What generated ids say, without the tokens that end a reply and ids of a vocabulary padded beyond ours."""
+        size, stop = self.tokenizer.vocab_size, self.stop_ids
+        return self.tokenizer.decode([token for token in ids if token < size and token not in stop])
 
 
 @dataclasses.dataclass(frozen=True)
