@@ -25,7 +25,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from experiments import runner
-from llm_jax.alignment import conversations, finetune, inspect, sft
+from llm_jax.alignment import finetune, inspect, sft
 from llm_jax.alignment.config import SftConfig
 from llm_jax.alignment.conversations import Conversation
 from llm_jax.alignment.sft import ChatData, PackedSamples, Sample
@@ -61,7 +61,7 @@ def run(config: SftConfig, workdir: Path) -> None:
     )
     if distributed.is_first():
         print(describe(data, batches))
-    asked = _asked(config)
+    asked = _asked(data, config.samples)
 
     def evaluate(architecture: ModelConfig, params: Any) -> dict[str, float]:
         values = heldout_losses(config, architecture, params, data.heldout, mesh)
@@ -147,14 +147,10 @@ def heldout_losses(
     return {"loss": nats / tokens, **values} if tokens else {}
 
 
-def _asked(config: SftConfig) -> list[Conversation]:
+def _asked(data: ChatData, count: int) -> list[Conversation]:
     """The first held-out conversations, without their last reply."""
-    if not config.samples:
-        return []
-    found = conversations.read(config.data.path, config.data.format)[0]
-    heldout = conversations.split(found, config.data.holdout_fraction)[1]
-    replied = [each for each in heldout if each.messages[-1].role == "assistant"]
-    return [dataclasses.replace(each, messages=each.messages[:-1]) for each in replied[: config.samples]]
+    replied = [each for each in data.heldout_conversations if each.messages[-1].role == "assistant"]
+    return [dataclasses.replace(each, messages=each.messages[:-1]) for each in replied[:count]]
 
 
 def _write_samples(

@@ -43,6 +43,7 @@ class ChatData(NamedTuple):
     train: dict[str, list[Sample]]
     heldout: dict[str, list[Sample]]
     tally: Tally
+    heldout_conversations: list[Conversation]
 
 
 def choose_template(config: ChatDataConfig, tokenizer: Tokenizer, own_template: str = "") -> ChatTemplate:
@@ -69,7 +70,8 @@ def load(config: ChatDataConfig, template: ChatTemplate) -> ChatData:
     require(config.path != "", "ChatDataConfig.path is not set: name a file or folder of conversations")
     found, tally = conversations.read(config.path, config.format)
     train, heldout = conversations.split(found, config.holdout_fraction)
-    data = ChatData(tokenize_all(train, template, config, tally), tokenize_all(heldout, template, config, tally), tally)
+    learned, judged = (tokenize_all(side, template, config, tally) for side in (train, heldout))
+    data = ChatData(learned, judged, tally, heldout)
     require(bool(data.train), f"{config.path} has no conversation to train on: {str(tally) or 'all are held out'}")
     return data
 
