@@ -120,11 +120,11 @@ def train(config: FineTuneConfig, model: Pretrained, task: Task, workdir: Path, 
     Raises:
       UserError: the folder holds another run, or the data has changed; and what the loop raises.
     """
-    check_folder(whole, task, workdir)
+    check_folder(whole, task.fingerprint, workdir)
     step.check_batch(task.batch_size, config.microbatches, mesh)
     settings = _settings(config, model.config, task)
-    part = _adapters(config, model, mesh) if config.lora.rank else _everything(config, model, mesh)
-    _write_start(whole, model, task, workdir)
+    part = part_of(config, model, mesh)
+    write_start(whole, model, task.fingerprint, workdir)
     with Checkpointer(workdir / part.folder, config.checkpoint, model.config, task.tokens_per_step) as checkpointer:
         start = checkpointer.latest_step() or 0
         current = checkpointer.restore(part.abstract, start) if start else part.first()
@@ -135,6 +135,11 @@ def train(config: FineTuneConfig, model: Pretrained, task: Task, workdir: Path, 
     if part.folder and finished:
         checkpoint.replace_model(workdir, model.config, part.merge(current.params, *part.frozen), settings.steps)
     return finished
+
+
+def part_of(config: FineTuneConfig, model: Pretrained, mesh: Mesh) -> Part:
+    """What a run of `config` trains of a model, whose parameters are given away."""
+    return _adapters(config, model, mesh) if config.lora.rank else _everything(config, model, mesh)
 
 
 def _everything(config: FineTuneConfig, model: Pretrained, mesh: Mesh) -> Part:
@@ -204,27 +209,29 @@ def _loop(
         recorder=recorder,
         throughput=Throughput(task.tokens_per_step, flops, metrics.peak_flops()),
         workdir=workdir,
-        evaluated=_keeper(part, model, workdir) if keep_best else None,
+        evaluated=keeper(part, model, workdir) if keep_best else None,
     )
 
 
-def _keeper(part: Part, model: Pretrained, workdir: Path) -> Callable[[TrainState, int, Mapping[str, float]], None]:
-    """Keeps the model of the lowest held-out loss so far, those before the run was continued included."""
+def keeper(
+    part: Part, model: Pretrained, workdir: Path, *, lowest: str = "loss"
+) -> Callable[[TrainState, int, Mapping[str, float]], None]:
+    """Keeps the model whose held-out value `lowest` is that so far; evaluations before a continued run count too."""
 
     def evaluated(state: TrainState, step: int, values: Mapping[str, float]) -> None:
-        if "loss" not in values:
+        if lowest not in values:
             return
-        earlier = (record["loss"] for record in metrics.read(workdir, "heldout") if record["step"] < step)
-        if values["loss"] < min(earlier, default=math.inf):
+        earlier = (record[lowest] for record in metrics.read(workdir, "heldout") if record["step"] < step)
+        if values[lowest] < min(earlier, default=math.inf):
             if distributed.is_first():
-                _write_companions(model, workdir / BEST)
+                write_companions(model, workdir / BEST)
             checkpoint.replace_model(workdir / BEST, model.config, part.merge(state.params, *part.frozen), step)
 
     return evaluated
 
 
-def check_folder(whole: Any, task: Task, workdir: Path) -> None:
-    """Raise `UserError` if `workdir` holds a run whose numbers this config and data would not continue."""
+def check_folder(whole: Any, data: str, workdir: Path) -> None:
+    """Raise `UserError` if `workdir` holds a run whose numbers this config, or data of this fingerprint, would change."""
     if not (workdir / CONFIG).exists():
         return
     old, new = _decisive(config_lib.load(type(whole), workdir / CONFIG)), _decisive(whole)
@@ -236,9 +243,9 @@ def check_folder(whole: Any, task: Task, workdir: Path) -> None:
         "continue with the old settings",
     )
     path = workdir / DATA
-    noted = json.loads(path.read_text()).get("fingerprint") if path.is_file() else task.fingerprint
+    noted = json.loads(path.read_text()).get("fingerprint") if path.is_file() else data
     require(
-        noted == task.fingerprint,
+        noted == data,
         f"{workdir} holds a run on other data: the files, the tokenizer or the chat template have changed since; "
         "choose a new --workdir",
     )
@@ -256,16 +263,16 @@ def _decisive(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _write_start(whole: Any, model: Pretrained, task: Task, workdir: Path) -> None:
+def write_start(whole: Any, model: Pretrained, data: str, workdir: Path) -> None:
     """What makes the folder a model's, and tells with what it may be continued: once, by the first process."""
     if distributed.is_first():
-        _write_companions(model, workdir)
-        (workdir / DATA).write_text(json.dumps({"fingerprint": task.fingerprint}) + "\n")
+        write_companions(model, workdir)
+        (workdir / DATA).write_text(json.dumps({"fingerprint": data}) + "\n")
         config_lib.save(whole, workdir / CONFIG)  # last: its presence says that the rest is there
     distributed.wait_for_all("finetune_start")
 
 
-def _write_companions(model: Pretrained, folder: Path) -> None:
+def write_companions(model: Pretrained, folder: Path) -> None:
     """What a model's folder holds beside its checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     model.tokenizer.save(folder)

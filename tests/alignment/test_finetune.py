@@ -172,7 +172,7 @@ def test_another_run_is_left_alone(base, finished, changes, fingerprint, message
 
 def test_what_does_not_decide_numbers_may_change(base, finished):
     changed = settings(base, log_every=2, eval_every=3, attention="chunked")
-    finetune.check_folder(SftConfig(training=changed), task(), finished)
+    finetune.check_folder(SftConfig(training=changed), task().fingerprint, finished)
 
 
 @pytest.mark.parametrize(
