@@ -213,16 +213,14 @@ def _loop(
     )
 
 
-def keeper(
-    part: Part, model: Pretrained, workdir: Path, *, lowest: str = "loss"
-) -> Callable[[TrainState, int, Mapping[str, float]], None]:
-    """Keeps the model whose held-out value `lowest` is that so far; evaluations before a continued run count too."""
+def keeper(part: Part, model: Pretrained, workdir: Path) -> Callable[[TrainState, int, Mapping[str, float]], None]:
+    """Keeps the model of the lowest held-out loss so far, those before the run was continued included."""
 
     def evaluated(state: TrainState, step: int, values: Mapping[str, float]) -> None:
-        if lowest not in values:
+        if "loss" not in values:
             return
-        earlier = (record[lowest] for record in metrics.read(workdir, "heldout") if record["step"] < step)
-        if values[lowest] < min(earlier, default=math.inf):
+        earlier = (record["loss"] for record in metrics.read(workdir, "heldout") if record["step"] < step)
+        if values["loss"] < min(earlier, default=math.inf):
             if distributed.is_first():
                 write_companions(model, workdir / BEST)
             checkpoint.replace_model(workdir / BEST, model.config, part.merge(state.params, *part.frozen), step)
@@ -231,7 +229,7 @@ def keeper(
 
 
 def check_folder(whole: Any, data: str, workdir: Path) -> None:
-    """Raise `UserError` if `workdir` holds a run whose numbers this config, or data of this fingerprint, would change."""
+    """Raise `UserError` if `workdir` holds a run whose numbers this config, or data of this fingerprint, changes."""
     if not (workdir / CONFIG).exists():
         return
     old, new = _decisive(config_lib.load(type(whole), workdir / CONFIG)), _decisive(whole)
