@@ -11,7 +11,6 @@ Legend: B batch, T length, D model, V vocabulary (a device's part of it inside `
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -20,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.config import LossConfig
 from llm_jax.errors import require
+from llm_jax.losses import chunks
 from llm_jax.losses.weighted import LossOutput, WeightedSum
-from llm_jax.parallel.rules import RULES
 
 Gradients = tuple[jax.Array, jax.Array]
 
@@ -97,20 +96,11 @@ def _total(config: LossConfig, sums: Sums) -> jax.Array:
     return sums.cross_entropy + config.z_loss * sums.lse_squared + config.max_z_loss * sums.max_squared
 
 
-class Parts(NamedTuple):
-    """The mesh axes over which a device holds only a part of the batch and of the vocabulary."""
-
-    batch: tuple[str, ...]
-    vocabulary: tuple[str, ...]
-
-
 def _on_mesh(config: LossConfig, differentiate: bool, arrays: tuple[jax.Array, ...]) -> tuple[Sums, Gradients | None]:
     """`_scan_chunks` on the mesh in context: mapped over its devices' parts where there are several."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return _scan_chunks(config, differentiate, Parts((), ()), *arrays)
-    parts = Parts(RULES["batch"], RULES["vocab"])
-    _check_mesh(dict(mesh.shape), parts, batch_size=arrays[0].shape[0], vocab_size=arrays[1].shape[0])
+    parts = chunks.mesh_parts(batch_size=arrays[0].shape[0], vocab_size=arrays[1].shape[0])
+    if not parts.batch:
+        return _scan_chunks(config, differentiate, parts, *arrays)
     batch, vocabulary = P(parts.batch), P(parts.vocabulary)
     mapped = jax.shard_map(
         functools.partial(_scan_chunks, config, differentiate, parts),
@@ -124,14 +114,14 @@ def _on_mesh(config: LossConfig, differentiate: bool, arrays: tuple[jax.Array, .
 def _scan_chunks(
     config: LossConfig,
     differentiate: bool,
-    parts: Parts,
+    parts: chunks.Parts,
     hidden_BTD: jax.Array,
     unembedding_VD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> tuple[Sums, Gradients | None]:
     """The sums over the whole mesh, and the gradients of `_total` for this device's part of the two inputs."""
-    B, T, D = hidden_BTD.shape
+    B, T, _ = hidden_BTD.shape
     C = min(config.chunk_size, T)
 
     def one(carry: tuple[Sums, jax.Array | None], rows: tuple[jax.Array, ...]):  # type: ignore[no-untyped-def]
@@ -144,44 +134,36 @@ def _scan_chunks(
 
     zero = jnp.zeros((), jnp.float32)
     zeros_DV = jnp.zeros(unembedding_VD.shape[::-1], jnp.float32) if differentiate else None
-    rows = tuple(_split(x, C) for x in (hidden_BTD, targets_BT, weights_BT))
+    rows = tuple(chunks.split(x, C) for x in (hidden_BTD, targets_BT, weights_BT))
     (sums, dunembedding_DV), dhidden_XRD = jax.lax.scan(one, (Sums(*[zero] * len(Sums._fields)), zeros_DV), rows)
     sums = jax.lax.psum(sums, parts.batch)
     if dunembedding_DV is None:
         return sums, None
-    dhidden_BTD = jnp.moveaxis(dhidden_XRD.reshape(-1, B, C, D), 0, 1).reshape(B, -1, D)[:, :T]
+    dhidden_BTD = chunks.join(dhidden_XRD, B, T)
     # Without the barrier XLA turns the product into one that comes out as [V,D], for which its CPU compiler transposes
     # a whole chunk of logits.
     dunembedding_VD = jax.lax.optimization_barrier(dunembedding_DV).T
     return sums, (dhidden_BTD, jax.lax.psum(dunembedding_VD, parts.batch).astype(unembedding_VD.dtype))
 
 
-def _split(x_BT: jax.Array, C: int) -> jax.Array:
-    """[B,T,...] to [chunks, R,...]; a last chunk that is not full is padded with zeros, so with weight 0."""
-    B, T, *rest = x_BT.shape
-    if T % C:
-        x_BT = jnp.pad(x_BT, [(0, 0), (0, -T % C)] + [(0, 0)] * len(rest))
-    return jnp.moveaxis(x_BT.reshape(B, -1, C, *rest), 1, 0).reshape(-1, B * C, *rest)
-
-
 def _chunk(
     config: LossConfig,
     differentiate: bool,
-    parts: Parts,
+    parts: chunks.Parts,
     unembedding_VD: jax.Array,
     hidden_RD: jax.Array,
     targets_R: jax.Array,
     weights_R: jax.Array,
 ) -> tuple[Sums, Gradients | None]:
     """One chunk's sums, and its float32 gradients for hidden [R,D] and unembedding [D,V]."""
-    logits_RV = _matmul("rd,vd->rv", hidden_RD, unembedding_VD)
-    targets_R = targets_R - _first_entry(logits_RV.shape[1], parts)
+    logits_RV = chunks.matmul("rd,vd->rv", hidden_RD, unembedding_VD)
+    targets_R = targets_R - chunks.first_entry(logits_RV.shape[1], parts)
     highest_R = jax.lax.pmax(jnp.max(logits_RV, axis=1), parts.vocabulary)
     # The barriers keep XLA from computing the exponentials, and then the gradient, again for each of their uses.
     exps_RV = jax.lax.optimization_barrier(jnp.exp(logits_RV - highest_R[:, None]))
     sums_R = jax.lax.psum(jnp.sum(exps_RV, axis=1), parts.vocabulary)
     lse_R = highest_R + jnp.log(sums_R)
-    target_R = jax.lax.psum(_pick(logits_RV, targets_R), parts.vocabulary)
+    target_R = jax.lax.psum(chunks.pick(logits_RV, targets_R), parts.vocabulary)
     sums = Sums(
         weight=jnp.sum(weights_R),
         cross_entropy=jnp.sum(weights_R * (lse_R - target_R)),
@@ -201,24 +183,8 @@ def _chunk(
         share_R = weights_R * (2.0 * config.max_z_loss) * highest_R / ties_R
         dlogits_RV += jnp.where(is_highest_RV, share_R[:, None], 0.0)
     dlogits_RV = jax.lax.optimization_barrier(dlogits_RV.astype(hidden_RD.dtype))
-    dhidden_RD = jax.lax.psum(_matmul("rv,vd->rd", dlogits_RV, unembedding_VD), parts.vocabulary)
-    return sums, (dhidden_RD, _matmul("rd,rv->dv", hidden_RD, dlogits_RV))
-
-
-def _first_entry(vocab_size: int, parts: Parts) -> jax.Array | int:
-    """The index, in the whole vocabulary, of the first of this device's entries."""
-    return jax.lax.axis_index(parts.vocabulary) * vocab_size if parts.vocabulary else 0
-
-
-def _pick(logits_RV: jax.Array, targets_R: jax.Array) -> jax.Array:
-    """Each row's logit at its target, 0 where the target is not among this device's entries."""
-    V = logits_RV.shape[1]
-    picked_R = jnp.take_along_axis(logits_RV, jnp.clip(targets_R, 0, V - 1)[:, None], axis=1)[:, 0]
-    return jnp.where((targets_R >= 0) & (targets_R < V), picked_R, 0.0)
-
-
-def _matmul(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
+    dhidden_RD = jax.lax.psum(chunks.matmul("rv,vd->rd", dlogits_RV, unembedding_VD), parts.vocabulary)
+    return sums, (dhidden_RD, chunks.matmul("rd,rv->dv", hidden_RD, dlogits_RV))
 
 
 def _check_shapes(
@@ -233,12 +199,3 @@ def _check_shapes(
         targets_BT.shape == weights_BT.shape == hidden[:2],
         f"loss: targets {targets_BT.shape} and weights {weights_BT.shape} must have the shape {hidden[:2]}",
     )
-
-
-def _check_mesh(sizes: dict[str, int], parts: Parts, *, batch_size: int, vocab_size: int) -> None:
-    missing = [axis for axis in parts.batch + parts.vocabulary if axis not in sizes]
-    require(not missing, f"loss: the mesh has axes {', '.join(sizes)}, but none named {', '.join(missing)}")
-    for name, size, axes in (("batch", batch_size, parts.batch), ("vocabulary", vocab_size, parts.vocabulary)):
-        ways = math.prod(sizes[axis] for axis in axes)
-        where = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
-        require(size % ways == 0, f"loss: a {name} of {size} does not divide by the mesh's {where}")

@@ -1,14 +1,17 @@
-"""The language-modelling loss: what pre-training and fine-tuning minimise, and the update that does."""
+"""The language-modelling loss, and the update that minimises it; the log-probabilities that a model gives to tokens."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from llm_jax import models
 from llm_jax.config import LossConfig, ModelConfig
 from llm_jax.losses.cross_entropy import chunked_cross_entropy
+from llm_jax.losses.logprobs import TokenLogprobs, token_logprobs
 from llm_jax.losses.weighted import LossOutput
 from llm_jax.training import step
 from llm_jax.training.step import LossFunction, Update
@@ -34,6 +37,33 @@ def loss_function(model: ModelConfig, loss: LossConfig) -> LossFunction:
             return chunked_cross_entropy(hidden_BTD, unembedding_VD, batch.targets, batch.loss_weights, loss)
 
     return loss_fn
+
+
+def logprobs_function(
+    model: ModelConfig, *, temperature: float = 1.0, chunk_size: int = 256, entropies: bool = False
+) -> Callable[[Any, Any], TokenLogprobs]:
+    """`(params, batch) -> TokenLogprobs` of a `data.batch.Batch`'s targets: 0 where its `loss_weights` are 0.
+
+    Never with dropout or noise: PPO's ratio compares the same model with itself. See `losses.logprobs.token_logprobs`.
+    """
+
+    def logprobs(params: Any, batch: Any) -> TokenLogprobs:
+        hidden_BTD = models.hidden_states(
+            params, model, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
+        )
+        with jax.named_scope("logprobs"):
+            result = token_logprobs(
+                hidden_BTD,
+                models.unembedding(params, model),
+                batch.targets,
+                temperature=temperature,
+                chunk_size=chunk_size,
+                entropies=entropies,
+            )
+        counted_BT = batch.loss_weights > 0
+        return jax.tree.map(lambda x_BT: jnp.where(counted_BT, x_BT, 0.0), result)
+
+    return logprobs
 
 
 @functools.lru_cache
