@@ -1,0 +1,88 @@
+"""How a policy is trained on its own responses: the losses, the price of leaving the reference, the rewards' scale.
+
+The defaults are ours; `configs/ppo` holds what the reports state.
+"""
+
+import dataclasses
+
+from llm_jax.config import non_negative, one_of, positive
+from llm_jax.errors import require
+
+KL_KINDS = ("fixed", "scheduled", "adaptive")
+NORMALIZATIONS = ("none", "whiten", "running_mean", "running_std", "running_both")
+ADVANTAGES = ("gae", "grpo", "rloo")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyLossConfig:
+    """What the policy and its critic minimise; see `losses.policy`."""
+
+    clip: float = 0.2  # of the ratio of new to old probability; 0 = none
+    max_log_ratio: float = 20.0  # beyond it a token has no gradient
+    kl_coefficient: float = 0.0  # of k3 to the reference in the loss itself, as in GRPO; KlConfig's is in the reward
+    entropy_coefficient: float = 0.0  # of the entropy, which is raised
+    per_sequence: bool = False  # the mean over responses of each one's mean, as in GRPO; False = the mean over tokens
+    value_clip: float = 0.2  # of the critic's change; 0 = none
+
+    def __post_init__(self) -> None:
+        positive(self, "max_log_ratio")
+        non_negative(self, "clip", "kl_coefficient", "entropy_coefficient", "value_clip")
+        require(self.clip < 1, f"PolicyLossConfig.clip={self.clip} must be below 1: a ratio is never negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageConfig:
+    """How good a token was: by a critic, or by comparison with other responses to the same prompt."""
+
+    kind: str = "gae"  # gae: critic. grpo, rloo: groups, no critic
+    gamma: float = 1.0
+    lam: float = 0.95  # of generalised advantage estimation
+    whiten: bool = True  # over all tokens of an iteration's batch; gae only
+
+    def __post_init__(self) -> None:
+        one_of("AdvantageConfig.kind", self.kind, ADVANTAGES)
+        for field in ("gamma", "lam"):
+            value = getattr(self, field)
+            require(0 <= value <= 1, f"AdvantageConfig.{field}={value} must be in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class KlConfig:
+    """The price of each nat by which the policy leaves the reference, taken from the reward of every token."""
+
+    kind: str = "fixed"  # scheduled: to `end`. adaptive: so that the KL is `target`
+    coefficient: float = 0.05  # at the start
+    end: float = 0.0  # scheduled only, as the next: reached after so many iterations, linearly, and kept
+    iterations: int = 0
+    target: float = 6.0  # adaptive only, as the rest: nats a response (Ziegler et al., 2019, section 2.2)
+    gain: float = 0.1  # how much an iteration may change the coefficient: by `gain` times a relative error of up to 0.2
+
+    def __post_init__(self) -> None:
+        one_of("KlConfig.kind", self.kind, KL_KINDS)
+        non_negative(self, "coefficient", "end", "iterations")
+        positive(self, "target", "gain")
+        require(
+            (self.kind == "scheduled") == (self.iterations > 0),
+            f"KlConfig.iterations={self.iterations} with kind={self.kind!r}: a schedule needs its length, and nothing "
+            "else has one",
+        )
+        require(
+            self.kind != "adaptive" or self.coefficient > 0,
+            "KlConfig.coefficient=0 with kind='adaptive' would stay 0: it is multiplied",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardShapingConfig:
+    """What is done to a batch's scores before they are rewards: in this order."""
+
+    logit: bool = False  # of scores in (0, 1), as LLaMA-2 does before it whitens
+    # whiten: over the batch (LLaMA-2). running_*: by moments of all scores so far, the batch's included; running_mean
+    # subtracts their mean (Qwen), running_std divides by their standard deviation, running_both does both.
+    normalization: str = "none"
+    limit: float = 0.0  # scores are kept within +-limit; 0 = none
+    missing_end_penalty: float = 0.0  # subtracted, at last, where a response has no end token
+
+    def __post_init__(self) -> None:
+        one_of("RewardShapingConfig.normalization", self.normalization, NORMALIZATIONS)
+        non_negative(self, "limit", "missing_end_penalty")
