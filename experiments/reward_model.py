@@ -22,6 +22,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments import reward_report, runner
+from experiments.reward_report import Origin
+from llm_jax import models
 from llm_jax.alignment import finetune, preferences, ratings, reward, reward_batch
 from llm_jax.alignment.config import RewardConfig, RewardLossConfig
 from llm_jax.alignment.preferences import Pair
@@ -76,7 +78,8 @@ def run(config: RewardConfig, workdir: Path) -> None:
         trained = centre(config, train, workdir, mesh)
         texts = ratings.split(data.rated, config.preferences.holdout_fraction)[1]
         if heldout and jax.process_count() == 1:
-            reward_report.write(workdir, reward_report.judge(trained, heldout, texts))
+            origin = Origin(config.training.model, models.count_parameters(trained.config), len(data.train))
+            reward_report.write(workdir, reward_report.judge(trained, heldout, texts), origin)
 
 
 def read(config: RewardConfig) -> Data:
@@ -92,8 +95,10 @@ def read(config: RewardConfig) -> Data:
         require(config.preferences.path != "", "set --config.preferences.path to a file of pairs, or config.ratings")
         pairs, tally = preferences.read(config.preferences.path, config.preferences)
         remarks += [str(tally)] if str(tally) else []
+    pairs = preferences.of_categories(pairs, config.preferences.categories)
     train, heldout, dropped = preferences.split(pairs, config.preferences.holdout_fraction)
     require(bool(train), "every pair is held out: lower PreferenceConfig.holdout_fraction")
+    train = preferences.draw(train, config.data.limit, config.data.seed)
     if dropped:
         remarks.append(f"{dropped} pairs with a text on either side of the split are left out")
     return Data(train, heldout, remarks, rated)
@@ -151,9 +156,15 @@ def _train_batches(packed: PackedPairs, start_step: int) -> Iterator[RewardBatch
 
 
 def centre(config: RewardConfig, train: Encoded, workdir: Path, mesh: Mesh) -> RewardModel:
-    """The trained model, its rewards with a mean of 0 over training responses; reward.json keeps by what they move."""
+    """The trained model, its rewards with a mean of 0 over training responses; reward.json keeps by what they move.
+
+    Where it has learned which responses are safe, they stay: then 0 is where it takes either for as likely.
+    """
     reward.save_settings(workdir, config.template, config.data.pooling, 0.0)
     model = reward.load(workdir, mesh)
+    if config.loss.safety_coefficient and any(pair.safety_weights.any() for pairs in train.values() for pair in pairs):
+        print(f"{workdir} holds the reward model; sigmoid(reward) is the probability that a response is safe")
+        return model
     reference = list(itertools.chain.from_iterable(train.values()))[: -(-config.reference_responses // 2)]
     responses = [response for pair in reference for response in (pair.chosen, pair.rejected)]
     offset = float(np.mean(model.score(responses), dtype=np.float64))

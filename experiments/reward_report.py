@@ -19,13 +19,22 @@ from llm_jax.evaluation.tables import Table
 
 EVALUATION, REPORT, SCORES = "evaluation.json", "report.md", "scores.jsonl"
 LEAST_TEXTS = 20  # of a domain, for a correlation
+SAFETY_THRESHOLDS = (SAFETY_THRESHOLD, 0.5)
+
+
+class Origin(NamedTuple):
+    """Where a reward model comes from."""
+
+    model: str  # that it began as
+    parameters: int
+    training_pairs: int
 
 
 class Judgement(NamedTuple):
     """The scores of a reward model on what it was not trained on."""
 
     pairs: Mapping[str, PairScores]  # by source
-    unsafe: Detection | None  # where responses are labelled
+    unsafe: Sequence[Detection]  # at each threshold, where responses are labelled
     people: Mapping[str, Correlation]  # with the mean human rating, by domain of the texts
 
 
@@ -50,15 +59,15 @@ def joined(scores: Sequence[PairScores]) -> PairScores:
     return PairScores(*(np.concatenate([getattr(each, field) for each in scores]) for field in fields))
 
 
-def detect_unsafe(scores: Mapping[str, PairScores], pairs: Sequence[EncodedPair]) -> Detection | None:
-    """How well the reward finds the responses that are labelled unsafe; None where no response has a label."""
+def detect_unsafe(scores: Mapping[str, PairScores], pairs: Sequence[EncodedPair]) -> list[Detection]:
+    """How well the reward finds the responses labelled unsafe, at each threshold; [] where no response has a label."""
     labelled = np.array([pair.safety_weights for pair in pairs]) > 0
     if not labelled.any():
-        return None
+        return []
     every = joined(list(scores.values()))
     rewards = np.stack([every.chosen_N, every.rejected_N], axis=1)
     unsafe = np.array([pair.safety_labels for pair in pairs]) > 0
-    return judging.unsafe_detection(rewards[labelled], unsafe[labelled], SAFETY_THRESHOLD)
+    return [judging.unsafe_detection(rewards[labelled], unsafe[labelled], at) for at in SAFETY_THRESHOLDS]
 
 
 def correlate(model: RewardModel, rated: Sequence[RatedText]) -> dict[str, Correlation]:
@@ -77,7 +86,7 @@ def correlate(model: RewardModel, rated: Sequence[RatedText]) -> dict[str, Corre
     return found
 
 
-def write(workdir: Path, judgement: Judgement) -> None:
+def write(workdir: Path, judgement: Judgement, origin: Origin) -> None:
     """Print the tables, and write evaluation.json, report.md, scores.jsonl and three figures."""
     every = joined(list(judgement.pairs.values()))
     rows = {**judgement.pairs, **({"all": every} if len(judgement.pairs) > 1 else {})}
@@ -88,7 +97,7 @@ def write(workdir: Path, judgement: Judgement) -> None:
     for table in shown:
         console.print(tables.as_rich(table))
     (workdir / REPORT).write_text("\n".join(map(tables.as_markdown, shown)), encoding="utf-8")
-    (workdir / EVALUATION).write_text(json.dumps(_summary(judgement, rows), indent=2) + "\n")
+    (workdir / EVALUATION).write_text(json.dumps({**origin._asdict(), **_summary(judgement, rows)}, indent=2) + "\n")
     _write_scores(workdir / SCORES, judgement.pairs)
     reward_figures.accuracy_by_strength(accuracies, names, workdir / "accuracy.png")
     curves = {name: judging.calibration(scores.gaps_N) for name, scores in rows.items()}
@@ -101,7 +110,7 @@ def _tables(judgement: Judgement, rows: Mapping[str, PairScores], accuracies: An
     yield judging.baichuan2_table(accuracies)
     yield judging.length_bias_table({name: judging.length_bias(scores) for name, scores in rows.items()})
     if judgement.unsafe:
-        yield judging.detection_table({"this model": [judgement.unsafe]})
+        yield judging.detection_table({"this model": judgement.unsafe})
     if judgement.people:
         cells = [
             (domain, f"{found.rho:.3f}", f"{found.low:.3f} to {found.high:.3f}", f"{found.texts:,}")
@@ -131,12 +140,9 @@ def _summary(judgement: Judgement, rows: Mapping[str, PairScores]) -> dict[str, 
 
     return {
         "pairs": {name: numbers(scores) for name, scores in rows.items()},
-        "unsafe": None
-        if judgement.unsafe is None
-        else {
-            "threshold": judgement.unsafe.threshold,
-            "recall": judgement.unsafe.recall.share,
-            "precision": judgement.unsafe.precision.share,
+        "unsafe": {
+            f"{found.threshold:g}": {"recall": found.recall.share, "precision": found.precision.share}
+            for found in judgement.unsafe
         },
         "spearman": {domain: found._asdict() for domain, found in judgement.people.items()},
     }

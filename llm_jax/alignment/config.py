@@ -73,10 +73,12 @@ class RewardDataConfig:
     seed: int = 0
     # Source -> its share of the pairs. An epoch then is as many pairs as there are without using one twice. {} = all.
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    limit: int = 0  # training pairs, drawn by `seed`: how much more of them are worth; 0 = all
 
     def __post_init__(self) -> None:
         one_of("RewardDataConfig.pooling", self.pooling, POOLINGS)
         positive(self, "sequence_length", "batch_size")
+        non_negative(self, "limit")
         require(all(w >= 0 for w in self.weights.values()), "RewardDataConfig.weights must not be negative")
         require(not self.weights or sum(self.weights.values()) > 0, "RewardDataConfig.weights are all zero")
 
@@ -149,6 +151,7 @@ class PreferenceConfig:
 
     path: str = ""  # a .jsonl, .jsonl.gz or .json file, or a folder of them
     ignored_fields: tuple[str, ...] = ()  # of the records, beside those that are known
+    categories: tuple[str, ...] = ()  # pairs of which are kept; of rated texts they are the domains. () = all
     # What each step of the records' own scale counts as: () = itself; (1, 2, 2, 3, 4) makes four of five.
     strength_scale: tuple[int, ...] = ()
     rating_range: tuple[float, float] = (-4.0, 4.0)  # ratings outside of it are mistakes
@@ -156,11 +159,19 @@ class PreferenceConfig:
     strength_gaps: tuple[float, ...] = (3.0, 4.0, 5.0)  # the gaps from which on a preference is one step stronger
     label_strength: int = 3  # ours: of a text that is labelled good over one that is labelled bad, which have no gap
     pairs_per_text: int = 1  # how often a rated text may appear in pairs
+    # How many of the people who rated a text judge it in training pairs, drawn by `seed`: a few of many are cheap and
+    # often wrong. Held-out pairs are always judged by all. 0 = all.
+    raters: int = 0
+    # Ours: rated texts whose mean is this or lower are labelled unsafe, all others safe, as a stand-in for labels that
+    # nobody gave them. 0 = no labels.
+    unsafe_rating: float = 0.0
     holdout_fraction: float = 0.1  # of the prompts, chosen by hash; of texts without a prompt, of the texts
     seed: int = 0  # of which rated texts meet
 
     def __post_init__(self) -> None:
         positive(self, "minimum_gap", "pairs_per_text")
+        non_negative(self, "raters")
+        require(self.unsafe_rating <= 0, f"PreferenceConfig.unsafe_rating={self.unsafe_rating} must not be positive")
         low, high = self.rating_range
         require(
             low < high, f"PreferenceConfig.rating_range={self.rating_range} must be from a lower to a higher rating"

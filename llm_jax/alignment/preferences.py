@@ -10,13 +10,15 @@ import dataclasses
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_jax.alignment.config import PreferenceConfig
 from llm_jax.alignment.conversations import SPEAKER, BadRecordError, Tally, parse, read_each
+from llm_jax.config import one_of
 from llm_jax.data.documents import HASH_RANGE, text_hash
+from llm_jax.data.packing import permutation
 from llm_jax.errors import require
 from llm_jax.tokenization.chat import Message
 
@@ -139,6 +141,23 @@ def split(pairs: Iterable[Pair], fraction: float) -> Split:
         else:
             (heldout if sides.pop() else train).append(pair)
     return Split(train, heldout, dropped)
+
+
+def of_categories(pairs: Sequence[Pair], categories: Sequence[str]) -> list[Pair]:
+    """The pairs of these categories; () = all. Raises `UserError` for one that no pair has."""
+    present = tuple(sorted({pair.category for pair in pairs}))
+    for name in categories:
+        one_of("PreferenceConfig.categories", name, present)
+    return [pair for pair in pairs if not categories or pair.category in categories]
+
+
+def draw(pairs: Sequence[Pair], limit: int, seed: int) -> list[Pair]:
+    """`limit` of the pairs in their order, drawn by `seed`, fewer being a part of more; 0 = all.
+
+    Raises `UserError` where there are not as many.
+    """
+    require(limit <= len(pairs), f"data.limit={limit:,}: there are only {len(pairs):,} training pairs")
+    return [pairs[i] for i in sorted(permutation(len(pairs), seed)[: limit or None])]
 
 
 def is_held_out(text: str, fraction: float) -> bool:

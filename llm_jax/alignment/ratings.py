@@ -129,11 +129,13 @@ def make_pairs(rated: Iterable[RatedText], config: PreferenceConfig) -> list[Pai
     """Pairs of texts of one domain and one side of the split, the better one chosen.
 
     Rated texts need a gap of `minimum_gap`, which gives the strength; labelled ones other labels, of `label_strength`.
-    Every text appears at most `pairs_per_text` times. Who meets whom follows from `seed` and the texts alone.
+    Every text appears at most `pairs_per_text` times. Who meets whom follows from `seed` and the texts alone. Of the
+    texts to train on, `raters` says how many people judge them.
     """
     groups: dict[tuple[str, bool], list[RatedText]] = defaultdict(list)
     for text in rated:
-        groups[text.domain, is_held_out(text.text, config.holdout_fraction)].append(text)
+        held_out = is_held_out(text.text, config.holdout_fraction)
+        groups[text.domain, held_out].append(text if held_out else _judged_by(text, config))
     found = []
     for texts in groups.values():
         texts.sort(key=lambda text: text_hash(text.text, config.seed))
@@ -246,9 +248,24 @@ def _meetings(
             yield i, j
 
 
+def _judged_by(text: RatedText, config: PreferenceConfig) -> RatedText:
+    """The text with the mean of `config.raters` of its people, drawn for each text."""
+    if not 0 < config.raters < len(text.scores):
+        return text
+    generator = np.random.default_rng([config.seed, text_hash(text.text, config.seed)])
+    scores = tuple(int(score) for score in generator.choice(text.scores, config.raters, replace=False))
+    return text._replace(mean=float(np.mean(scores)), scores=scores)
+
+
+def _is_safe(text: RatedText, config: PreferenceConfig) -> bool | None:
+    """The stand-in for a label; None where texts have none."""
+    return text.mean > config.unsafe_rating if text.scores and config.unsafe_rating else None
+
+
 def _pair(one: RatedText, other: RatedText, config: PreferenceConfig) -> Pair:
     chosen, rejected = (one, other) if one.mean > other.mean else (other, one)
     strength = strength_of(chosen.mean - rejected.mean, config) if one.scores else config.label_strength
     record = f"{chosen.record} over {rejected.record}"
     source = f"ratings_{one.language}"
-    return Pair((), chosen.text, rejected.text, strength, category=one.domain, source=source, record=record)
+    safe = _is_safe(chosen, config), _is_safe(rejected, config)
+    return Pair((), chosen.text, rejected.text, strength, *safe, category=one.domain, source=source, record=record)

@@ -233,7 +233,8 @@ class PackedPairs:
         self._config = config
         pools = mixture.pools(pairs, config.weights, "RewardDataConfig")
         sources = {name: _Rows(pool, name, config) for name, pool in pools.items()}
-        self._places = max(rows.places for rows in sources.values())
+        # Of a power of two, so that similar pairs are trained on by one compiled program.
+        self._places = _power_of_two(max(rows.places for rows in sources.values()))
         for rows in sources.values():
             rows.places = self._places
         shares = _row_shares({name: (len(pools[name]), rows.windows) for name, rows in sources.items()}, config.weights)
@@ -274,6 +275,11 @@ class PackedPairs:
         )
 
 
+def _power_of_two(count: int) -> int:
+    """The next one from `count` on."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 def _row_shares(sizes: Mapping[str, tuple[int, int]], weights: Mapping[str, float]) -> dict[str, float]:
     """Each source's share of the rows, from its share of the pairs and its (pairs, rows)."""
     if not weights:
@@ -312,7 +318,7 @@ def response_batches(
             f"{sequence_length}",
         )
     rows = SharedRows(lengths, "responses", sequence_length, seed=0, padded=not packed)
-    places = 1 << max(rows.most - 1, 0).bit_length()
+    places = _power_of_two(rows.most)
     for start in range(0, rows.windows, batch_size):
         items = [rows[i] if i < rows.windows else [] for i in range(start, start + batch_size)]
         layouts = [_lay_out([sequences[i] for i in row], sequence_length, places) for row in items]

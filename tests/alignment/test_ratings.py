@@ -1,5 +1,6 @@
 """Rated texts out of packages made here, the pairs and continuations made of them, and the real packages."""
 
+import dataclasses
 import io
 import itertools
 import tarfile
@@ -128,6 +129,39 @@ def test_labelled_texts_meet_those_of_the_other_label():
     assert len(pairs) == 30
     label = {text.text: text.mean for text in texts}
     assert all(label[pair.chosen] == 1 and label[pair.rejected] == -1 and pair.strength == 4 for pair in pairs)
+
+
+def test_few_raters_judge_what_is_trained_on_and_all_what_is_held_out():
+    generator = np.random.default_rng(0)
+    texts = []
+    for i in range(400):
+        scores = tuple(map(int, generator.integers(-4, 5, 5)))
+        texts.append(RatedText(f"text {i}", float(np.mean(scores)), scores, "movies", "en", f"{i}"))
+    scores = {text.text: set(text.scores) for text in texts}
+    means = {text.text: text.mean for text in texts}
+    config = PreferenceConfig(minimum_gap=1.0, raters=1, holdout_fraction=0.3, strength_gaps=(2.0, 4.0, 6.0))
+    train, heldout, _ = preferences.split(ratings.make_pairs(texts, config), 0.3)
+    assert len(train) > 100 and len(heldout) > 30
+    assert all(means[pair.chosen] - means[pair.rejected] >= 1 for pair in heldout)
+    assert any(means[pair.chosen] < means[pair.rejected] for pair in train)  # a rater who differs from the others
+    for pair in train:  # some score of each explains the strength
+        gaps = {a - b for a in scores[pair.chosen] for b in scores[pair.rejected]}
+        assert pair.strength in {1 + sum(gap >= edge for edge in (2, 4, 6)) for gap in gaps if gap >= 1}
+    whole = dataclasses.replace(config, raters=0)
+    assert heldout == preferences.split(ratings.make_pairs(texts, whole), 0.3).heldout
+    assert ratings.make_pairs(texts, dataclasses.replace(config, raters=5)) == ratings.make_pairs(texts, whole)
+
+
+def test_low_ratings_stand_for_unsafe_texts():
+    texts = rated(200)
+    means = {text.text: text.mean for text in texts}
+    pairs = ratings.make_pairs(texts, PreferenceConfig(minimum_gap=0.5, unsafe_rating=-1.5))
+    assert all(pair.chosen_safe == (means[pair.chosen] > -1.5) for pair in pairs)
+    assert all(pair.rejected_safe == (means[pair.rejected] > -1.5) for pair in pairs)
+    assert {(pair.chosen_safe, pair.rejected_safe) for pair in pairs} == {(True, True), (True, False), (False, False)}
+    assert {pair.chosen_safe for pair in ratings.make_pairs(texts, PreferenceConfig())} == {None}
+    labelled = [RatedText(f"评论 {i}", 1.0 - i % 2 * 2, (), "shop_reviews", "zh", "") for i in range(9)]
+    assert {pair.rejected_safe for pair in ratings.make_pairs(labelled, PreferenceConfig(unsafe_rating=-1.0))} == {None}
 
 
 def test_continuations_give_the_text_back():

@@ -25,17 +25,20 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Responses with "three" are better than others."""
+    """Responses with "three" are better than others, and "two one" is unsafe."""
     file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     draw = random.Random(0)
     with file.open("w") as lines:
         for number in range(80):
+            last = draw.choice(base_models.WORDS[:2])
             record = {
                 "prompt": f"{number} {draw.choice(base_models.WORDS)}",
                 "chosen": "three " + draw.choice(base_models.WORDS),
-                "rejected": "two " + draw.choice(base_models.WORDS[:2]),
+                "rejected": f"two {last}",
                 "strength": 1 + number % 4,
-                "rejected_safe": number % 2 == 0,
+                "chosen_safe": True,
+                "rejected_safe": last != "one",
+                "category": "short" if number % 8 else "rare",
             }
             lines.write(json.dumps(record) + "\n")
     return file
@@ -69,10 +72,13 @@ def test_what_people_prefer_gets_the_higher_reward(trained):
     assert better > worse
     judged = json.loads((trained / "evaluation.json").read_text())
     assert judged["pairs"]["pairs"]["accuracy"] > 0.9
-    assert judged["unsafe"]["recall"] >= 0.0 and set(judged["pairs"]["pairs"]["by_strength"]) <= set("1234")
+    assert judged["unsafe"]["0.5"]["recall"] > 0.7 and judged["unsafe"]["0.5"]["precision"] > 0.7
+    assert set(judged["pairs"]["pairs"]["by_strength"]) <= set("1234")
     scores = [json.loads(line) for line in (trained / "scores.jsonl").read_text().splitlines()]
     right = np.mean([score["chosen"] > score["rejected"] for score in scores])
     assert right == pytest.approx(judged["pairs"]["pairs"]["accuracy"])
+    assert json.loads((trained / "reward.json").read_text())["offset"] == 0  # where safety begins, and no mean
+    assert judged["training_pairs"] == 80 - judged["pairs"]["pairs"]["pairs"]
     assert all(
         (trained / name).stat().st_size for name in ("report.md", "accuracy.png", "calibration.png", "scores.png")
     )
@@ -89,14 +95,29 @@ def test_a_reward_model_is_trained_further(base, pairs, trained, tmp_path):
     assert second["pairs"]["pairs"]["accuracy"] == first["pairs"]["pairs"]["accuracy"]
 
 
+def test_some_of_the_pairs(base, pairs, tmp_path):
+    """Of one category, as many as asked for, others with another seed; the held-out ones stay."""
+    config = settings(base, pairs, preferences=PreferenceConfig(path=str(pairs), categories=("short",)))
+    everything = reward_model.read(config)
+    assert {pair.category for pair in everything.train} == {"short"} and len(everything.train) > 50
+
+    def drawn(limit, seed=0):
+        data = reward_model.read(dataclasses.replace(config, data=RewardDataConfig(limit=limit, seed=seed)))
+        assert data.heldout == everything.heldout
+        return {pair.record for pair in data.train}
+
+    assert len(drawn(20)) == 20 and drawn(10) < drawn(20) and drawn(20, seed=1) != drawn(20)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"preferences": PreferenceConfig()}, "set --config.preferences.path"),
         ({"data": RewardDataConfig(sequence_length=8, batch_size=8)}, "no pair of responses is left"),
         ({"template": "chatml"}, "<|im_start|>"),
+        ({"data": RewardDataConfig(limit=81)}, "limit=81: there are only"),
     ],
-    ids=["path", "length", "template"],
+    ids=["path", "length", "template", "limit"],
 )
 def test_mistakes_are_one_line(base, pairs, tmp_path, changes, message):
     with pytest.raises(UserError) as error:
