@@ -10,7 +10,7 @@ Legend: B batch, T query length, S key length, N query heads, K key/value heads,
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,8 +93,8 @@ def _chunked(case: Case, **options: Any) -> Callable[..., jax.Array]:
     return functools.partial(chunked_attention, mask=case.mask())
 
 
-def _xla(case: Case, **options: Any) -> Callable[..., jax.Array]:
-    """JAX's own attention as XLA makes it of plain operations."""
+def _jax(implementation: Literal["xla", "cudnn"], case: Case, **options: Any) -> Callable[..., jax.Array]:
+    """JAX's own attention, as XLA makes it of plain operations or by NVIDIA's library."""
 
     def run(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
         bias = None
@@ -104,7 +104,7 @@ def _xla(case: Case, **options: Any) -> Callable[..., jax.Array]:
             bias = (slopes_N11 * (index[None, :] - index[:, None])).astype(q_BTNH.dtype)[None]
         window = (case.window - 1, 0) if case.window else None
         return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, bias, is_causal=case.causal, local_window_size=window, implementation="xla"
+            q_BTNH, k_BSKH, v_BSKH, bias, is_causal=case.causal, local_window_size=window, implementation=implementation
         )
 
     return run
@@ -278,6 +278,7 @@ KERNELS = (
     Kernel("stock_flash_512", ("tpu",), TRAINING, functools.partial(_flash_tpu, 512)),
     Kernel("stock_paged", ("tpu",), ("decode",), _paged_tpu),
     Kernel("chunked", ("gpu", "tpu"), TRAINING, _chunked),
-    Kernel("xla", ("gpu", "tpu"), TRAINING, _xla),
+    Kernel("cudnn", ("gpu",), TRAINING, functools.partial(_jax, "cudnn")),
+    Kernel("xla", ("gpu", "tpu"), TRAINING, functools.partial(_jax, "xla")),
     Kernel("xla_decode", ("gpu", "tpu"), DECODING, _xla_decode),
 )
