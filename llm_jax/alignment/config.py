@@ -22,6 +22,7 @@ CHAT_FORMATS = ("auto", "messages", "sharegpt", "alpaca", "hh_rlhf")
 SUPERVISE = ("replies", "last", "qwen_released")
 TOO_LONG = ("cut", "drop", "truncate")
 POOLINGS = ("end", "last")
+DPO_LOSSES = ("sigmoid", "ipo", "normalised")
 # LLaMA-2, table 27: the margin of each strength, from 1 (negligibly better, or unsure) to 4 (significantly better).
 MARGINS = {"none": (0.0,) * 5, "small": (0.0, 1 / 3, 2 / 3, 1.0), "large": (0.0, 1.0, 2.0, 3.0)}
 
@@ -61,12 +62,9 @@ class ChatDataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardDataConfig:
-    """How pairs of responses fill the batches of a reward model."""
+class PairDataConfig:
+    """How pairs of responses fill batches."""
 
-    # The token whose hidden state is scored. end (Qwen, section 3.2.1): the one that ends a reply, which is put there
-    # if the template has none. last: the last of the response itself, with nothing after it.
-    pooling: str = "end"
     sequence_length: int = 2048  # holds both responses of a pair, each with its prompt
     batch_size: int = 16  # sequences in a global batch; several pairs share one
     packed: bool = True  # several pairs in a sequence; False = one, and padding
@@ -76,11 +74,24 @@ class RewardDataConfig:
     limit: int = 0  # training pairs, drawn by `seed`: how much more of them are worth; 0 = all
 
     def __post_init__(self) -> None:
-        one_of("RewardDataConfig.pooling", self.pooling, POOLINGS)
+        name = type(self).__name__
         positive(self, "sequence_length", "batch_size")
         non_negative(self, "limit")
-        require(all(w >= 0 for w in self.weights.values()), "RewardDataConfig.weights must not be negative")
-        require(not self.weights or sum(self.weights.values()) > 0, "RewardDataConfig.weights are all zero")
+        require(all(w >= 0 for w in self.weights.values()), f"{name}.weights must not be negative")
+        require(not self.weights or sum(self.weights.values()) > 0, f"{name}.weights are all zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardDataConfig(PairDataConfig):
+    """How pairs of responses fill the batches of a reward model."""
+
+    # The token whose hidden state is scored. end (Qwen, section 3.2.1): the one that ends a reply, which is put there
+    # if the template has none. last: the last of the response itself, with nothing after it.
+    pooling: str = "end"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("RewardDataConfig.pooling", self.pooling, POOLINGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,13 +248,63 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         positive(self, "reference_responses")
-        one_of("RewardConfig.template", self.template, ("none", *TEMPLATES))
-        for language in self.ratings:
-            one_of("RewardConfig.ratings", language, ("en", "zh"))
+        _check_pairs(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoLossConfig:
+    """What direct preference optimisation minimises; see `losses.preference.dpo_loss`."""
+
+    kind: str = "sigmoid"  # sigmoid (Rafailov et al., 2023), ipo (Azar et al., 2023) or normalised by length
+    beta: float = 0.1  # how much the reference holds; with `normalised`, a larger one: it weighs a mean token
+    label_smoothing: float = 0.0  # the probability that a preference is the wrong way round
+
+    def __post_init__(self) -> None:
+        one_of("DpoLossConfig.kind", self.kind, DPO_LOSSES)
+        positive(self, "beta")
         require(
-            not (self.ratings and self.preferences.path),
-            "RewardConfig.ratings and preferences.path are two sources of pairs: set one",
+            0 <= self.label_smoothing < 0.5,
+            f"DpoLossConfig.label_smoothing={self.label_smoothing} must be in [0, 0.5)",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoConfig:
+    """A run of direct preference optimisation. The reference is the model as it begins."""
+
+    training: FineTuneConfig = dataclasses.field(
+        default_factory=lambda: FineTuneConfig(
+            optimizer=OptimizerConfig(learning_rate=5e-7, warmup_steps=5, final_fraction=0.1), warmup_fraction=0.1
+        )
+    )
+    ratings: tuple[str, ...] = ()  # pairs of texts that people rated, by language (en, zh), instead of preferences.path
+    preferences: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
+    template: str = "auto"  # of prompt and response, as ChatDataConfig's; none = plain texts
+    data: PairDataConfig = dataclasses.field(default_factory=PairDataConfig)
+    loss: DpoLossConfig = DpoLossConfig()
+    samples: int = 2  # held-out prompts that are answered anew at every evaluation
+    sampling: SamplingConfig = dataclasses.field(default_factory=lambda: SamplingConfig(max_new_tokens=64))
+
+    def __post_init__(self) -> None:
+        non_negative(self, "samples")
+        _check_pairs(self)
+        require(
+            self.training.dropout_rate == self.training.neftune_alpha == 0,
+            "DpoConfig.training: dropout_rate and neftune_alpha must be 0, as policy and reference are compared token "
+            "by token",
+        )
+
+
+def _check_pairs(config: RewardConfig | DpoConfig) -> None:
+    """Raise `UserError` for pairs out of nowhere or of two places, or a template that is none."""
+    name = type(config).__name__
+    one_of(f"{name}.template", config.template, ("none", *TEMPLATES))
+    for language in config.ratings:
+        one_of(f"{name}.ratings", language, ("en", "zh"))
+    require(
+        not (config.ratings and config.preferences.path),
+        f"{name}.ratings and preferences.path are two sources of pairs: set one",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,7 @@ Every response stands in a row with its prompt as a segment of its own, and is s
 one that ends a reply, or the last of its own words. What would come after that token is left out, as a causal model
 would not see it.
 
-Rows hold whole pairs (see `data.packing.SharedRows`). The batch of a step is a pure function of the pairs, the config
-and the step.
+Rows hold whole pairs: see `alignment.pair_rows`.
 
 Legend: B rows, T tokens of a row, P pairs of a row, R responses of a row; the last axis, 2, is (chosen, rejected).
 """
@@ -16,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llm_jax.alignment import pair_rows
 from llm_jax.alignment.config import POOLINGS, RewardDataConfig, RewardLossConfig
 from llm_jax.alignment.conversations import BadRecordError, Tally
 from llm_jax.alignment.preferences import Pair
 from llm_jax.alignment.rewards import Prompt
 from llm_jax.config import one_of
-from llm_jax.data import loader, mixture
 from llm_jax.data.packing import SharedRows
 from llm_jax.errors import UserError, require
 from llm_jax.tokenization.chat import ChatTemplate, Message
@@ -196,111 +195,19 @@ def _row(pairs: Sequence[EncodedPair], length: int, places: int) -> RewardBatch:
     return RewardBatch(*layout[:3], layout.ends.reshape(places, 2), weights, strengths, labels, label_weights)
 
 
-class _Rows:
-    """The endless sequence of rows of some pairs; `self[i]` is a pure function of i and the arguments."""
-
-    def __init__(self, pairs: Sequence[EncodedPair], name: str, config: RewardDataConfig):
-        self._pairs = pairs
-        self._length = config.sequence_length
-        lengths = [pair.length for pair in pairs]
-        self._shared = SharedRows(lengths, name, config.sequence_length, config.seed, padded=not config.packed)
-        self.places = self._shared.most
-
-    @property
-    def windows(self) -> int:
-        """Rows of an epoch."""
-        return self._shared.windows
-
-    def __getitem__(self, index: int) -> RewardBatch:
-        """Row `index`, counted through all epochs: a `RewardBatch` without its first axis."""
-        return _row([self._pairs[i] for i in self._shared[index]], self._length, self.places)
-
-
-class PackedPairs:
-    """Batches for a run: row g of the run is the g-th of an endless sequence, and step s takes rows [s*B, (s+1)*B).
-
-    Without `config.weights` all sources are one, and each pair is drawn once in `rows_per_epoch` consecutive rows. With
-    them, each source is packed on its own, rows come from the sources so that a source has its share of the *pairs*,
-    and an epoch is as long as it can be without drawing a pair twice: with equal weights for LLaMA-2's own helpfulness
-    data and the rest, it is all of the former and as many of the latter (section 3.2.2).
-    """
+class PackedPairs(pair_rows.PackedPairs[EncodedPair, RewardBatch]):
+    """Batches for a run."""
 
     def __init__(self, pairs: Mapping[str, Sequence[EncodedPair]], config: RewardDataConfig):
-        """Pairs of each source, as `encode_pairs` gives them for the config's sequence length.
-
-        Raises `UserError` for a weight of an unknown source, a pair longer than a row, or fewer rows than a batch has.
-        """
-        self._config = config
-        pools = mixture.pools(pairs, config.weights, "RewardDataConfig")
-        sources = {name: _Rows(pool, name, config) for name, pool in pools.items()}
-        # Of a power of two, so that similar pairs are trained on by one compiled program.
-        self._places = _power_of_two(max(rows.places for rows in sources.values()))
-        for rows in sources.values():
-            rows.places = self._places
-        shares = _row_shares({name: (len(pools[name]), rows.windows) for name, rows in sources.items()}, config.weights)
-        self.rows_per_epoch = int(min(sources[name].windows / share for name, share in shares.items()))
-        self.pairs_per_row = sum(share * len(pools[name]) / sources[name].windows for name, share in shares.items())
-        require(
-            self.rows_per_epoch >= config.batch_size,
-            f"the pairs fill {self.rows_per_epoch:,} rows of {config.sequence_length:,} tokens, fewer than a batch of "
-            f"{config.batch_size:,}: lower RewardDataConfig.batch_size or sequence_length, or add pairs",
-        )
-        self._rows = mixture.mix(sources, shares)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which every row of an epoch has been drawn."""
-        return -(-self.rows_per_epoch // self._config.batch_size)
-
-    def batch(self, step: int) -> RewardBatch:
-        """The global batch of a step."""
-        found: RewardBatch = self._rows.batch(self._config.batch_size)[step]
-        return found
-
-    def train_batches(
-        self, *, start_step: int = 0, process_index: int = 0, process_count: int = 1, prefetch: int = 8
-    ) -> Iterator[RewardBatch]:
-        """This process's rows, [B/process_count,...], of the global batches from `start_step` on, without end.
-
-        `prefetch` batches are prepared ahead in background threads. Raises `UserError` for a batch size that the
-        processes do not divide.
-        """
-        return loader.batches_of_process(
-            self._rows,
-            self._config.batch_size,
-            start_step=start_step,
-            process_index=process_index,
-            process_count=process_count,
-            prefetch=prefetch,
-        )
-
-
-def _power_of_two(count: int) -> int:
-    """The next one from `count` on."""
-    return 1 << max(count - 1, 0).bit_length()
-
-
-def _row_shares(sizes: Mapping[str, tuple[int, int]], weights: Mapping[str, float]) -> dict[str, float]:
-    """Each source's share of the rows, from its share of the pairs and its (pairs, rows)."""
-    if not weights:
-        return dict.fromkeys(sizes, 1.0)
-    rows = {name: weights[name] * count / pairs for name, (pairs, count) in sizes.items()}
-    return {name: part / sum(rows.values()) for name, part in rows.items()}
+        """Pairs of each source, as `encode_pairs` gives them for the config's sequence length."""
+        super().__init__(pairs, config, _row)
 
 
 def heldout_batches(
     pairs: Sequence[EncodedPair], config: RewardDataConfig, process_index: int = 0, process_count: int = 1
 ) -> Iterator[RewardBatch]:
-    """This process's rows of batches with every pair once, always in the same order; rows after the last are empty.
-
-    Raises `UserError` for a batch size that the processes do not divide, or a pair longer than a row.
-    """
-    count = loader.rows_of_process(config.batch_size, process_index, process_count)
-    rows = _Rows(pairs, "heldout", dataclasses.replace(config, seed=0))
-    empty = _row([], config.sequence_length, rows.places)
-    for start in range(process_index * count, rows.windows + process_index * count, config.batch_size):
-        chosen = [rows[i] if i < rows.windows else empty for i in range(start, start + count)]
-        yield RewardBatch(*map(np.stack, zip(*chosen)))
+    """This process's rows of batches with every pair once; see `pair_rows.heldout_batches`."""
+    return pair_rows.heldout_batches(pairs, config, _row, process_index, process_count)
 
 
 def response_batches(
@@ -318,7 +225,7 @@ def response_batches(
             f"{sequence_length}",
         )
     rows = SharedRows(lengths, "responses", sequence_length, seed=0, padded=not packed)
-    places = _power_of_two(rows.most)
+    places = pair_rows.power_of_two(rows.most)
     for start in range(0, rows.windows, batch_size):
         items = [rows[i] if i < rows.windows else [] for i in range(start, start + batch_size)]
         layouts = [_lay_out([sequences[i] for i in row], sequence_length, places) for row in items]
