@@ -35,7 +35,7 @@ def _boxed(config: ModelConfig, key: jax.Array) -> Params:
     embedding_key, layers_key, head_key = jax.random.split(key, 3)
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     x_BTD = jnp.zeros((1, 1, config.hidden_size), config.compute_dtype)
-    rotary = _rotary(config, tokens_BT, None, None)
+    rotary = position_tables(config, tokens_BT, None, None)
 
     def layer(layer_key: jax.Array) -> Params:
         return Block(config).init(layer_key, x_BTD, AttentionMask(), rotary)["params"]
@@ -101,7 +101,7 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract(dataclasses.replace(config, quantization="none"))))
 
 
-def _rotary(
+def position_tables(
     config: ModelConfig, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, cache: Cache | None
 ) -> positions.RotaryTables | None:
     """The rotary tables; dynamic NTK goes by a cached row's prompt, else by the length of each packed text."""
@@ -114,7 +114,7 @@ def _rotary(
     return positions.rotary_tables(config, positions_BT, lengths_BT)
 
 
-def _mask(
+def attention_mask(
     config: ModelConfig, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, cache: Cache | None
 ) -> AttentionMask:
     """What may see what, by index; the window is set layer by layer."""
@@ -223,7 +223,8 @@ def hidden_states(
             noise_BTD = neftune_noise(x_BTD.shape, config.neftune_alpha, positions, segment_ids, noise_key)
             x_BTD += noise_BTD.astype(x_BTD.dtype)
         x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)
-    mask, rotary = _mask(config, positions, segment_ids, cache), _rotary(config, positions, segment_ids, cache)
+    mask = attention_mask(config, positions, segment_ids, cache)
+    rotary = position_tables(config, positions, segment_ids, cache)
     layers_cache = None if cache is None else cache.layers
     with jax.named_scope("layers"):
         x_BTD, layers_cache = _apply_layers(params, config, x_BTD, mask, rotary, layers_cache, layers_key)
