@@ -14,7 +14,7 @@ from llm_jax.config import MeshConfig, ModelConfig, SamplingConfig
 from llm_jax.errors import UserError
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import rules
-from llm_jax.sampling import generate as module
+from llm_jax.sampling import steps
 from llm_jax.sampling.generate import generate
 from llm_jax.sampling.processors import Processors, process
 
@@ -110,16 +110,16 @@ def test_a_row_ends_with_its_first_stop_id():
 
 
 def test_the_loop_ends_when_every_row_is_done(monkeypatch):
-    steps = []
-    compiled = module._decode
-    monkeypatch.setattr(module, "_decode", lambda *args: steps.append(compiled(*args)) or steps[-1])
-    monkeypatch.setattr(module, "_programs", tuple)
+    states = []
+    compiled = steps.decode
+    monkeypatch.setattr(steps, "decode", lambda *args: states.append(compiled(*args)) or states[-1])
+    monkeypatch.setattr(steps, "programs", tuple)
     params, config = build()
     free = generate(params, config, PROMPTS, GREEDY)
     stop_ids = [row.tokens[2] for row in free]
     generate(params, config, PROMPTS, GREEDY, stop_ids=stop_ids)
-    assert int(steps[0].step) == 12
-    assert int(steps[1].step) <= 3
+    assert int(states[0].step) == 12
+    assert int(states[1].step) <= 3
 
 
 def test_draws_follow_the_processed_distribution():
@@ -170,7 +170,7 @@ def test_an_empty_prompt_starts_from_bos():
 
 
 def compiled() -> tuple[int, int]:
-    return module._prefill._cache_size(), module._decode._cache_size()
+    return steps.prefill._cache_size(), steps.decode._cache_size()
 
 
 def test_only_another_shape_or_processor_compiles_anew_and_the_log_says_so(caplog):
@@ -236,7 +236,7 @@ def test_a_prompt_read_in_chunks_continues_the_same(name):
     params, config = build(name)
     whole = generate(params, config, PROMPTS, GREEDY)
     parts = generate(params, config, PROMPTS, dataclasses.replace(GREEDY, prefill_chunk=4))
-    assert module._shape(dataclasses.replace(GREEDY, prefill_chunk=4), 17)[1] == 2
+    assert steps.shape_for(dataclasses.replace(GREEDY, prefill_chunk=4), 17)[1] == 2
     assert [row.tokens for row in parts] == [row.tokens for row in whole]
     for row, other in zip(parts, whole):
         np.testing.assert_allclose(row.logprobs, other.logprobs, rtol=1e-4, atol=1e-4)
