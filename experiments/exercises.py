@@ -2,8 +2,9 @@
 
     python -m experiments.exercises --workdir=runs/exercises --config.model=runs/sft/best
 
-The exercises are those that experiments.prepare_instructions with the same settings holds out. A function counts if it
-parses and has the name and the parameters that were asked for; it is not run. Writes replies.jsonl and exercises.json.
+--config.path names the exercises that experiments.prepare_instructions or experiments.self_instruct held out. A
+function counts if it parses and has the name and the parameters that were asked for; it is not run. Writes
+replies.jsonl and exercises.json.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import track
 
 from experiments import runner
 from llm_jax.alignment import instructions
@@ -27,16 +29,12 @@ from llm_jax.sampling.generate import generate
 from llm_jax.tokenization import chat
 from llm_jax.tokenization.chat import ChatTemplate
 
-BATCH = 16  # exercises answered at once
-
 
 def run(config: ExercisesConfig, workdir: Path) -> None:
     """Let the model answer, and count what is right."""
     require(config.model != "", "set --config.model to the model that is to answer: a folder, a file or a name")
-    settings = config.instructions
-    made = instructions.exercises(settings.exercises, settings.limit, settings.cache)[0]
-    asked = instructions.split(made, settings.holdout_fraction)[1][: config.limit or None]
-    require(bool(asked), "no exercise is held out: raise config.instructions.holdout_fraction")
+    require(config.path != "", "set --config.path to the exercises: a file that experiments.prepare_instructions wrote")
+    asked = instructions.read_exercises(config.path)[: config.limit or None]
     model = pretrained.load_to_generate(config.model)
     template = chat.choose(config.template, model.tokenizer, model.chat_template)
     replies = answer(config, model, template, asked)
@@ -53,8 +51,8 @@ def answer(config: ExercisesConfig, model: Pretrained, template: ChatTemplate, a
     room = model.config.max_length - config.sampling.max_new_tokens
     fitting = sorted((i for i, prompt in enumerate(prompts) if len(prompt) <= room), key=lambda i: len(prompts[i]))
     replies = [""] * len(asked)
-    for start in range(0, len(fitting), BATCH):
-        chosen = fitting[start : start + BATCH]
+    for start in track(range(0, len(fitting), config.batch_size), "answering", console=Console(stderr=True)):
+        chosen = fitting[start : start + config.batch_size]
         found = generate(
             model.params, model.config, [prompts[i] for i in chosen], config.sampling, stop_ids=template.stop_ids
         )

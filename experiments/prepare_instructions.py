@@ -2,10 +2,11 @@
 
     python -m experiments.prepare_instructions --workdir=runs/instructions
 
-writes --workdir/train/SOURCE.jsonl and --workdir/heldout/SOURCE.jsonl, which experiments.sft reads. Exercises are
-made by rule of Chinese statutes, Chinese idioms and functions of Python's library; small talk is chatterbot-corpus's;
-a review is to be continued from its first words. Nobody asked them: they are for trying the machinery out, not for a
-product.
+writes --workdir/train/SOURCE.jsonl and --workdir/heldout/SOURCE.jsonl, which experiments.sft reads as data.path and
+data.heldout_path, and --workdir/exercises.jsonl, the held-out exercises, which experiments.exercises reads. Exercises
+are made by rule of numbers and words, Chinese statutes, Chinese idioms and functions of Python's library; small talk is
+chatterbot-corpus's; a review is to be continued from its first words. Nobody asked them: they are for trying the
+machinery out, not for a product.
 """
 
 from collections import defaultdict
@@ -17,14 +18,15 @@ from llm_jax.alignment import conversations, instructions, ratings
 from llm_jax.alignment.config import InstructionsConfig
 from llm_jax.alignment.conversations import Conversation, Tally
 
-TRAIN, HELDOUT = "train", "heldout"
+TRAIN, HELDOUT, EXERCISES = "train", "heldout", "exercises.jsonl"
 
 
 def run(config: InstructionsConfig, workdir: Path) -> None:
     """Make the files, and say how many conversations each has."""
     sides: dict[str, dict[str, list[Conversation]]] = {TRAIN: defaultdict(list), HELDOUT: defaultdict(list)}
     made, tally = instructions.exercises(config.exercises, config.limit, config.cache)
-    for side, exercises in zip(sides, instructions.split(made, config.holdout_fraction)):
+    learned, heldout = instructions.split(made, config.holdout_fraction)
+    for side, exercises in zip(sides, (learned, heldout)):
         _add(sides[side], (exercise.conversation for exercise in exercises))
     _say("exercises", tally)
     for language in config.small_talk:
@@ -41,6 +43,7 @@ def run(config: InstructionsConfig, workdir: Path) -> None:
         (workdir / side).mkdir(parents=True, exist_ok=True)
         for source, found in sources.items():
             instructions.write(workdir / side / f"{source}.jsonl", found)
+    instructions.write_exercises(workdir / EXERCISES, heldout)
     for source, found in sides[TRAIN].items():
         print(f"{source}: {len(found):,} conversations, {len(sides[HELDOUT][source]):,} held out")
 

@@ -10,5 +10,5 @@ from llm_jax.alignment.config import ExercisesConfig
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Some 600 exercises."""
-    return config.to_config_dict(ExercisesConfig())
+    """Some 800 exercises, of configs/sft/instructions.py."""
+    return config.to_config_dict(ExercisesConfig(path="runs/instructions/exercises.jsonl"))

@@ -41,6 +41,7 @@ class ChatDataConfig:
     # the midst of a reply if need be.
     too_long: str = "cut"
     holdout_fraction: float = 0.01  # of the conversations, chosen by a hash of their first message; 0 = none
+    heldout_path: str = ""  # conversations to hold out instead: a file or folder as `path` is
     sequence_length: int = 2048
     batch_size: int = 64  # sequences in a global batch
     packed: bool = True  # several conversations in a sequence; False = one, and padding
@@ -311,7 +312,7 @@ def _check_pairs(config: RewardConfig | DpoConfig) -> None:
 class InstructionsConfig:
     """Which conversations are made out of packages; see `alignment.instructions` and `alignment.ratings`."""
 
-    exercises: tuple[str, ...] = ("statutes", "idioms", "functions")
+    exercises: tuple[str, ...] = ("skills", "statutes", "idioms", "functions")
     limit: int = 2000  # of each source of exercises and of reviews; 0 = all
     small_talk: tuple[str, ...] = ("en", "zh")
     reviews: tuple[str, ...] = ()  # languages ("en", "zh") of reviews to be continued
@@ -328,16 +329,46 @@ class InstructionsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExercisesConfig:
-    """Which held-out exercises a model answers."""
+    """Which exercises a model answers, and how."""
 
     model: str = ""  # a run folder, a Hugging Face folder, a .gguf file or a released model's name
+    path: str = ""  # the exercises, as experiments.prepare_instructions and experiments.self_instruct write them
     template: str = "auto"  # see ChatDataConfig
-    instructions: InstructionsConfig = InstructionsConfig()
     limit: int = 0  # how many are asked; 0 = all
+    batch_size: int = 16  # answered at once
     sampling: SamplingConfig = dataclasses.field(
         default_factory=lambda: SamplingConfig(max_new_tokens=64, temperature=0.0)
     )
 
     def __post_init__(self) -> None:
+        positive(self, "batch_size")
         non_negative(self, "limit")
         one_of("ExercisesConfig.template", self.template, TEMPLATES)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfInstructConfig:
+    """Which samples of using tools a model writes."""
+
+    model: str = ""  # a run folder, a Hugging Face folder, a .gguf file or a released model's name
+    tools: str = ""  # a .jsonl file: a tool a line
+    seeds: str = ""  # a .jsonl file: a sample a line, written by people
+    count: int = 200  # samples that are asked for; may be raised when a run is continued
+    shown: int = 3  # seed samples that the model sees before it writes one
+    batch_size: int = 16  # written at once
+    holdout_fraction: float = 0.1  # of the samples kept, chosen by a hash of their question
+    quantize: str = "none"  # of the model: int8 or int4
+    seed: int = 0
+    sampling: SamplingConfig = dataclasses.field(
+        default_factory=lambda: SamplingConfig(max_new_tokens=128, temperature=0.7, top_p=0.95)
+    )
+
+    def __post_init__(self) -> None:
+        positive(self, "count", "shown", "batch_size")
+        non_negative(self, "seed")
+        one_of("SelfInstructConfig.quantize", self.quantize, QUANTIZATIONS)
+        require(
+            0 <= self.holdout_fraction < 1,
+            f"SelfInstructConfig.holdout_fraction={self.holdout_fraction} must be in [0, 1)",
+        )
+        require(self.sampling.num_samples == 1, "SelfInstructConfig.sampling.num_samples must be 1: raise count")

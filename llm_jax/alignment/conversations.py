@@ -25,6 +25,7 @@ from llm_jax.tokenization.chat import ROLES, Message
 KINDS = (".jsonl", ".jsonl.gz", ".json")
 FIELDS = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction", "hh_rlhf": "chosen"}
 ROLE_NAMES = {"developer": "system", "human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")
+HELD_OUT = "request that is held out"
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 Made = TypeVar("Made")
 
@@ -49,6 +50,12 @@ class Tally:
         """Count one record."""
         self.counts[reason] += 1
         self.first.setdefault(reason, " ".join(": ".join(part for part in (record, detail) if part).split()))
+
+    def __iadd__(self, other: "Tally") -> "Tally":
+        """Count what another tally has counted, too."""
+        self.counts += other.counts
+        self.first = other.first | self.first
+        return self
 
     def __str__(self) -> str:
         """One line: "12 unknown role (first data.jsonl:3: 'tool'), 4 empty reply (...)"."""
@@ -112,11 +119,11 @@ def read_each(path: str | Path, make: Callable[[Any, str, str], Made], what: str
     return found, tally
 
 
-def parse(record: Any, format: str = "auto") -> tuple[Message, ...]:
+def parse(record: Any, format: str = "auto", needs_reply: bool = True) -> tuple[Message, ...]:
     """The messages of one record, checked.
 
     Raises `BadRecordError` where the record has another form than its format, the roles are unknown or out of order, a
-    message is empty, or there is no reply.
+    message is empty, or there is no reply where one is needed.
     """
     _check(isinstance(record, Mapping), "not a JSON object", type(record).__name__)
     if format == "auto":
@@ -132,7 +139,7 @@ def parse(record: Any, format: str = "auto") -> tuple[Message, ...]:
         turns = list(_listed(record[field]))
     if record.get("system"):  # where the list of messages has no place for it
         turns.insert(0, ("system", record["system"]))
-    return in_order([_message(role, content) for role, content in turns])
+    return in_order([_message(role, content) for role, content in turns], needs_reply)
 
 
 def transcript(text: Any) -> Iterator[tuple[str, str]]:
@@ -143,8 +150,8 @@ def transcript(text: Any) -> Iterator[tuple[str, str]]:
         yield ("user" if speaker == "Human" else "assistant"), said.strip()
 
 
-def in_order(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages without an empty system message; `BadRecordError` where nobody could learn from them."""
+def in_order(messages: Sequence[Message], needs_reply: bool = True) -> tuple[Message, ...]:
+    """The messages without an empty system message; `BadRecordError` where nobody could learn from or answer them."""
     first = 1 if messages and messages[0].role == "system" else 0
     spoken = messages[first:]
     for before, message in zip((None, *spoken), spoken):
@@ -154,7 +161,8 @@ def in_order(messages: Sequence[Message]) -> tuple[Message, ...]:
         _check(before is None or before.role != message.role, f"two {message.role} turns in a row", said)
         empty = "empty reply" if message.role == "assistant" else "empty user message"
         _check(bool(message.content.strip()), empty)
-    _check(len(spoken) > 1, "no reply")
+    _check(len(spoken) > 0, "no message")
+    _check(not needs_reply or len(spoken) > 1, "no reply")
     return tuple(messages if first and messages[0].content.strip() else spoken)
 
 
@@ -165,9 +173,26 @@ def split(conversations: Iterable[Conversation], fraction: float) -> tuple[list[
     """
     sides: tuple[list[Conversation], list[Conversation]] = ([], [])
     for conversation in conversations:
-        request = next(message.content for message in conversation.messages if message.role == "user")
-        sides[text_hash(request) < fraction * HASH_RANGE].append(conversation)
+        sides[text_hash(_first_request(conversation)) < fraction * HASH_RANGE].append(conversation)
     return sides
+
+
+def without_requests_of(
+    conversations: Iterable[Conversation], heldout: Iterable[Conversation], tally: Tally
+) -> list[Conversation]:
+    """The conversations that begin with no request that a held-out one begins with; `tally` counts the others."""
+    asked = {_first_request(conversation) for conversation in heldout}
+    kept = []
+    for conversation in conversations:
+        if _first_request(conversation) in asked:
+            tally.add(HELD_OUT, conversation.record)
+        else:
+            kept.append(conversation)
+    return kept
+
+
+def _first_request(conversation: Conversation) -> str:
+    return next(message.content for message in conversation.messages if message.role == "user")
 
 
 def _files(path: Path, what: str) -> list[Path]:

@@ -1,7 +1,8 @@
-"""Instructions with replies, out of packages: templated ones whose answers can be checked, and small talk.
+"""Instructions with replies: templated ones whose answers can be checked, and small talk.
 
-The templated ones are made by rule from Chinese statutes, Chinese idioms and the functions of Python's own library;
-nobody asked them, and they are no substitute for what people ask. Small talk is chatterbot-corpus's.
+The templated ones are made by rule: skills such as sums from nothing at all (see `skills`), others from Chinese
+statutes, Chinese idioms and the functions of Python's own library. Nobody asked them, and they are no substitute for
+what people ask. Small talk is chatterbot-corpus's.
 """
 
 import ast
@@ -10,10 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
+from llm_jax.alignment import conversations, skills, tool_use
 from llm_jax.alignment.conversations import BadRecordError, Conversation, Tally, in_order
 from llm_jax.alignment.preferences import is_held_out
 from llm_jax.alignment.ratings import fetch
@@ -22,12 +24,14 @@ from llm_jax.data import readers
 from llm_jax.data.documents import text_hash
 from llm_jax.data.packages import Package, members
 from llm_jax.data.sources import IDIOM, LAW
+from llm_jax.errors import require
 from llm_jax.tokenization.chat import Message
 
 CHATTERBOT = Package(
     "chatterbot-corpus", "1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154", 345_706
 )
-SOURCES = ("statutes", "idioms", "functions")
+SOURCES = ("skills", "statutes", "idioms", "functions")
+TOOL = "tool"  # the kind of an exercise whose answer is a call of a tool
 LONGEST_ANSWER = 200  # characters of an article that is to be recited
 LONGEST_FUNCTION = 1200  # characters of source
 CHAT_LANGUAGES = {"en": "english", "zh": "chinese"}
@@ -46,13 +50,14 @@ REQUESTS = {
         "Write a Python function with the signature `{signature}`.\n\n{description}",
         "Implement this in Python.\n\n{signature}\n\n{description}",
     ),
+    **skills.REQUESTS,
 }
 
 
 class Exercise(NamedTuple):
     """A request with a right reply."""
 
-    kind: str  # a key of REQUESTS
+    kind: str  # a key of REQUESTS, or TOOL
     conversation: Conversation  # the request and the right reply
 
     @property
@@ -64,8 +69,8 @@ class Exercise(NamedTuple):
 def exercises(sources: Iterable[str] = SOURCES, limit: int = 0, cache: str = "") -> tuple[list[Exercise], Tally]:
     """Templated instructions with answers that can be checked, and what was left out.
 
-    Each statute article, idiom and function makes one exercise at most, so that holding exercises out holds out what
-    they are about.
+    Each skill's subject, statute article, idiom and function makes one exercise at most, so that holding exercises out
+    holds out what they are about.
 
     Args:
         sources: some of SOURCES.
@@ -87,11 +92,14 @@ def exercises(sources: Iterable[str] = SOURCES, limit: int = 0, cache: str = "")
 def solves(reply: str, exercise: Exercise) -> bool:
     """Whether a reply is right.
 
-    A function must parse and have the name and the parameters that were asked for: what it does is not run. Anything
-    else must be the answer, but for white space and for quotation marks and full stops around it.
+    A function must parse and have the name and the parameters that were asked for: what it does is not run. A call of
+    a tool must be of that tool, with those arguments. Anything else must be the answer, but for white space and for
+    quotation marks and full stops around it.
     """
     if exercise.kind == "function":
         return _parameters(reply) == _parameters(exercise.answer)
+    if exercise.kind == TOOL:
+        return tool_use.call(reply) == tool_use.call(exercise.answer)
     return _bare(reply) == _bare(exercise.answer)
 
 
@@ -135,14 +143,42 @@ def read_small_talk(path: Path, language: str) -> tuple[list[Conversation], Tall
     return list(found.values()), tally
 
 
-def write(path: str | Path, conversations: Iterable[Conversation]) -> None:
+def write(path: str | Path, found: Iterable[Conversation]) -> None:
     """Write conversations as JSON Lines that `conversations.read` takes, atomically."""
+    _write_lines(path, map(_record, found))
+
+
+def write_exercises(path: str | Path, made: Iterable[Exercise]) -> None:
+    """Write exercises as JSON Lines: conversations, each with the kind of the exercise."""
+    _write_lines(path, ({"kind": exercise.kind, **_record(exercise.conversation)} for exercise in made))
+
+
+def read_exercises(path: str | Path) -> list[Exercise]:
+    """The exercises of a file that `write_exercises` wrote; `UserError` naming the first record that is none."""
+
+    def exercise(value: Any, source: str, record: str) -> Exercise:
+        messages = conversations.parse(value, "messages")
+        kind = value.get("kind")
+        if not isinstance(kind, str) or kind not in (*REQUESTS, TOOL):
+            raise BadRecordError("unknown kind of exercise", repr(kind)[:30])
+        if messages[-1].role != "assistant":
+            raise BadRecordError("exercise without an answer")
+        return Exercise(kind, Conversation(messages, source, record))
+
+    found, tally = conversations.read_each(path, exercise, "exercise")
+    require(not tally.counts, f"{path} holds what is no exercise: {tally}")
+    return found
+
+
+def _record(conversation: Conversation) -> dict[str, Any]:
+    return {"messages": [{"role": message.role, "content": message.content} for message in conversation.messages]}
+
+
+def _write_lines(path: str | Path, records: Iterable[Any]) -> None:
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
-        for conversation in conversations:
-            messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     partial.replace(path)
 
 
@@ -154,6 +190,8 @@ def _turns(turns: object) -> tuple[Message, ...]:
 
 
 def _make(source: str, cache: str, tally: Tally) -> Iterator[Exercise]:
+    if source == "skills":
+        return (_exercise(kind, source, subject, answer, **fields) for kind, subject, answer, fields in skills.draw())
     if source == "statutes":
         return statute_exercises(readers.articles(fetch(LAW, cache)), tally)
     if source == "idioms":

@@ -63,13 +63,18 @@ def choose_template(config: ChatDataConfig, tokenizer: Tokenizer, own_template: 
 
 
 def load(config: ChatDataConfig, template: ChatTemplate) -> ChatData:
-    """Read, split and tokenise `config.path`.
+    """Read, split and tokenise `config.path`, of which nothing is trained on that begins with a held-out request.
 
     Raises `UserError` where there is nothing to read, or nothing to train on is left.
     """
     require(config.path != "", "ChatDataConfig.path is not set: name a file or folder of conversations")
     found, tally = conversations.read(config.path, config.format)
-    train, heldout = conversations.split(found, config.holdout_fraction)
+    if config.heldout_path:
+        heldout, others = conversations.read(config.heldout_path, config.format)
+        tally += others
+        train = conversations.without_requests_of(found, heldout, tally)
+    else:
+        train, heldout = conversations.split(found, config.holdout_fraction)
     learned, judged = (tokenize_all(side, template, config, tally) for side in (train, heldout))
     data = ChatData(learned, judged, tally, heldout)
     require(bool(data.train), f"{config.path} has no conversation to train on: {str(tally) or 'all are held out'}")

@@ -1,12 +1,16 @@
 """Templated instructions: one right answer each, checked by rule; and small talk out of a package made here."""
 
+import itertools
+import re
 import zipfile
 
 import pytest
 
-from llm_jax.alignment import conversations, instructions
-from llm_jax.alignment.conversations import Tally
+from llm_jax.alignment import conversations, instructions, skills
+from llm_jax.alignment.conversations import Conversation, Tally
+from llm_jax.alignment.instructions import Exercise
 from llm_jax.errors import UserError
+from llm_jax.tokenization.chat import Message
 
 LAWS = [(f"{name}法", "", f"第{i}条", f"{name}的第{i}个规定。") for name in "甲乙丙丁" for i in range(30)]
 LAWS += [("己法", "", f"第{i}条", f"己法的第{i}个规定。") for i in range(30)]
@@ -59,6 +63,75 @@ def test_idioms_have_one_answer_each():
             assert exercise.conversation.record in filled
         else:
             assert exercise.answer == exercise.conversation.record
+
+
+def value_of(numeral):
+    """A Chinese number's value, read from the left: a unit multiplies the digit before it, or one where none is."""
+    total = digit = 0
+    for sign in numeral:
+        if sign in "十百千":
+            total, digit = total + (digit or 1) * 10 ** ("十百千".index(sign) + 1), 0
+        else:
+            digit = "零一二三四五六七八九".index(sign)
+    return total + digit
+
+
+def test_chinese_numbers():
+    assert all(value_of(skills.chinese_number(number)) == number for number in range(1, 10_000))
+    known = {10: "十", 15: "十五", 20: "二十", 101: "一百零一", 110: "一百一十", 1001: "一千零一", 1015: "一千零一十五"}
+    assert {number: skills.chinese_number(number) for number in known} == known
+    assert not any(map(re.compile("零零|零$|^零").search, map(skills.chinese_number, range(1, 10_000))))
+
+
+def test_skills_have_right_answers_and_subjects_of_their_own():
+    found, tally = instructions.exercises(("skills",))
+    assert len({exercise.conversation.record for exercise in found}) == len(found) == 5 * skills.COUNT
+    assert not tally.counts and len({request(exercise) for exercise in found}) == len(found)
+    for exercise in found:
+        answer, asked = exercise.answer, request(exercise)
+        words = re.findall("[a-z]+", re.split("[:：？?]", asked, maxsplit=1)[-1])
+        if exercise.kind == "sum":
+            assert sum(map(int, re.findall(r"\d+", asked))) == int(answer)
+        elif exercise.kind == "chinese_number":
+            assert value_of(answer) == int(re.search(r"\d+", asked)[0])
+        elif exercise.kind == "last_word":
+            assert answer == words[-1] and 3 <= len(words) <= 5
+        elif exercise.kind == "capitals":
+            assert answer.lower().split() == words and answer == answer.upper()
+        else:
+            ordered = answer.split()
+            assert all(a < b for a, b in itertools.pairwise(ordered)) and set(ordered) == set(words)
+        assert instructions.solves(answer, exercise) and not instructions.solves(f"{answer}x", exercise)
+    sums = [sorted(map(int, re.findall(r"\d+", request(e)))) for e in found if e.kind == "sum"]
+    assert len(set(map(tuple, sums))) == skills.COUNT  # 3 + 4 and 4 + 3 are not on both sides of a split
+
+
+def test_a_call_of_a_tool_is_solved_by_the_same_call():
+    call = 'Thought: Hm.\nAction: clock\nAction Input: {"zone": "Oslo", "day": 1}'
+    messages = (Message("system", "clock"), Message("user", "?"), Message("assistant", call))
+    exercise = Exercise(instructions.TOOL, Conversation(messages))
+    assert instructions.solves('Thought: So.\nAction: clock\nAction Input: {"day": 1, "zone": "Oslo"}', exercise)
+    for wrong in (call.replace("clock", "weather"), call.replace("Oslo", "Rome"), call.replace(', "day": 1', ""), "12"):
+        assert not instructions.solves(wrong, exercise)
+
+
+def test_exercises_are_written_and_read(tmp_path):
+    path = tmp_path / "exercises.jsonl"
+    made = instructions.exercises(("skills",), limit=20)[0]
+    instructions.write_exercises(path, made)
+    read = instructions.read_exercises(path)
+    assert [(e.kind, e.conversation.messages) for e in read] == [(e.kind, e.conversation.messages) for e in made]
+    assert [talk.messages for talk in conversations.read(path)[0]] == [e.conversation.messages for e in made]
+    good = path.read_text()
+    for bad, message in (
+        ('{"messages": []}\n', "exercises.jsonl:21"),
+        ('{"kind": "x", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
+         "unknown kind of exercise .first exercises.jsonl:21: 'x'"),
+        (good.splitlines()[0].replace("]}", ', {"role": "user", "content": "a"}]}') + "\n", "without an answer"),
+    ):  # fmt: skip
+        path.write_text(good + bad)
+        with pytest.raises(UserError, match=message):
+            instructions.read_exercises(path)
 
 
 MODULE = '''

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_jax import models
-from llm_jax.alignment import sft
+from llm_jax.alignment import conversations, sft
 from llm_jax.alignment.config import ChatDataConfig
 from llm_jax.alignment.conversations import BadRecordError, Conversation, Tally
 from llm_jax.alignment.sft import PackedSamples, Sample
@@ -251,6 +251,25 @@ def test_loading_a_file(tmp_path):
         sft.load(dataclasses.replace(config, sequence_length=9, too_long="drop"), ChatML(Bytes()))
     with pytest.raises(UserError, match="path is not set"):
         sft.load(CONFIG, ChatML(Bytes()))
+
+
+def test_held_out_conversations_from_a_folder_are_all_held_out_and_none_is_trained_on(tmp_path):
+    lines = [f'{{"instruction": "ask {i}", "output": "answer {"x" * i}"}}\n' for i in range(30)]
+    train, heldout = tmp_path / "train", tmp_path / "heldout"
+    for folder, name, kept in ((train, "a", lines[:20]), (heldout, "a", lines[18:25]), (heldout, "b", lines[25:])):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.jsonl").write_text("".join(kept) + "{}\n")
+    config = dataclasses.replace(CONFIG, path=str(train), heldout_path=str(heldout), holdout_fraction=0.5)
+    data = sft.load(config, ChatML(Bytes()))
+    assert {name: len(found) for name, found in data.train.items()} == {"a": 18}  # not asks 18 and 19
+    assert {name: len(found) for name, found in data.heldout.items()} == {"a": 7, "b": 5}
+    assert [each.messages[0].content for each in data.heldout_conversations] == [f"ask {i}" for i in range(18, 30)]
+    assert data.tally.counts == {"unknown format": 3, conversations.HELD_OUT: 2}
+    assert data.tally.first["unknown format"] == "a.jsonl:21: fields []"
+    with pytest.raises(UserError, match="no conversation to train on.*20 request that is held out"):
+        sft.load(dataclasses.replace(config, path=str(train), heldout_path=str(train)), ChatML(Bytes()))
+    with pytest.raises(UserError, match="nowhere"):
+        sft.load(dataclasses.replace(config, heldout_path="nowhere"), ChatML(Bytes()))
 
 
 def test_choosing_a_template():
