@@ -78,7 +78,7 @@ class Recorder:
         if not self._writes:
             return
         path = workdir / FILE
-        _keep_until(path, start_step)
+        keep_until(path, start_step)
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._console = Console(stderr=True)
@@ -132,8 +132,8 @@ def _plain(value: float) -> float | int:
     return int(value) if isinstance(value, int | np.integer) else float(value)
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the records of later steps, and lines that are no records, as a last one that was cut short."""
+def keep_until(path: Path, step: int) -> None:
+    """Drop a file's records of later steps, and lines that are no records, as a last one that was cut short."""
     if not path.exists():
         return
     kept = [f"{line}\n" for line in path.read_text().splitlines() if _step(line) <= step]
