@@ -45,8 +45,8 @@ SAMPLES = "samples.jsonl"
 _INSPECT = flags.DEFINE_integer("inspect", 0, "show so many conversations with the weights of their tokens, and stop")
 
 
-def run(config: SftConfig, workdir: Path) -> None:
-    """Fine-tune, continuing from the newest checkpoint in `workdir`."""
+def run(config: SftConfig, workdir: Path) -> bool:
+    """Fine-tune, continuing from the newest checkpoint in `workdir`; whether it came to its end."""
     mesh = finetune.build_mesh(config.training)
     model = finetune.load(config.training, mesh)
     template = sft.choose_template(config.data, model.tokenizer, model.chat_template)
@@ -77,7 +77,7 @@ def run(config: SftConfig, workdir: Path) -> None:
         sequence_length=config.data.sequence_length,
         fingerprint=finetune.fingerprint([data.train, data.heldout]),
     )
-    finetune.train(config.training, model, task, workdir, mesh, config)
+    return finetune.train(config.training, model, task, workdir, mesh, config)
 
 
 def describe(data: ChatData, batches: PackedSamples) -> str:
