@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from llm_jax.alignment.config import CHAT_FORMATS
 from llm_jax.config import one_of
@@ -28,6 +28,18 @@ ROLE_NAMES = {"developer": "system", "human": "user"} | dict.fromkeys(("gpt", "c
 HELD_OUT = "request that is held out"
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 Made = TypeVar("Made")
+
+
+class HasMessages(Protocol):
+    """What holds messages in order, with one of the user's among them."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """In order."""
+        ...
+
+
+Spoken = TypeVar("Spoken", bound=HasMessages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,17 +173,16 @@ def in_order(messages: Sequence[Message], needs_reply: bool = True) -> tuple[Mes
         _check(before is None or before.role != message.role, f"two {message.role} turns in a row", said)
         empty = "empty reply" if message.role == "assistant" else "empty user message"
         _check(bool(message.content.strip()), empty)
-    _check(len(spoken) > 0, "no message")
-    _check(not needs_reply or len(spoken) > 1, "no reply")
+    _check(len(spoken) > needs_reply, "no reply" if needs_reply else "no message")
     return tuple(messages if first and messages[0].content.strip() else spoken)
 
 
-def split(conversations: Iterable[Conversation], fraction: float) -> tuple[list[Conversation], list[Conversation]]:
+def split(conversations: Iterable[Spoken], fraction: float) -> tuple[list[Spoken], list[Spoken]]:
     """(to train on, held out): about `fraction` of the conversations, all that begin with the same request together.
 
     The side follows from a hash of the first message that the user writes, so it never depends on other records.
     """
-    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
+    sides: tuple[list[Spoken], list[Spoken]] = ([], [])
     for conversation in conversations:
         sides[text_hash(_first_request(conversation)) < fraction * HASH_RANGE].append(conversation)
     return sides

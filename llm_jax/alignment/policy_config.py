@@ -5,12 +5,15 @@ The defaults are ours; `configs/ppo` holds what the reports state.
 
 import dataclasses
 
-from llm_jax.config import non_negative, one_of, positive
+from llm_jax.alignment.config import CHAT_FORMATS
+from llm_jax.config import SamplingConfig, non_negative, one_of, positive
 from llm_jax.errors import require
+from llm_jax.tokenization.chat import TEMPLATES
 
 KL_KINDS = ("fixed", "scheduled", "adaptive")
 NORMALIZATIONS = ("none", "whiten", "running_mean", "running_std", "running_both")
 ADVANTAGES = ("gae", "grpo", "rloo")
+PROMPT_FORMATS = (*CHAT_FORMATS, "prompt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,3 +89,73 @@ class RewardShapingConfig:
     def __post_init__(self) -> None:
         one_of("RewardShapingConfig.normalization", self.normalization, NORMALIZATIONS)
         non_negative(self, "limit", "missing_end_penalty")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptDataConfig:
+    """Which prompts a policy answers, and how they are written."""
+
+    path: str = ""  # a file or folder of .jsonl, .jsonl.gz or .json: prompts, or conversations without their last reply
+    format: str = "auto"  # of the records; auto = each record's own
+    template: str = "auto"  # as ChatDataConfig.template; none = a prompt is the beginning of a text
+    max_tokens: int = 256  # longer prompts are left out
+    holdout_fraction: float = 0.0  # of the prompts, chosen by a hash of their first message
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("PromptDataConfig.format", self.format, PROMPT_FORMATS)
+        one_of("PromptDataConfig.template", self.template, ("none", *TEMPLATES))
+        positive(self, "max_tokens")
+        non_negative(self, "seed")
+        fraction = self.holdout_fraction
+        require(0 <= fraction < 1, f"PromptDataConfig.holdout_fraction={fraction} must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How a policy answers the prompts of an iteration: draws whose logprobs the update can do again."""
+
+    prompts: int = 64  # of an iteration, in all processes; each has `sampling.num_samples` responses
+    max_prompt_tokens: int = 256
+    # Drawn at once in each process; the next prompts take over those that are done. 0 = all of an iteration at once
+    rows: int = 0
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        positive(self, "prompts", "max_prompt_tokens")
+        non_negative(self, "rows")
+        samples = self.sampling.num_samples
+        require(
+            self.rows % samples == 0,
+            f"RolloutConfig.rows={self.rows} must be a multiple of sampling.num_samples={samples}: a prompt's samples "
+            "begin together",
+        )
+        _require_policy_gradient(self.sampling)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row of rollouts, T: the longest prompt and the longest response."""
+        return self.max_prompt_tokens + self.sampling.max_new_tokens
+
+
+def _require_policy_gradient(sampling: SamplingConfig) -> None:
+    """Raise `UserError` where the policy gradient of these draws would be another than the update computes."""
+    require(
+        sampling.temperature > 0,
+        "RolloutConfig.sampling.temperature=0: greedy responses have no alternatives to be better than; set it above 0",
+    )
+    require(
+        sampling.top_k == 0,
+        f"RolloutConfig.sampling.top_k={sampling.top_k}: the update's logprobs are those of the whole vocabulary, and "
+        "top-k may draw from any small part of it; set 0, or bound what is left out by top_p",
+    )
+    require(
+        sampling.repetition_penalty == 1,
+        f"RolloutConfig.sampling.repetition_penalty={sampling.repetition_penalty}: it draws from other logits than "
+        "those that the update computes, so that its ratios would be wrong; set 1",
+    )
+    require(
+        sampling.cache_dtype != "int8",
+        "RolloutConfig.sampling.cache_dtype='int8': rounded keys and values give other logprobs than the update "
+        "computes; set ''",
+    )
