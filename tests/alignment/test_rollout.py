@@ -16,6 +16,7 @@ from llm_jax.config import MeshConfig, ModelConfig, SamplingConfig
 from llm_jax.errors import UserError
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import rules
+from llm_jax.training.language_model import logprobs_function
 
 MODEL = ModelConfig(
     vocab_size=32, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, ffn_size=24, max_length=32,
@@ -136,3 +137,132 @@ def same(found, other):
 @pytest.mark.parametrize("rows", [2, 8])
 def test_rows_taken_over_change_no_response(rows):
     same(rolled(rows), rolled())
+
+
+def test_a_prompt_alone_is_answered_as_among_others():
+    whole = rolled(4)
+    alone = rollout.roll(params(), MODEL, PROMPTS[2:3], SETTINGS, stop_ids=STOP, streams=[2])
+    same(alone._replace(prompt_B=alone.prompt_B + 2), rollout.Rollouts(*jax.tree.map(lambda x: x[4:6], tuple(whole))))
+    other = rollout.roll(params(), MODEL, PROMPTS[2:3], SETTINGS, stop_ids=STOP, streams=[9])
+    assert other.response_tokens(0) != alone.response_tokens(0)
+
+
+def test_rows_are_moved_back_when_all_columns_are_drawn(monkeypatch):
+    shifts, real = [], rollout.steps.compact
+    monkeypatch.setattr(rollout.steps, "compact", lambda state, shift: shifts.append(int(shift)) or real(state, shift))
+    prompts = PROMPTS * 3
+    found = rollout.roll(params(), MODEL, prompts, REFILL, stop_ids=())
+    assert len(shifts) > 2 and min(shifts) >= SAMPLING.max_new_tokens
+    assert not found.ended_B.any() and (found.lengths_B == 10).all()
+    same(found, rollout.roll(params(), MODEL, prompts, SETTINGS, stop_ids=()))
+
+
+def test_fewer_steps_are_drawn_when_rows_end_early_and_are_taken_over(monkeypatch):
+    columns, real = [], rollout.steps.decode
+
+    def counted(*args):
+        before = int(args[3].step)
+        state = real(*args)
+        columns.append(int(state.step) - before)
+        return state
+
+    monkeypatch.setattr(rollout.steps, "decode", counted)
+    prompts = PROMPTS * 4
+    lengths_B = rollout.roll(params(), MODEL, prompts, REFILL, stop_ids=STOP).lengths_B
+    refilled = sum(columns)
+    batches = lengths_B.reshape(-1, 4).max(axis=1)  # four rows at a time, each as long as its longest
+    columns.clear()
+    rollout.roll(params(), MODEL, prompts[:2], SETTINGS, stop_ids=STOP)
+    assert sum(columns) == batches[0] - 1  # the first token comes with the prompt
+    assert refilled < 0.9 * batches.sum()
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_eight_devices_give_what_one_does(rows):
+    mesh = mesh_lib.build(MeshConfig(data=4, tensor=2), jax.devices())
+    shardings = rules.shardings(models.logical_axes(MODEL), models.abstract(MODEL), mesh)
+    placed = jax.device_put(params(), shardings)
+    settings = dataclasses.replace(SETTINGS, rows=rows)
+    same(rollout.roll(placed, MODEL, PROMPTS, settings, stop_ids=STOP), rolled())
+    with rollout.generation_layout(placed, MODEL) as (config, laid_out):
+        kernel = laid_out["layers"][0]["ffn"]["down"]["kernel"]
+        assert kernel.sharding.shard_shape(kernel.shape) == (12, 16)  # whole but for the tensor axis
+        same(rollout.roll(laid_out, config, PROMPTS, settings, stop_ids=STOP), rolled())
+    assert kernel.is_deleted() and not any(leaf.is_deleted() for leaf in jax.tree.leaves(placed))
+
+
+def test_generation_reads_the_compute_dtype_and_leaves_the_given_weights_alone():
+    config = dataclasses.replace(MODEL, compute_dtype="bfloat16")
+    given = jax.tree.map(jnp.copy, params())
+    with rollout.generation_layout(given, config) as (decoding, laid_out):
+        leaves = jax.tree.leaves(laid_out)
+        assert {str(leaf.dtype) for leaf in leaves} == {"bfloat16"}
+        found = rollout.roll(laid_out, decoding, PROMPTS, SETTINGS, stop_ids=STOP)
+    assert all(leaf.is_deleted() for leaf in leaves)
+    for mine, theirs in zip(jax.tree.leaves(given), jax.tree.leaves(params())):
+        np.testing.assert_array_equal(mine, theirs)
+    of_trainer = logprobs_function(config, temperature=0.8, chunk_size=8)(given, found.batch).logprobs_BT
+    assert rollout.check_logprobs(found, of_trainer) < 0.1  # of bfloat16's rounding
+    cold = logprobs_function(config, temperature=1.0, chunk_size=8)(given, found.batch).logprobs_BT
+    assert rollout.check_logprobs(found, cold) > 0.3
+
+
+def test_all_mass_is_kept_without_top_p():
+    settings = dataclasses.replace(SETTINGS, sampling=dataclasses.replace(SAMPLING, top_p=1.0))
+    found = rollout.roll(params(), MODEL, PROMPTS, settings, stop_ids=STOP)
+    assert found.kept_mass() == (1.0, 1.0)
+    mean, smallest = rolled().kept_mass()
+    assert 0.9 <= smallest < mean < 1
+
+
+class Letters:
+    """A tokenizer whose every id is one letter; 1 ends a text."""
+
+    vocab_size, eos_id = 31, 1  # one less than the model's
+
+    def decode_bytes(self, ids):
+        return bytes(96 + token for token in ids)
+
+
+def test_rewards_read_texts_without_end_tokens():
+    found = rollout.roll(params(), MODEL, PROMPTS, SETTINGS, stop_ids=(1,))
+    responses = rollout.responses(found, PROMPTS, Letters(), None)
+    for row, response in enumerate(responses):
+        ids = found.response_tokens(row)
+        assert response.text == "".join(chr(96 + token) for token in ids if token not in (1, 31))
+        assert (response.ended, response.tokens) == (ids[-1] == 1, len(ids))
+    assert {response.ended for response in responses} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0: greedy responses have no alternatives"),
+        ({"top_k": 5}, "top_k=5: the update's logprobs are those of the whole vocabulary"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1: it draws from other logits"),
+        ({"cache_dtype": "int8"}, "cache_dtype='int8': rounded keys and values give other logprobs"),
+    ],
+)
+def test_settings_that_would_make_the_update_wrong_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        RolloutConfig(sampling=dataclasses.replace(SAMPLING, **changes))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "there are no prompts"),
+        ([Prompt((), ())], {}, "prompt 0 has no tokens"),
+        ([Prompt((), (5,) * 11, record="a.jsonl:3")], {}, r"prompt 0 \(a.jsonl:3\) has 11 tokens, more than"),
+        ([Prompt((), (5, 40))], {}, "prompt 0 holds token 40, the model's vocabulary is 32"),
+        ([Prompt((), (5,))], {"streams": [1, 2]}, "2 streams for 1 prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_refused(prompts, options, message):
+    with pytest.raises(UserError, match=message):
+        rollout.roll(params(), MODEL, prompts, SETTINGS, stop_ids=STOP, **options)
+
+
+def test_rows_hold_whole_groups():
+    with pytest.raises(UserError, match=r"rows=3 must be a multiple of sampling\.num_samples=2"):
+        dataclasses.replace(SETTINGS, rows=3)
