@@ -5,14 +5,15 @@ The defaults are ours; `configs/ppo` holds what the reports state.
 
 import dataclasses
 
-from llm_jax.alignment.config import CHAT_FORMATS
-from llm_jax.config import SamplingConfig, non_negative, one_of, positive
+from llm_jax.alignment.config import CHAT_FORMATS, FineTuneConfig
+from llm_jax.config import CheckpointConfig, OptimizerConfig, SamplingConfig, non_negative, one_of, positive
 from llm_jax.errors import require
 from llm_jax.tokenization.chat import TEMPLATES
 
 KL_KINDS = ("fixed", "scheduled", "adaptive")
 NORMALIZATIONS = ("none", "whiten", "running_mean", "running_std", "running_both")
 ADVANTAGES = ("gae", "grpo", "rloo")
+REFERENCES = ("float32", "bfloat16", "int8")
 PROMPT_FORMATS = (*CHAT_FORMATS, "prompt")
 
 
@@ -159,3 +160,104 @@ def _require_policy_gradient(sampling: SamplingConfig) -> None:
         "RolloutConfig.sampling.cache_dtype='int8': rounded keys and values give other logprobs than the update "
         "computes; set ''",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticConfig:
+    """What the critic begins as, and how it learns; see PolicyLossConfig.value_clip too."""
+
+    model: str = ""  # the run folder of a reward model, or any model of the policy's tokenizer; "" = the policy
+    warmup_iterations: int = 0  # at the start, in which the critic alone learns
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-5, schedule="constant", warmup_steps=0)
+    )
+
+    def __post_init__(self) -> None:
+        non_negative(self, "warmup_iterations")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingConfig:
+    """Pre-training data beside a policy's own responses, against forgetting (PTX)."""
+
+    dataset: str = ""  # a folder of prepare_data; "" = none
+    coefficient: float = 0.0  # of its mean cross-entropy, beside the mean loss of the responses
+    sequence_length: int = 512
+    batch_size: int = 8  # sequences beside every minibatch
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "sequence_length", "batch_size")
+        non_negative(self, "coefficient", "seed")
+        require(
+            (self.coefficient > 0) == bool(self.dataset),
+            "PretrainingConfig.dataset and coefficient go together: set both, or neither",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoConfig:
+    """A run of PPO, GRPO or RLOO."""
+
+    # The policy: what it begins as, its optimiser, adapters, mesh and checkpoints. `steps` are iterations.
+    training: FineTuneConfig = dataclasses.field(
+        default_factory=lambda: FineTuneConfig(
+            steps=200,
+            log_every=1,
+            eval_every=20,
+            optimizer=OptimizerConfig(learning_rate=1e-6, schedule="constant", warmup_steps=0),
+            checkpoint=CheckpointConfig(every_steps=20, keep_last=1),
+        )
+    )
+    prompts: PromptDataConfig = PromptDataConfig()
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    reward: str = ""  # the run folder of a reward model, or MODULE:FUNCTION
+    epochs: int = 1  # passes over the responses of an iteration
+    minibatch_size: int = 16  # responses of an update; FineTuneConfig.microbatches divides it further
+    loss: PolicyLossConfig = PolicyLossConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    kl: KlConfig = KlConfig()
+    rewards: RewardShapingConfig = RewardShapingConfig()
+    critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
+    pretraining: PretrainingConfig = PretrainingConfig()
+    stop_kl: float = 0.0  # an iteration's policy updates end when one finds the old policy this far away; 0 = never
+    reference: str = "float32"  # how the reference is kept: a dtype, or int8; with adapters it is the model itself
+    offload_reference: bool = False  # to the host's memory while it is not used
+    logprob_tolerance: float = 0.01  # largest difference between the sampler's and the trainer's log-probabilities
+    eval_prompts: int = 64  # held-out ones
+    samples: int = 4  # held-out prompts whose responses are written to samples.jsonl at every evaluation
+
+    def __post_init__(self) -> None:
+        positive(self, "epochs", "minibatch_size", "logprob_tolerance")
+        non_negative(self, "stop_kl", "eval_prompts", "samples")
+        one_of("PpoConfig.reference", self.reference, REFERENCES)
+        responses = self.rollout.prompts * self.rollout.sampling.num_samples
+        require(
+            responses % self.minibatch_size == 0,
+            f"PpoConfig.minibatch_size={self.minibatch_size} does not divide the {responses} responses of an iteration "
+            f"({self.rollout.prompts} prompts, {self.rollout.sampling.num_samples} responses to each)",
+        )
+        require(
+            self.advantage.kind == "gae" or self.rollout.sampling.num_samples > 1,
+            f"AdvantageConfig.kind={self.advantage.kind!r} compares responses to the same prompt: set "
+            "RolloutConfig.sampling.num_samples to 2 or more",
+        )
+        require(
+            self.training.dropout_rate == 0 and self.training.neftune_alpha == 0,
+            "PpoConfig.training: dropout and NEFTune's noise must be 0, as a ratio compares a policy with itself",
+        )
+        require(
+            self.training.steps > 0 and self.training.epochs == 1,
+            "PpoConfig.training.steps is the number of iterations, and must be positive; passes over an iteration's "
+            "responses are PpoConfig.epochs",
+        )
+        require(
+            self.critic.warmup_iterations == 0 or self.advantage.kind == "gae",
+            f"CriticConfig.warmup_iterations={self.critic.warmup_iterations}: AdvantageConfig.kind="
+            f"{self.advantage.kind!r} has no critic to warm up",
+        )
+        require(
+            self.critic.warmup_iterations < self.training.steps,
+            f"CriticConfig.warmup_iterations={self.critic.warmup_iterations} leaves nothing of the "
+            f"{self.training.steps} iterations to the policy",
+        )
