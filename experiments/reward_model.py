@@ -24,8 +24,8 @@ from jax.sharding import Mesh
 from experiments import reward_report, runner
 from experiments.reward_report import Origin
 from llm_jax import models
-from llm_jax.alignment import finetune, preferences, ratings, reward, reward_batch
-from llm_jax.alignment.config import RewardConfig, RewardLossConfig
+from llm_jax.alignment import finetune, pair_rows, preferences, ratings, reward, reward_batch
+from llm_jax.alignment.config import DpoConfig, RewardConfig, RewardLossConfig
 from llm_jax.alignment.preferences import Pair
 from llm_jax.alignment.ratings import RatedText
 from llm_jax.alignment.reward import RewardModel
@@ -82,7 +82,7 @@ def run(config: RewardConfig, workdir: Path) -> None:
             reward_report.write(workdir, reward_report.judge(trained, heldout, texts), origin)
 
 
-def read(config: RewardConfig) -> Data:
+def read(config: RewardConfig | DpoConfig) -> Data:
     """The pairs of a file, or of rated texts. Raises `UserError` where there are none to train on."""
     rated: list[RatedText] = []
     remarks: list[str] = []
@@ -112,7 +112,7 @@ def encoder_of(config: RewardConfig, model: Pretrained) -> ResponseEncoder:
     return ResponseEncoder(model.tokenizer, template, config.data.pooling)
 
 
-def describe(data: Data, packed: PackedPairs, tally: str) -> str:
+def describe(data: Data, packed: pair_rows.PackedPairs[Any, Any], tally: str) -> str:
     """What is about to be learned, and what was left out, in some lines."""
     strengths = preferences.counts(data.train)["strength"]
     listed = ", ".join(f"{strengths[name]:,} of strength {name}" for name in sorted(strengths))

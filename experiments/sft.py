@@ -13,8 +13,6 @@ after a stop.
 shows the first conversations as the model will see them: every token, with the weight of its loss.
 """
 
-import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,9 @@ from absl import flags
 from jax.sharding import Mesh
 
 from experiments import runner
+from experiments.samples import Asked, Says, append_samples
 from llm_jax.alignment import finetune, inspect, sft
 from llm_jax.alignment.config import SftConfig
-from llm_jax.alignment.conversations import Conversation
 from llm_jax.alignment.sft import ChatData, PackedSamples, Sample
 from llm_jax.config import DataConfig, ModelConfig
 from llm_jax.data import loader
@@ -36,12 +34,10 @@ from llm_jax.errors import require
 from llm_jax.evaluation import perplexity
 from llm_jax.interop import pretrained, released
 from llm_jax.parallel import distributed
-from llm_jax.sampling.generate import generate
 from llm_jax.tokenization import tokenizer as tokenizers
 from llm_jax.tokenization.chat import ChatTemplate
 from llm_jax.training import language_model
 
-SAMPLES = "samples.jsonl"
 _INSPECT = flags.DEFINE_integer("inspect", 0, "show so many conversations with the weights of their tokens, and stop")
 
 
@@ -61,11 +57,12 @@ def run(config: SftConfig, workdir: Path) -> bool:
     )
     if distributed.is_first():
         print(describe(data, batches))
-    asked = _asked(data, config.samples)
+    asked = _asked(data, template, config.samples)
 
     def evaluate(architecture: ModelConfig, params: Any) -> dict[str, float]:
         values = heldout_losses(config, architecture, params, data.heldout, mesh)
-        _write_samples(workdir, config, template, architecture, params, asked, mesh)
+        says = Says(template.stop_ids, template.reply_text)
+        append_samples(workdir, asked, says, config.sampling, params, architecture, mesh)
         return values
 
     task = finetune.Task(
@@ -147,38 +144,12 @@ def heldout_losses(
     return {"loss": nats / tokens, **values} if tokens else {}
 
 
-def _asked(data: ChatData, count: int) -> list[Conversation]:
+def _asked(data: ChatData, template: ChatTemplate, count: int) -> list[Asked]:
     """The first held-out conversations, without their last reply."""
     replied = [each for each in data.heldout_conversations if each.messages[-1].role == "assistant"]
-    return [dataclasses.replace(each, messages=each.messages[:-1]) for each in replied[:count]]
-
-
-def _write_samples(
-    workdir: Path,
-    config: SftConfig,
-    template: ChatTemplate,
-    architecture: ModelConfig,
-    params: Any,
-    asked: Sequence[Conversation],
-    mesh: Mesh,
-) -> None:
-    """Append what the model replies now to samples.jsonl; a job of several processes writes none."""
-    prompts = [template.encode(each.messages) for each in asked]
-    room = architecture.max_length - max(map(len, prompts), default=0)
-    if not prompts or room < 1 or jax.process_count() > 1:
-        return
-    drawn = dataclasses.replace(config.sampling, max_new_tokens=min(config.sampling.max_new_tokens, room))
-    with jax.set_mesh(mesh):
-        found = generate(params, architecture, prompts, drawn, stop_ids=template.stop_ids)
-    with (workdir / SAMPLES).open("a", encoding="utf-8") as file:
-        for each, generation in zip(asked, found):
-            record = {
-                "record": each.record,
-                "asked": each.messages[-1].content,
-                "reply": template.reply_text(generation.tokens),
-                "finished": generation.finished,
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return [
+        Asked(each.record, each.messages[-2].content, template.encode(each.messages[:-1])) for each in replied[:count]
+    ]
 
 
 def show(config: SftConfig, count: int) -> None:

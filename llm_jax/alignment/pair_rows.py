@@ -1,4 +1,4 @@
-"""Rows of whole pairs, which no row may cut, and the batches of a run: a pure function of the pairs, config and step.
+"""Pairs as tokens in rows that cut none, and the batches of a run: a pure function of the pairs, config and step.
 
 What a row holds of its pairs is up to who trains on them: see `Row`.
 
@@ -6,16 +6,18 @@ Legend: B rows, P pairs of a row.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
 
 from llm_jax.alignment.config import PairDataConfig
+from llm_jax.alignment.conversations import BadRecordError, Tally
+from llm_jax.alignment.preferences import Pair
 from llm_jax.data import loader, mixture
 from llm_jax.data.packing import SharedRows
-from llm_jax.errors import require
+from llm_jax.errors import UserError, require
 
 
 class EncodedPair(Protocol):
@@ -39,6 +41,25 @@ class Row(Protocol[Contra, Out]):
     def __call__(self, pairs: Sequence[Contra], length: int, places: int) -> Out:
         """`length` tokens, and places for so many pairs, of which those after the last have weight 0."""
         ...
+
+
+def encode_all(pairs: Iterable[Pair], encode: Callable[[Pair], Item]) -> tuple[dict[str, list[Item]], Tally]:
+    """The pairs of each source as tokens, and a count of those for which `encode` raises an error.
+
+    Raises `UserError` where no pair is left.
+    """
+    found: dict[str, list[Item]] = {}
+    tally = Tally()
+    for pair in pairs:
+        try:
+            found.setdefault(pair.source, []).append(encode(pair))
+        except BadRecordError as error:
+            tally.add(error.reason, pair.record, error.detail)
+        except UserError as error:
+            tally.add("not encodable", pair.record, str(error))
+    found = {source: kept for source, kept in found.items() if kept}
+    require(bool(found), f"no pair of responses is left to learn from: {str(tally) or 'there were none'}")
+    return found, tally
 
 
 class _Rows(Generic[Item, Made]):

@@ -22,7 +22,7 @@ from llm_jax.alignment.preferences import Pair
 from llm_jax.alignment.rewards import Prompt
 from llm_jax.config import one_of
 from llm_jax.data.packing import SharedRows
-from llm_jax.errors import UserError, require
+from llm_jax.errors import require
 from llm_jax.tokenization.chat import ChatTemplate, Message
 from llm_jax.tokenization.tokenizer import Tokenizer
 
@@ -133,18 +133,7 @@ def encode_pairs(
 
     Raises `UserError` where no pair is left.
     """
-    found: dict[str, list[EncodedPair]] = {}
-    tally = Tally()
-    for pair in pairs:
-        try:
-            found.setdefault(pair.source, []).append(encode_pair(pair, encoder, sequence_length))
-        except BadRecordError as error:
-            tally.add(error.reason, pair.record, error.detail)
-        except UserError as error:
-            tally.add("not encodable", pair.record, str(error))
-    found = {source: kept for source, kept in found.items() if kept}
-    require(bool(found), f"no pair of responses is left to learn from: {str(tally) or 'there were none'}")
-    return found, tally
+    return pair_rows.encode_all(pairs, lambda pair: encode_pair(pair, encoder, sequence_length))
 
 
 def check_strengths(pairs: Mapping[str, Sequence[EncodedPair]], config: RewardLossConfig) -> None:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from configs.sft import papers
-from experiments import runner, sft
+from experiments import runner, samples, sft
 from llm_jax import config as config_lib
 from llm_jax.alignment.config import ChatDataConfig, FineTuneConfig, SftConfig
 from llm_jax.config import LoraConfig, OptimizerConfig, SamplingConfig
@@ -51,8 +51,8 @@ def test_a_model_learns_to_reply_and_its_folder_can_be_used(base, talk, tmp_path
     sft.run(settings(base, talk), tmp_path)
     losses = [record["loss/talk"] for record in metrics.read(tmp_path, "heldout")]
     assert losses[-1] < losses[0] - 0.5
-    samples = [json.loads(line) for line in (tmp_path / sft.SAMPLES).read_text().splitlines()]
-    assert [sample["record"] for sample in samples] == [samples[0]["record"]] * 2
+    said = [json.loads(line) for line in (tmp_path / samples.FILE).read_text().splitlines()]
+    assert [sample["record"] for sample in said] == [said[0]["record"]] * 2
     loaded = pretrained.load(tmp_path / "best")
     assert loaded.config.architecture() == base_models.MODEL.architecture()
 
