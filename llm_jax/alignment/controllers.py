@@ -48,7 +48,7 @@ def update_kl(config: KlConfig, state: KlState, kl: jax.Array) -> KlState:
 class Moments(NamedTuple):
     """Of all scores so far, float32 scalars: their number, their mean, their variance (the population's)."""
 
-    count: jax.Array
+    number: jax.Array
     mean: jax.Array
     variance: jax.Array
 
@@ -66,11 +66,11 @@ def update_moments(moments: Moments, scores_B: jax.Array) -> Moments:
     scores_B = scores_B.astype(jnp.float32)
     mean = jnp.mean(scores_B)
     variance = jnp.mean((scores_B - mean) ** 2)
-    count = moments.count + scores_B.size
-    share = scores_B.size / count
+    number = moments.number + scores_B.size
+    share = scores_B.size / number
     difference = mean - moments.mean
     new_variance = moments.variance + share * (variance - moments.variance) + share * (1.0 - share) * difference**2
-    return Moments(count, moments.mean + share * difference, new_variance)
+    return Moments(number, moments.mean + share * difference, new_variance)
 
 
 def shape_scores(

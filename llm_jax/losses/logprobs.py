@@ -91,7 +91,7 @@ def _forward(
 
 
 def _backward(settings: _Settings, residuals: tuple, cotangents: TokenLogprobs) -> tuple[jax.Array, jax.Array, None]:
-    hidden_BTD, unembedding_VD, _, _ = residuals
+    hidden_BTD, unembedding_VD, targets_BT, rows = residuals
     parts = chunks.mesh_parts(batch_size=hidden_BTD.shape[0], vocab_size=unembedding_VD.shape[0])
     run = functools.partial(_scan_backward, settings, parts)
     if parts.batch:
@@ -99,7 +99,7 @@ def _backward(settings: _Settings, residuals: tuple, cotangents: TokenLogprobs) 
         specs = (batch, vocabulary, batch, batch, batch)
         # Every device of the vocabulary has the whole cotangent of its tokens: both rules are written out for that.
         run = jax.shard_map(run, in_specs=specs, out_specs=(batch, vocabulary), check_vma=False)
-    return *run(*residuals, cotangents), None
+    return *run(hidden_BTD, unembedding_VD, targets_BT, rows, cotangents), None
 
 
 _logprobs.defvjp(_forward, _backward)
@@ -115,11 +115,11 @@ def _scan_forward(
     """Every token's numbers, [B,T], of this device's part of the batch."""
     B, T, _ = hidden_BTD.shape
 
-    def one(_: None, rows: tuple[jax.Array, jax.Array]) -> tuple[None, _Rows]:
-        return None, _chunk(settings, parts, unembedding_VD, *rows)
+    def one(rows: tuple[jax.Array, jax.Array]) -> _Rows:
+        return _chunk(settings, parts, unembedding_VD, *rows)
 
-    _, rows_XR = jax.lax.scan(one, None, tuple(chunks.split(x, settings.chunk_size) for x in (hidden_BTD, targets_BT)))
-    return jax.tree.map(lambda x_XR: chunks.join(x_XR, B, T), rows_XR)
+    split = chunks.split(hidden_BTD, settings.chunk_size), chunks.split(targets_BT, settings.chunk_size)
+    return jax.tree.map(lambda x_XR: chunks.join(x_XR, B, T), jax.lax.map(one, split))
 
 
 def _scan_backward(

@@ -65,7 +65,7 @@ def test_running_moments_are_those_of_all_scores(offset):
         moments = controllers.init_moments()
         for batch in np.split(scores, np.cumsum(sizes)[:-1]):
             moments = update_moments(moments, batch)
-        assert moments.count == 6000
+        assert moments.number == 6000
         np.testing.assert_allclose(moments.mean, scores.mean(dtype=np.float64), rtol=1e-6, atol=1e-4)
         np.testing.assert_allclose(moments.variance, scores.var(dtype=np.float64), rtol=2e-3)
 
@@ -106,7 +106,7 @@ def test_scores_are_shaped_by_formula(normalization, logit):
     expected = np.clip(FORMULAS[normalization](own, np.concatenate([seen, own])), -1.1, 1.1) - 0.7 * ~ended
     actual, after = shape(config, moments, scores, ended)
     close(actual, expected, atol=1e-4)
-    assert actual.dtype == jnp.float32 and after.count == 96
+    assert actual.dtype == jnp.float32 and after.number == 96
     close(after.mean, np.concatenate([seen, own]).mean())
 
 
