@@ -202,7 +202,7 @@ def without_requests_of(
     return kept
 
 
-def _first_request(conversation: Conversation) -> str:
+def _first_request(conversation: HasMessages) -> str:
     return next(message.content for message in conversation.messages if message.role == "user")
 
 

@@ -266,7 +266,7 @@ def test_held_out_conversations_from_a_folder_are_all_held_out_and_none_is_train
     assert [each.messages[0].content for each in data.heldout_conversations] == [f"ask {i}" for i in range(18, 30)]
     assert data.tally.counts == {"unknown format": 3, conversations.HELD_OUT: 2}
     assert data.tally.first["unknown format"] == "a.jsonl:21: fields []"
-    with pytest.raises(UserError, match="no conversation to train on.*20 request that is held out"):
+    with pytest.raises(UserError, match=r"no conversation to train on.*20 request that is held out"):
         sft.load(dataclasses.replace(config, path=str(train), heldout_path=str(train)), ChatML(Bytes()))
     with pytest.raises(UserError, match="nowhere"):
         sft.load(dataclasses.replace(config, heldout_path="nowhere"), ChatML(Bytes()))
