@@ -211,7 +211,9 @@ class PpoConfig:
     )
     prompts: PromptDataConfig = PromptDataConfig()
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
-    reward: str = ""  # the run folder of a reward model, or MODULE:FUNCTION
+    reward: str = ""  # the run folder of a reward model, or MODULE:FUNCTION of prompts and responses
+    safety_reward: str = ""  # likewise: decides where it is low and for unsafe prompts (LLaMA-2, section 3.2.3)
+    safety_threshold: float = 0.15  # the probability of being safe, sigmoid(safety_reward), below which it decides
     epochs: int = 1  # passes over the responses of an iteration
     minibatch_size: int = 16  # responses of an update; FineTuneConfig.microbatches divides it further
     loss: PolicyLossConfig = PolicyLossConfig()
@@ -241,6 +243,11 @@ class PpoConfig:
             self.advantage.kind == "gae" or self.rollout.sampling.num_samples > 1,
             f"AdvantageConfig.kind={self.advantage.kind!r} compares responses to the same prompt: set "
             "RolloutConfig.sampling.num_samples to 2 or more",
+        )
+        require(
+            self.prompts.max_tokens <= self.rollout.max_prompt_tokens,
+            f"PromptDataConfig.max_tokens={self.prompts.max_tokens} lets prompts through that are longer than "
+            f"RolloutConfig.max_prompt_tokens={self.rollout.max_prompt_tokens}: make them equal",
         )
         require(
             self.training.dropout_rate == 0 and self.training.neftune_alpha == 0,
