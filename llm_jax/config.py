@@ -179,6 +179,7 @@ class LossConfig:
     """Cross-entropy in chunks of `chunk_size` tokens of each sequence, with two optional logit regularisers."""
 
     chunk_size: int = 256
+    only_weighted: bool = False  # no logits of tokens that have no weight; worth it where many have none
     z_loss: float = 0.0  # coefficient of logsumexp(logits)^2
     max_z_loss: float = 0.0  # coefficient of max(logits)^2; Baichuan-2 equation 1 uses 2e-4
 

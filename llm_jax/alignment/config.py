@@ -131,7 +131,7 @@ class FineTuneConfig:
     compute_dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    loss: LossConfig = dataclasses.field(default_factory=lambda: LossConfig(only_weighted=True))
     warmup_fraction: float = 0.0  # of the steps; 0 = optimizer.warmup_steps, which is the least otherwise
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(learning_rate=2e-5, warmup_steps=0)

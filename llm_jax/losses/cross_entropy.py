@@ -22,6 +22,8 @@ from llm_jax.errors import require
 from llm_jax.losses import chunks
 from llm_jax.losses.weighted import LossOutput, WeightedSum
 
+SMALLEST_CHUNK = 256  # rows, of tokens that have a weight: smaller products waste a processor
+
 Gradients = tuple[jax.Array, jax.Array]
 
 
@@ -33,6 +35,9 @@ class Sums(NamedTuple):
     correct: jax.Array
     lse_squared: jax.Array
     max_squared: jax.Array
+
+
+Carry = tuple[Sums, Gradients | None]
 
 
 def chunked_cross_entropy(
@@ -48,7 +53,8 @@ def chunked_cross_entropy(
     Baichuan-2, equation 1). hidden [B,T,D] and unembedding [V,D] share a dtype, in which the matmuls run with float32
     accumulation; everything after them is float32. Gradients flow to hidden and unembedding only, and through the
     highest logit in equal parts where several are highest. At most B * `config.chunk_size` rows of logits exist at
-    once. A token whose target is outside the vocabulary must have weight 0.
+    once; with `config.only_weighted`, none of tokens of weight 0. A token whose target is outside the vocabulary must
+    have weight 0.
 
     Metrics: "cross_entropy", "accuracy" (a target that ties for the highest logit counts as right) and, where their
     coefficients are positive, "z_loss" and "max_z_loss".
@@ -97,13 +103,14 @@ def _total(config: LossConfig, sums: Sums) -> jax.Array:
 
 
 def _on_mesh(config: LossConfig, differentiate: bool, arrays: tuple[jax.Array, ...]) -> tuple[Sums, Gradients | None]:
-    """`_scan_chunks` on the mesh in context: mapped over its devices' parts where there are several."""
+    """The sums of all chunks on the mesh in context: mapped over its devices' parts where there are several."""
     parts = chunks.mesh_parts(batch_size=arrays[0].shape[0], vocab_size=arrays[1].shape[0])
+    sum_chunks = _loop_over_weighted if config.only_weighted else _scan_chunks
     if not parts.batch:
-        return _scan_chunks(config, differentiate, parts, *arrays)
+        return sum_chunks(config, differentiate, parts, *arrays)
     batch, vocabulary = P(parts.batch), P(parts.vocabulary)
     mapped = jax.shard_map(
-        functools.partial(_scan_chunks, config, differentiate, parts),
+        functools.partial(sum_chunks, config, differentiate, parts),
         in_specs=(batch, vocabulary, batch, batch),
         out_specs=(P(), (batch, vocabulary) if differentiate else None),
         check_vma=False,  # both rules of the derivative are written out: nothing is transposed through the map
@@ -144,6 +151,49 @@ def _scan_chunks(
     # a whole chunk of logits.
     dunembedding_VD = jax.lax.optimization_barrier(dunembedding_DV).T
     return sums, (dhidden_BTD, jax.lax.psum(dunembedding_VD, parts.batch).astype(unembedding_VD.dtype))
+
+
+def _loop_over_weighted(
+    config: LossConfig,
+    differentiate: bool,
+    parts: chunks.Parts,
+    hidden_BTD: jax.Array,
+    unembedding_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+) -> tuple[Sums, Gradients | None]:
+    """`_scan_chunks` of the tokens with a weight alone: as many chunks as they fill, so the loop's length is data.
+
+    Chunks are smaller than there, as half of the last one is wasted on average.
+    """
+    (B, T, D), N = hidden_BTD.shape, weights_BT.size
+    most = B * min(config.chunk_size, T)
+    R = min(most, max(SMALLEST_CHUNK, most // 8))
+    (places_N,) = jnp.nonzero(weights_BT.reshape(N), size=-(-N // R) * R, fill_value=N)  # N is none: reads as 0
+    arrays = hidden_BTD.reshape(N, D), targets_BT.reshape(N), weights_BT.reshape(N)
+
+    def one(index: jax.Array, carry: Carry) -> Carry:
+        sums, gradients = carry
+        places_R = jax.lax.dynamic_slice(places_N, (index * R,), (R,))
+        rows = (jnp.take(x_N, places_R, axis=0, mode="fill", fill_value=0) for x_N in arrays)
+        chunk_sums, chunk_gradients = _chunk(config, differentiate, parts, unembedding_VD, *rows)
+        sums = jax.tree.map(jnp.add, sums, chunk_sums)
+        if gradients is None or chunk_gradients is None:
+            return sums, None
+        dhidden_ND = gradients[0].at[places_R].set(chunk_gradients[0].astype(hidden_BTD.dtype), mode="drop")
+        return sums, (dhidden_ND, gradients[1] + chunk_gradients[1])
+
+    zero = jnp.zeros((), jnp.float32)
+    zeros = (jnp.zeros((N, D), hidden_BTD.dtype), jnp.zeros(unembedding_VD.shape[::-1], jnp.float32))
+    # All devices take as many turns, whatever their own part has: the products have a collective inside.
+    turns = jax.lax.pmax(-(-jnp.count_nonzero(weights_BT) // R), parts.batch)
+    start = Sums(*[zero] * len(Sums._fields)), zeros if differentiate else None
+    sums, gradients = jax.lax.fori_loop(0, turns, one, start)
+    sums = jax.lax.psum(sums, parts.batch)
+    if gradients is None:
+        return sums, None
+    dunembedding_VD = jax.lax.psum(gradients[1].T, parts.batch).astype(unembedding_VD.dtype)
+    return sums, (gradients[0].reshape(B, T, D), dunembedding_VD)
 
 
 def _chunk(

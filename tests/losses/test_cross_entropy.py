@@ -1,5 +1,6 @@
 """The chunked loss against materialised logits, alone and split over meshes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -75,6 +76,49 @@ def test_total_and_gradients_agree_with_the_formula(case):
     check(actual, oracle(*inputs(), config))
     assert {"cross_entropy", "accuracy"} <= set(output.metrics)
     assert ("z_loss" in output.metrics, "max_z_loss" in output.metrics) == (config.z_loss > 0, config.max_z_loss > 0)
+
+
+def only_weighted(config=EVERYTHING):
+    return dataclasses.replace(config, only_weighted=True)
+
+
+def sparse(weighted_rows=B, share=0.4):
+    """Inputs of which some tokens have a weight, in the first rows alone."""
+    hidden, unembedding, targets, weights = inputs()
+    kept = jax.random.uniform(jax.random.key(5), (B, T)) < share
+    return hidden, unembedding, targets, weights * kept.at[weighted_rows:].set(False)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_weighted_tokens_alone_agree_with_the_formula(case):
+    check(loss_and_gradients(*sparse(), only_weighted(CONFIGS[case]))[1], oracle(*sparse(), CONFIGS[case]))
+
+
+def test_weighted_tokens_alone_have_the_metrics_of_all():
+    for share in (0.4, 1.0):
+        alone = jax.jit(lambda *x: chunked_cross_entropy(*x, only_weighted()))(*sparse(share=share))
+        output, _ = loss_and_gradients(*sparse(share=share), only_weighted())
+        jax.tree.map(np.testing.assert_array_equal, alone, output)
+        of_all = jax.jit(lambda *x: chunked_cross_entropy(*x, EVERYTHING))(*sparse(share=share))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), output, of_all)
+
+
+def test_nothing_is_computed_of_tokens_without_a_weight():
+    hidden, unembedding, targets, weights = sparse()
+    unread = jnp.where(weights[..., None] > 0, hidden, jnp.nan)
+    _, (total, dhidden, dunembedding) = loss_and_gradients(unread, unembedding, targets, weights, only_weighted())
+    check((total, dhidden, dunembedding), oracle(hidden, unembedding, targets, weights, EVERYTHING))
+    assert not np.any(np.asarray(dhidden)[np.asarray(weights) == 0])
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("weighted_rows", [3, 0])
+def test_weighted_tokens_alone_on_a_mesh_whose_devices_have_more_or_fewer_of_them(shape, weighted_rows):
+    arrays = sparse(weighted_rows, share=1.0)
+    with jax.set_mesh(jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3)):
+        output, actual = loss_and_gradients(*arrays, only_weighted())
+    check(actual, oracle(*arrays, EVERYTHING))
+    np.testing.assert_allclose(output.weight, np.sum(arrays[-1]), rtol=1e-6)
 
 
 def test_agrees_with_autodiff_of_log_softmax():
