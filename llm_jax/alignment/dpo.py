@@ -257,7 +257,9 @@ def reference_logprobs(
     own = slice(jax.process_index() * count, (jax.process_index() + 1) * count)
     references_N2 = np.full((len(pairs), 2), np.nan, np.float32)
     starts = range(0, rows.windows, data.batch_size)
-    shown = track(starts, "reference", console=Console(stderr=True), disable=not distributed.is_first())
+    console = Console(stderr=True, quiet=not distributed.is_first())
+    console.print(f"log-probabilities of {len(pairs):,} pairs by the reference", highlight=False)
+    shown = track(starts, "reference", console=console)
     with jax.set_mesh(mesh):
         for start in shown:
             items = [rows[i] if i < rows.windows else [] for i in range(start, start + data.batch_size)]
