@@ -56,9 +56,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "splash": _kernel("tpu", "splash", "splash_attention"),
     "mosaic_gpu": _kernel("gpu", "mosaic_gpu", "mosaic_gpu_attention"),
 }
-# What "auto" tries on each platform, in this order, before it falls back on the plain forms. "splash" and "mosaic_gpu"
-# are for those who ask for them by name: each serves a part of what the kernel before it serves.
-PREFERRED: dict[str, tuple[str, ...]] = {"gpu": ("pallas_gpu",), "tpu": ("pallas_tpu",)}
+# What "auto" tries on each platform, in this order, before it falls back on the plain forms. "splash" is for those who
+# ask for it by name: it serves a part of what "pallas_tpu" serves, no better.
+PREFERRED: dict[str, tuple[str, ...]] = {"gpu": ("mosaic_gpu", "pallas_gpu"), "tpu": ("pallas_tpu",)}
 # What takes the place of one that knows no `query_offset`, where a prompt is read into a cache.
 FOR_PROMPTS = {"splash": "pallas_tpu"}
 

@@ -54,6 +54,7 @@ HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
 TILE_ROWS = 8  # of a matrix in shared memory
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+MISCOMPILED = (12080, 12091)  # from this CUDA on and before that one; JAX's own kernel refuses them too
 
 
 class Pass(NamedTuple):
@@ -127,8 +128,19 @@ def refuses(problem: Problem) -> str | None:
     """Why these kernels cannot serve a problem, or None."""
     if not any(name in problem.device_kind for name in HOPPER):
         return f"it runs on Hopper GPUs ({', '.join(HOPPER)}), not on {problem.device_kind}"
+    if MISCOMPILED[0] <= cuda_version() < MISCOMPILED[1]:
+        return (
+            f"JAX's CUDA is {cuda_version()}, and from 12.8 to 12.9 its compiler makes wrong programs of such kernels"
+        )
     unserved = unsupported(problem.dtype, problem.head_dim, DTYPES, HEAD_DIMS)
     return unserved or _uneven(problem.num_queries, problem.num_keys)
+
+
+def cuda_version() -> int:
+    """Of the CUDA that JAX runs on, such as 13000 for 13.0; 0 where there is none."""
+    from jax._src.lib import cuda_versions
+
+    return 0 if cuda_versions is None else int(cuda_versions.cuda_runtime_get_version())
 
 
 def _uneven(num_queries: int, num_keys: int) -> str | None:
@@ -575,8 +587,10 @@ def _masked(
     """Scores of a tile with ALiBi, HIDDEN where the query does not see the key unless the tile is `full`."""
     axis = pairs.query_axis
     # Vectors that are repeated: a matrix of indices would hold a register for each of its elements.
-    query = _along(axis, pairs.first_query + jax.lax.iota(jnp.int32, scores.shape[axis]), scores)
     key = _along(1 - axis, pairs.first_key + jax.lax.iota(jnp.int32, scores.shape[1 - axis]), scores)
+    query = key  # where nothing looks at it: Mosaic finds no layout for a value without a use
+    if slope is not None or plan.causal or plan.windowed:
+        query = _along(axis, pairs.first_query + jax.lax.iota(jnp.int32, scores.shape[axis]), scores)
     if slope is not None:
         scores = scores + slope * (key - query).astype(jnp.float32)
 

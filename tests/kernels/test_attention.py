@@ -297,11 +297,19 @@ def test_auto_chooses_by_length_and_says_so_once():
     assert "chunked" in long and "memory linear" in long
 
 
-DEVICES = {"gpu": "NVIDIA A100-SXM4-80GB", "old gpu": "Tesla T4", "tpu": "TPU v5p", "cpu": "cpu"}
+DEVICES = {
+    "gpu": "NVIDIA A100-SXM4-80GB",
+    "hopper gpu": "NVIDIA H100 80GB HBM3",
+    "old gpu": "Tesla T4",
+    "tpu": "TPU v5p",
+    "cpu": "cpu",
+}
 WANTED = {
-    "the GPU's kernel": ("gpu", 64, jnp.bfloat16, "pallas_gpu (the first on gpu that serves)"),
+    "the GPU's kernel": ("gpu", 64, jnp.bfloat16, "pallas_gpu (the first on gpu that serves"),
+    "a Hopper GPU's kernel": ("hopper gpu", 64, jnp.bfloat16, "mosaic_gpu (the first on gpu that serves)"),
+    "one that any GPU's kernel serves": ("hopper gpu", 64, jnp.float32, "pallas_gpu (the first on gpu that serves"),
     "the TPU's kernel": ("tpu", 64, jnp.bfloat16, "pallas_tpu (the first on tpu that serves)"),
-    "no kernel for this head dim": ("gpu", 80, jnp.bfloat16, "memory linear in the length; not pallas_gpu: "),
+    "no kernel for this head dim": ("gpu", 80, jnp.bfloat16, "not pallas_gpu: its head dims are 32,"),
     "no kernel for this dtype": ("tpu", 64, jnp.float16, "memory linear in the length; not pallas_tpu: "),
     "no kernel for a GPU this old": ("old gpu", 64, jnp.float16, "from Ampere on (A100, RTX 30), not on Tesla T4"),
     "no kernel for this platform": ("cpu", 64, jnp.bfloat16, "memory linear in the length)"),
@@ -311,7 +319,7 @@ WANTED = {
 @pytest.mark.parametrize("case", WANTED)
 def test_auto_takes_the_platforms_kernel_or_says_why_not(case):
     name, head_dim, dtype, message = WANTED[case]
-    device = AbstractDevice(device_kind=DEVICES[name], num_cores=None, platform=name.removeprefix("old "))
+    device = AbstractDevice(device_kind=DEVICES[name], num_cores=None, platform=name.split()[-1])
     mesh = AbstractMesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         assert message in chosen(*(jax.ShapeDtypeStruct((1, 2048, 1, head_dim), dtype) for _ in range(3)))

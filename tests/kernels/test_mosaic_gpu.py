@@ -211,10 +211,14 @@ def test_a_remat_policy_saves_the_forward_pass():
     assert forwards(gradient(SAVED)) == 1
 
 
-def lowered(num_queries, num_keys):
+WINDOW_AND_SLOPES = AttentionMask(
+    window=jax.ShapeDtypeStruct((), jnp.int32), slopes=jax.ShapeDtypeStruct((40,), jnp.float32)
+)
+
+
+def lowered(num_queries, num_keys, mask=WINDOW_AND_SLOPES):
     """The program for a Hopper GPU, which need not be here."""
     queries, keys = (jax.ShapeDtypeStruct((1, length, 40, 128), jnp.bfloat16) for length in (num_queries, num_keys))
-    mask = AttentionMask(window=jax.ShapeDtypeStruct((), jnp.int32), slopes=jax.ShapeDtypeStruct((40,), jnp.float32))
 
     def run(q, k, v, mask, dout):
         out, pullback = jax.vjp(lambda *x: mosaic_gpu_attention(*x, mask), q, k, v)
@@ -229,6 +233,16 @@ def test_lowers_for_a_gpu_that_is_not_here_without_a_square_array(lengths):
     text = lowered(*lengths)
     assert all(kernel in text for kernel in KERNELS)
     assert f"{lengths[0]}x{lengths[1]}" not in text
+
+
+IDS = jax.ShapeDtypeStruct((1, 104), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "mask", [AttentionMask(causal=False), AttentionMask(causal=False, query_segment_ids=IDS, key_segment_ids=IDS)]
+)
+def test_lowers_where_no_rule_looks_at_the_place_of_a_query(mask):
+    assert all(kernel in lowered(104, 104, mask) for kernel in KERNELS)
 
 
 @pytest.mark.parametrize("lengths", [(100, 104), (104, 2044), (1, 300)])
@@ -249,6 +263,9 @@ def test_refusals():
     assert "Hopper" in mosaic_gpu.refuses(SERVED._replace(device_kind="NVIDIA A100-SXM4-80GB"))
     assert "float32" in mosaic_gpu.refuses(SERVED._replace(dtype="float32"))
     assert "96" in mosaic_gpu.refuses(SERVED._replace(head_dim=96))
+    for version, refused in ((0, False), (12060, False), (12080, True), (12090, True), (13000, False)):
+        with mock.patch.object(mosaic_gpu, "cuda_version", return_value=version):
+            assert ("wrong programs" in (mosaic_gpu.refuses(SERVED) or "")) == refused
 
 
 def test_errors_are_clear():
