@@ -210,12 +210,11 @@ class _Drawing:
         self._at_once = _multiple(at_once, data_rows)  # prompts
         self._next = 0  # the first prompt that no row has held
         self._taken_over = min(_multiple(max(1, self._at_once // REFILLED_SHARE), data_rows), self._at_once)  # prompts
-        shape, chunks = steps.shape_for(sampling, max(len(prompt.tokens) for prompt in prompts), kept_mass=True)
+        shape, chunks = steps.shape_for(sampling, max(len(prompt.tokens) for prompt in prompts), for_update=True)
         if len(prompts) > self._at_once:  # twice the columns of one response, so that rows are seldom moved back
             shape = shape._replace(new_tokens=steps.bucket(2 * self._most))
         self._shape, self._width = shape, shape.chunk * chunks
-        temperature = jnp.float32(sampling.temperature)
-        self._draws = steps.Draws.of(sampling, stop_ids)._replace(logprob_temperature=temperature)
+        self._draws = steps.Draws.of(sampling, stop_ids)
         self._held_R = np.full(self._at_once * samples, -1)  # which row of the result; -1 = none, or it is written
         self._starts_R = np.zeros(self._at_once * samples, np.int64)  # the column of each one's first token
         self._result = _empty(len(prompts), samples, settings.length, pad_id)

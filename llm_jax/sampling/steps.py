@@ -32,7 +32,7 @@ class Shape(NamedTuple):
     new_tokens: int  # columns
     chunk: int  # of the prompt
     cache_dtype: str
-    kept_mass: bool = False  # note it
+    for_update: bool = False  # note the kept mass, and logprobs of the logits over the temperature, as updates use
 
 
 class Draws(NamedTuple):
@@ -42,7 +42,6 @@ class Draws(NamedTuple):
     key: jax.Array  # from which each row's follows
     stop_ids: jax.Array
     most: jax.Array  # int32 []: tokens that a row draws
-    logprob_temperature: jax.Array | None = None  # what divides the logits of the logprobs noted; None = nothing
 
     @classmethod
     def of(cls, sampling: SamplingConfig, stop_ids: Sequence[int]) -> "Draws":
@@ -68,7 +67,7 @@ class State(NamedTuple):
     done_R: jax.Array  # bool
     tokens_RN: jax.Array
     logprobs_RN: jax.Array
-    kept_mass_RN: jax.Array | None  # float32, the probability of all tokens that could be drawn
+    kept_mass_RN: jax.Array | None  # float32, the probability of all tokens that could be drawn; only for updates
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
@@ -116,7 +115,7 @@ def _begin(
         done_R=repeat(segment_ids_BP[:, -1] == 0),
         tokens_RN=jnp.zeros((R, N), jnp.int32),
         logprobs_RN=jnp.zeros((R, N), jnp.float32),
-        kept_mass_RN=jnp.zeros((R, N), jnp.float32) if shape.kept_mass else None,
+        kept_mass_RN=jnp.zeros((R, N), jnp.float32) if shape.for_update else None,
     )
     return _draw(state, draws)
 
@@ -267,8 +266,8 @@ def _draw(state: State, draws: Draws) -> State:
         else:
             keys_R = jax.vmap(jax.random.fold_in)(state.keys_R, state.drawn_R)
             tokens_R = jax.vmap(jax.random.categorical)(keys_R, processed_RV).astype(jnp.int32)
-        temperature = draws.logprob_temperature
-        scaled_RV = state.logits_RV if temperature is None else state.logits_RV / temperature
+        for_update, temperature = state.kept_mass_RN is not None, draws.processors.temperature
+        scaled_RV = state.logits_RV / temperature if for_update and temperature is not None else state.logits_RV
         drawn_R = jnp.take_along_axis(scaled_RV, tokens_R[:, None], axis=-1)[:, 0]
         normalizer_R = jax.nn.logsumexp(scaled_RV, axis=-1)
         kept_mass_RN = state.kept_mass_RN
@@ -329,12 +328,12 @@ def _stop_array(stop_ids: Sequence[int]) -> jax.Array:
     return jnp.asarray(np.array([*stop_ids, *no_ids], np.int32))
 
 
-def shape_for(sampling: SamplingConfig, longest: int, kept_mass: bool = False) -> tuple[Shape, int]:
+def shape_for(sampling: SamplingConfig, longest: int, for_update: bool = False) -> tuple[Shape, int]:
     """What to compile for, and in how many chunks prompts of at most `longest` tokens are read."""
     width = bucket(longest)
     chunk = min(width, bucket(sampling.prefill_chunk))
     new_tokens = bucket(sampling.max_new_tokens)
-    return Shape(sampling.num_samples, new_tokens, chunk, sampling.cache_dtype, kept_mass), width // chunk
+    return Shape(sampling.num_samples, new_tokens, chunk, sampling.cache_dtype, for_update), width // chunk
 
 
 def programs() -> tuple[int, ...]:
