@@ -188,6 +188,7 @@ def test_a_models_logprobs_and_their_gradients(head):
     """Of two texts in a row and padding, against the model's own logits."""
     model = dataclasses.replace(MODEL, **HEADS[head])
     params, batch = models.init(model, jax.random.key(1)), packed_batch()
+    batch = batch._replace(positions=2 * batch.positions)  # which no text has by itself
     function = language_model.logprobs_function(model, temperature=0.6, chunk_size=5, entropies=True)
     factors = np.random.default_rng(1).normal(size=(2, *batch.tokens.shape)).astype(np.float32)
 
