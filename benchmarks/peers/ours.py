@@ -15,6 +15,17 @@ from llm_jax.training import language_model, loop, state
 from llm_jax.training import step as step_lib
 from llm_jax.training.host_memory import keep_freed_memory
 
+OPTIMIZER = OptimizerConfig(
+    learning_rate=shapes.LEARNING_RATE,
+    schedule="constant",
+    warmup_steps=0,
+    b1=shapes.BETAS[0],
+    b2=shapes.BETAS[1],
+    eps=shapes.EPS,
+    weight_decay=shapes.WEIGHT_DECAY,
+    clip_norm=shapes.CLIP_NORM,
+)
+
 
 def model_config(shape: shapes.Shape) -> ModelConfig:
     """The model of a shape in float32."""
@@ -42,19 +53,9 @@ def main(name: str) -> None:
     """Serve train steps of the shape called `name`, set up as experiments.runner sets up an experiment."""
     keep_freed_memory()
     shape = shapes.ALL[name]
-    optimizer_config = OptimizerConfig(
-        learning_rate=shapes.LEARNING_RATE,
-        schedule="constant",
-        warmup_steps=0,
-        b1=shapes.BETAS[0],
-        b2=shapes.BETAS[1],
-        eps=shapes.EPS,
-        weight_decay=shapes.WEIGHT_DECAY,
-        clip_norm=shapes.CLIP_NORM,
-    )
     mesh = mesh_lib.build(MeshConfig(), jax.devices()[:1])
-    optimizer = adamw.build(optimizer_config, adamw.decay_mask)
-    schedule = schedules.learning_rate(optimizer_config, 1000)
+    optimizer = adamw.build(OPTIMIZER, adamw.decay_mask)
+    schedule = schedules.learning_rate(OPTIMIZER, 1000)
     loss_fn = language_model.loss_function(model_config(shape), LossConfig())
     update = step_lib.build(loss_fn, optimizer, schedule, seed=0)
     current = state.init_state(model_config(shape), optimizer, mesh, jax.random.key(0))

@@ -8,25 +8,28 @@ import time
 from collections.abc import Callable
 
 
-def serve(step: Callable[[], float], **about: object) -> None:
+def serve(step: Callable[[], float], done: Callable[[], float] | None = None, **about: object) -> None:
     """Answer each line `N` on standard input with the median seconds of N calls of `step`, which returns its loss.
 
     The first line written, once two steps have warmed up, is `about` with the loss of the first step. Processor time
-    is reported too: it tells a slow step from a step that had to share the machine.
+    is reported too: it tells a slow step from a step that had to share the machine. Where not every step does as much,
+    `done` tells how much was done so far; what the first step did and the rate of N calls are reported then.
     """
     first_loss = step()
+    first = {"first_loss": first_loss, **({"first_done": done()} if done else {})}
     step()
-    _answer({"first_loss": first_loss, **about})
+    _answer({**first, **about})
     for line in sys.stdin:
         count = int(line)
         seconds = []
-        before = _processor_seconds()
+        before, done_before = _processor_seconds(), done() if done else 0.0
         for _ in range(count):
             start = time.perf_counter()
             loss = step()
             seconds.append(time.perf_counter() - start)
         processor = (_processor_seconds() - before) / count
-        _answer({"seconds": statistics.median(seconds), "processor_seconds": processor, "loss": loss})
+        rate = {"rate": (done() - done_before) / sum(seconds)} if done else {}
+        _answer({"seconds": statistics.median(seconds), "processor_seconds": processor, "loss": loss, **rate})
 
 
 def _processor_seconds() -> float:
