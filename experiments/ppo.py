@@ -23,10 +23,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments import runner
-from llm_jax.alignment import finetune, ppo_run, prompts, reward, rewards
+from llm_jax import models
+from llm_jax.alignment import finetune, ppo_models, ppo_run, prompts, reward, rewards
 from llm_jax.alignment.policy_config import PpoConfig
 from llm_jax.alignment.ppo import Data
 from llm_jax.alignment.prompts import Prompt, PromptData, PromptStream
+from llm_jax.alignment.reward import RewardModel
 from llm_jax.alignment.rewards import Reward
 from llm_jax.config import DataConfig
 from llm_jax.data import loader
@@ -40,7 +42,7 @@ from llm_jax.tokenization import chat
 def run(config: PpoConfig, workdir: Path) -> None:
     """Train, continuing from the newest checkpoint in `workdir`."""
     mesh = finetune.build_mesh(config.training)
-    scores = load_reward(config.reward, mesh, "reward")
+    scores = load_reward(config, "reward", mesh)
     model = finetune.load(config.training, mesh)
     data = load(config, model, scores, mesh)
     critic = None
@@ -57,9 +59,11 @@ def load(config: PpoConfig, model: Pretrained, scores: Reward, mesh: Mesh) -> Da
     found = prompts.load(config.prompts, model.tokenizer, template)
     if distributed.is_first():
         print(describe(found))
+    kept = weight_bytes(scores)
     if config.safety_reward:
         tagged = {prompt.messages for prompt in [*found.train, *found.heldout] if prompt.unsafe}
-        safety = load_reward(config.safety_reward, mesh, "safety_reward")
+        safety = load_reward(config, "safety_reward", mesh)
+        kept += weight_bytes(safety)
         scores = rewards.piecewise(safety, scores, threshold=config.safety_threshold, is_tagged=tagged.__contains__)
     stream = PromptStream(
         found.train,
@@ -76,6 +80,7 @@ def load(config: PpoConfig, model: Pretrained, scores: Reward, mesh: Mesh) -> Da
         template,
         pretraining(config, model),
         fingerprint(found),
+        kept,
     )
 
 
@@ -98,17 +103,25 @@ def fingerprint(found: PromptData) -> str:
     return finetune.fingerprint([arrays(found.train), [np.zeros(0)], arrays(found.heldout)])
 
 
-def load_reward(name: str, mesh: Mesh, field: str) -> Reward:
+def load_reward(config: PpoConfig, field: str, mesh: Mesh) -> Reward:
     """What scores responses: a reward model's folder, or MODULE:FUNCTION. Raises `UserError` where it is neither."""
+    name = getattr(config, field)
     require(name != "", f"set --config.{field} to the folder of a reward model, or to MODULE:FUNCTION")
     module, colon, function = name.partition(":")
     if not colon or Path(name).is_dir():
-        return reward.load(Path(name), mesh)
+        model = reward.load(Path(name), mesh)
+        architecture, params = ppo_models.stored(model.config, model.params, config.reward_weights)
+        return dataclasses.replace(model, config=architecture, params=params)
     try:
         found: Reward = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--config.{field}={name}: {error}") from None
     return found
+
+
+def weight_bytes(scores: Reward) -> int:
+    """Of a reward model; a function has none."""
+    return models.weight_bytes(scores.params) if isinstance(scores, RewardModel) else 0
 
 
 def pretraining(config: PpoConfig, model: Pretrained) -> Callable[[int], Iterator[Batch]] | None:

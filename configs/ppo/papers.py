@@ -63,7 +63,8 @@ _LLAMA2 = PpoConfig(
     rewards=RewardShapingConfig(normalization="whiten"),
     critic=CriticConfig(optimizer=_OPTIMIZER),
     safety_threshold=0.15,
-    reference="bfloat16",
+    reference_weights="bfloat16",
+    reward_weights="bfloat16",
     logprob_tolerance=0.5,
 )
 _BAICHUAN2_OPTIMIZER = dataclasses.replace(_OPTIMIZER, learning_rate=5e-6, clip_norm=0.5)

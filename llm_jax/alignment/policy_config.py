@@ -13,7 +13,7 @@ from llm_jax.tokenization.chat import TEMPLATES
 KL_KINDS = ("fixed", "scheduled", "adaptive")
 NORMALIZATIONS = ("none", "whiten", "running_mean", "running_std", "running_both")
 ADVANTAGES = ("gae", "grpo", "rloo")
-REFERENCES = ("float32", "bfloat16", "int8")
+WEIGHTS = ("float32", "bfloat16", "int8")
 PROMPT_FORMATS = (*CHAT_FORMATS, "prompt")
 
 
@@ -223,7 +223,10 @@ class PpoConfig:
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
     pretraining: PretrainingConfig = PretrainingConfig()
     stop_kl: float = 0.0  # an iteration's policy updates end when one finds the old policy this far away; 0 = never
-    reference: str = "float32"  # how the reference is kept: a dtype, or int8; with adapters it is the model itself
+    # How the weights of what is not trained are kept: float32, bfloat16 or int8. With adapters, the reference is the
+    # model beside them, as FineTuneConfig.quantize says.
+    reference_weights: str = "float32"
+    reward_weights: str = "float32"
     offload_reference: bool = False  # to the host's memory while it is not used
     logprob_tolerance: float = 0.01  # largest difference between the sampler's and the trainer's log-probabilities
     eval_prompts: int = 64  # held-out ones
@@ -232,7 +235,8 @@ class PpoConfig:
     def __post_init__(self) -> None:
         positive(self, "epochs", "minibatch_size", "logprob_tolerance")
         non_negative(self, "stop_kl", "eval_prompts", "samples")
-        one_of("PpoConfig.reference", self.reference, REFERENCES)
+        one_of("PpoConfig.reference_weights", self.reference_weights, WEIGHTS)
+        one_of("PpoConfig.reward_weights", self.reward_weights, WEIGHTS)
         responses = self.rollout.prompts * self.rollout.sampling.num_samples
         require(
             responses % self.minibatch_size == 0,

@@ -50,7 +50,8 @@ class Data(NamedTuple):
     tokenizer: Tokenizer
     template: ChatTemplate | None = None  # None = prompts are the beginnings of texts
     pretraining: Callable[[int], Iterator[Batch]] | None = None  # this process's rows from the i-th batch on
-    fingerprint: str = ""  # of all of it
+    fingerprint: str = ""  # of the prompts
+    reward_bytes: int = 0  # of reward models, for the estimate of memory
 
 
 class Observed(NamedTuple):

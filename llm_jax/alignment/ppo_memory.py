@@ -13,22 +13,20 @@ from jax.sharding import Mesh
 from llm_jax import models
 from llm_jax.alignment.policy_config import PpoConfig
 from llm_jax.alignment.ppo_models import Actors
-from llm_jax.alignment.reward import RewardModel
-from llm_jax.alignment.rewards import Reward
 from llm_jax.config import ModelConfig
 from llm_jax.parallel import rules
 
 
-def estimate(config: PpoConfig, actors: Actors, reward: Reward, mesh: Mesh) -> str:
+def estimate(config: PpoConfig, actors: Actors, reward_bytes: int, mesh: Mesh) -> str:
     """A line for each part, in bytes on each device; what is trained or cached is taken to divide over all of them."""
-    parts = sizes(config, actors, reward, mesh)
+    parts = sizes(config, actors, reward_bytes, mesh)
     devices = mesh.size
     lines = [f"memory on each of {devices} devices, about:" if devices > 1 else "memory, about:"]
     lines += [f"  {name:<60}{_readable(size / devices):>10}" for name, size in parts.items()]
     return "\n".join([*lines, f"  {'together':<60}{_readable(sum(parts.values()) / devices):>10}"])
 
 
-def sizes(config: PpoConfig, actors: Actors, reward: Reward, mesh: Mesh) -> dict[str, int]:
+def sizes(config: PpoConfig, actors: Actors, reward_bytes: int, mesh: Mesh) -> dict[str, int]:
     """Bytes of every part, on all devices together.
 
     Exact for what is kept; of activations it counts the residual stream, the attention's and the feed-forward's inputs
@@ -48,9 +46,8 @@ def sizes(config: PpoConfig, actors: Actors, reward: Reward, mesh: Mesh) -> dict
         found["critic: gradients"] = tree_bytes(actors.critic.abstract.params)
         if actors.critic.frozen and not policy.frozen:
             found["critic: frozen model under its adapters"] = tree_bytes(actors.critic.frozen)
-    if isinstance(reward, RewardModel):
-        found["reward model"] = models.weight_bytes(reward.params)
-    model = policy.config
+    found["reward models"] = reward_bytes
+    model = actors.model
     copies = rules.axis_size(mesh, "batch")  # every device has them whole, but for the tensor axis
     found["rolling out: weights as decoding has them"] = copies * _decoding_bytes(model)
     found["rolling out: keys and values"] = _cache_bytes(model, config)

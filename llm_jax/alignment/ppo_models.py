@@ -87,14 +87,19 @@ def _training_of_critic(config: PpoConfig, adapters: LoraConfig) -> FineTuneConf
     )
 
 
+def stored(architecture: ModelConfig, params: Any, weights: str) -> tuple[ModelConfig, Any]:
+    """A model to be used and not trained, with its weights kept as one of `policy_config.WEIGHTS`: given away."""
+    if weights == "int8":
+        return models.quantize(params, architecture, "int8", donate=True)
+    if weights != architecture.param_dtype:
+        params = jax.tree.map(lambda x: x.astype(weights), params)
+    return dataclasses.replace(architecture, param_dtype=weights), params
+
+
 def _frozen_copy(config: PpoConfig, model: Pretrained) -> Reference:
-    """The policy as it begins, in the dtype and the memory that the config asks for."""
-    architecture, params = model.config, jax.tree.map(jnp.copy, model.params)
-    if config.reference == "int8":
-        architecture, params = models.quantize(params, architecture, "int8", donate=True)
-    elif config.reference != "float32":
-        architecture = dataclasses.replace(architecture, param_dtype=config.reference)
-        params = jax.tree.map(lambda x: x.astype(config.reference), params)
+    """The policy as it begins, in the form and the memory that the config asks for."""
+    copied = jax.tree.map(jnp.copy, model.params)
+    architecture, params = stored(model.config, copied, config.reference_weights)
     if config.offload_reference:
         params = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), params)
     return Reference(architecture, params, config.offload_reference)

@@ -53,7 +53,7 @@ def train(
     finetune.check_folder(whole, data.fingerprint, workdir)
     actors = ppo_models.build(config, model, critic, mesh)
     if distributed.is_first():
-        print(ppo_memory.estimate(config, actors, data.reward, mesh))
+        print(ppo_memory.estimate(config, actors, data.reward_bytes, mesh))
     run = Ppo(config, actors, data, mesh)
     finetune.write_start(whole, model, data.fingerprint, workdir)
     folder = workdir / actors.policy.folder
