@@ -106,9 +106,11 @@ def tokenize_all(
             tokens = encode(prompt.messages, tokenizer, template)
             if len(tokens) > max_tokens:
                 raise BadRecordError(TOO_LONG, f"{len(tokens):,} tokens for {max_tokens:,}")
+        except BadRecordError as error:
+            tally.add(error.reason, prompt.record, error.detail)
+            continue
         except UserError as error:
-            known = isinstance(error, BadRecordError)
-            tally.add(error.reason if known else REFUSED, prompt.record, error.detail if known else str(error))
+            tally.add(REFUSED, prompt.record, str(error))
             continue
         kept.append(prompt._replace(tokens=tuple(tokens)))
     return kept

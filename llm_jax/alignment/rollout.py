@@ -13,6 +13,7 @@ B rows (responses), T tokens of a row, R rows drawn at once, F rows taken over, 
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ from llm_jax.sampling import steps
 from llm_jax.sampling.generate import check_prompts, check_streams
 from llm_jax.tokenization.chat import ChatTemplate
 from llm_jax.tokenization.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 REFILLED_SHARE = 4  # of the rows, one in so many is done before others take them over
 DATA_AXES = frozenset(axis for name in GATHERED for axis in RULES[name])
@@ -101,7 +104,12 @@ def roll(
         mesh = _mesh_of(params)
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
-        return _Drawing(params, config, prompts, settings, stop_ids, given, pad_id, _rows_of_data(mesh)).run()
+        before = steps.programs()
+        drawing = _Drawing(params, config, prompts, settings, stop_ids, given, pad_id, _rows_of_data(mesh))
+        rollouts = drawing.run()
+        if steps.programs() != before:
+            logger.info("rollouts: compiled for %s", drawing)
+        return rollouts
 
 
 @contextlib.contextmanager
@@ -219,6 +227,12 @@ class _Drawing:
         self._starts_R = np.zeros(self._at_once * samples, np.int64)  # the column of each one's first token
         self._result = _empty(len(prompts), samples, settings.length, pad_id)
 
+    def __str__(self) -> str:
+        return (
+            f"{len(self._held_R):,} rows at once, {self._samples} of each prompt, prompts up to {self._width:,}, "
+            f"{self._shape.new_tokens:,} columns"
+        )
+
     def run(self) -> Rollouts:
         """Draw everything."""
         rows_R = np.arange(len(self._held_R))
@@ -291,14 +305,19 @@ def _multiple(number: int, of: int) -> int:
 def _empty(prompts: int, samples: int, length: int, pad_id: int) -> Rollouts:
     shape = (prompts * samples, length)
 
-    def zeros(dtype: type) -> np.ndarray:
-        return np.zeros(shape, dtype)
+    def filled(value: float, dtype: type) -> np.ndarray:
+        return np.full(shape, value, dtype)
 
-    ids = (np.full(shape, pad_id, np.int32) for _ in range(2))
     return Rollouts(
-        Batch(*ids, zeros(np.float32), zeros(np.int32), zeros(np.int32)),
-        zeros(np.float32),
-        zeros(np.float32),
+        Batch(
+            tokens=filled(pad_id, np.int32),
+            targets=filled(pad_id, np.int32),
+            loss_weights=filled(0, np.float32),
+            segment_ids=filled(0, np.int32),
+            positions=filled(0, np.int32),
+        ),
+        filled(0, np.float32),
+        filled(0, np.float32),
         np.zeros(shape[0], bool),
         np.zeros(shape[0], np.int32),
         np.repeat(np.arange(prompts, dtype=np.int32), samples),

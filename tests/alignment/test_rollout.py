@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -263,3 +268,49 @@ def test_prompts_that_cannot_be_answered_are_refused(prompts, options, message):
 def test_rows_hold_whole_groups():
     with pytest.raises(UserError, match=r"rows=3 must be a multiple of sampling\.num_samples=2"):
         dataclasses.replace(SETTINGS, rows=3)
+
+
+WORKER = """
+import jax
+from llm_jax.parallel import distributed
+distributed.initialize()
+from tests.alignment.test_rollout import *
+from llm_jax.alignment.prompts import PromptStream
+
+mesh = mesh_lib.build(MeshConfig(data=4, tensor=2))
+shardings = rules.shardings(models.logical_axes(MODEL), models.abstract(MODEL), mesh)
+place = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+placed = jax.tree.map(place, jax.device_get(params()), shardings)
+assert not any(leaf.is_fully_addressable for leaf in jax.tree.leaves(placed))
+index = jax.process_index()
+mine, whole = PromptStream(PROMPTS[:6], 6, 0, index, 2), PromptStream(PROMPTS[:6], 6)
+drawn = rollout.roll(placed, MODEL, mine.batch(1), REFILL, stop_ids=STOP, streams=mine.streams(1))
+other = rollout.roll(params(), MODEL, whole.batch(1), REFILL, stop_ids=STOP, streams=whole.streams(1))
+responses = [other.response_tokens(row) for row in range(12)]
+assert [drawn.response_tokens(row) for row in range(6)] == responses[6 * index :][:6], index
+"""
+
+
+@pytest.mark.slow
+def test_each_process_draws_for_its_own_prompts():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            env=os.environ | job | {"JAX_PROCESS_ID": str(index)},
+            cwd=Path(__file__).parents[2],
+            stderr=subprocess.PIPE,
+        )
+        for index in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()
