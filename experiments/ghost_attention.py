@@ -8,7 +8,8 @@ fine-tunes the model on each variant with each seed, and lets it, and the model 
 under instructions that only the first message gives; `report` makes of that the table by turn (LLaMA-2, table 30) and
 the figures, also of the attention (figure 10).
 
-Seeds may be trained side by side: --stages=dialogues, then --stages=runs --seeds=0 and so on, then --stages=report.
+Runs may go side by side: first --stages=dialogues, then processes with --stages=runs --only=base/0,ghost/0 and so on,
+and --stages=report in the end.
 
 Writes to --workdir: dialogues/VARIANT.jsonl and yield.json, a folder for each VARIANT/seed_N (the model, obedience.json
 and replies.jsonl), and report.md, report.json, obedience.png, attention.png.
@@ -20,6 +21,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,8 @@ from llm_jax.alignment.ghost_attention import VARIANTS, Dialogue, Told, Yield
 from llm_jax.alignment.ghost_attention_config import GhostAttentionConfig
 from llm_jax.alignment.sft import choose_template
 from llm_jax.alignment.speaker import Speaker
-from llm_jax.config import SamplingConfig
-from llm_jax.errors import UserError, require
+from llm_jax.config import SamplingConfig, one_of
+from llm_jax.errors import require
 from llm_jax.evaluation import attention_map, obedience, tables
 from llm_jax.evaluation.attention_map import Attention
 from llm_jax.evaluation.obedience import Shares
@@ -54,26 +56,31 @@ TITLES = {
     **{name: variant.title for name, variant in VARIANTS.items()},
 }
 MAPPED = (BASE, "baseline", "ghost")
-ALL = "all"
+ALL, SAID_BEFORE = "all", "said before"
+TABLE_TITLES = {SAID_BEFORE: "Replies that are an earlier one again, word for word (%)"}
 DIALOGUES, YIELD, OBEDIENCE, REPLIES = "dialogues", "yield.json", "obedience.json", "replies.jsonl"
-CHANGEABLE = ("seeds", "variants")  # between two calls with one --workdir: what is new is added
+CHANGEABLE = ("seeds", "variants", "mapped_dialogues")  # between two calls with one --workdir: what is new is added
 LEAST_QUESTION = 4  # tokens that a question must be allowed to have
 _STAGES = flags.DEFINE_list("stages", list(STAGES), f"which of {', '.join(STAGES)} to do")
-_SEEDS = flags.DEFINE_list("seeds", [], "of config.seeds only these: for processes side by side")
+_ONLY = flags.DEFINE_list("only", [], "of the runs only these, as ghost/0 for a seed: for processes side by side")
 
 
-def run(config: GhostAttentionConfig, workdir: Path, stages: Sequence[str] = STAGES, seeds: Sequence[int] = ()) -> None:
-    """Do the stages; `seeds` are those of `config.seeds` to be trained now, () = all."""
+def run(config: GhostAttentionConfig, workdir: Path, stages: Sequence[str] = STAGES, only: Sequence[str] = ()) -> None:
+    """Do the stages; `only` are the runs to be done now, as "ghost/0", () = all."""
+    known = [f"{name}/{seed}" for seed in config.seeds for name in (BASE, REPEATED, *config.variants)]
+    for stage in stages:
+        one_of("--stages", stage, STAGES)
+    for each in only:
+        one_of("--only", each, tuple(known))
     check_workdir(config, workdir)
     if "dialogues" in stages:
         make_dialogues(config, workdir)
     if "runs" in stages:
-        require(
-            (workdir / DIALOGUES / YIELD).is_file(),
-            f"{workdir} has no dialogues yet: run the stage `dialogues` first",
-        )
-        for seed in seeds or config.seeds:
-            run_seed(config, workdir, seed)
+        made = (workdir / DIALOGUES / YIELD).is_file()
+        require(made, f"{workdir} has no dialogues yet: do the stage `dialogues` first")
+        for each in only or known:
+            name, _, seed = each.partition("/")
+            do_run(config, workdir, name, int(seed))
     if "report" in stages:
         report(config, workdir)
 
@@ -82,14 +89,14 @@ def check_workdir(config: GhostAttentionConfig, workdir: Path) -> None:
     """Note the config, or raise `UserError` if the folder holds what another one made."""
     path = workdir / finetune.CONFIG
     if path.exists():
-        old, new = (
-            {key: value for key, value in dataclasses.asdict(each).items() if key not in CHANGEABLE}
-            for each in (config_lib.load(GhostAttentionConfig, path), config)
-        )
-        changed = [key for key in new if old[key] != new[key]]
+        old = config_lib.load(GhostAttentionConfig, path)
+        names = [name for name, hint in config_lib.keys(GhostAttentionConfig) if not dataclasses.is_dataclass(hint)]
+        changed = [
+            name for name in names if name not in CHANGEABLE and attrgetter(name)(old) != attrgetter(name)(config)
+        ]
         require(
             not changed,
-            f"{workdir} holds an experiment with another {', '.join(changed)}: choose a new --workdir, or continue "
+            f"{workdir} holds an experiment with another {', '.join(changed[:4])}: choose a new --workdir, or continue "
             "with the old settings",
         )
     workdir.mkdir(parents=True, exist_ok=True)
@@ -186,17 +193,16 @@ def sample(config: GhostAttentionConfig, speaker: Speaker) -> tuple[list[Told], 
     return kept[: config.dialogues], found
 
 
-def run_seed(config: GhostAttentionConfig, workdir: Path, seed: int) -> None:
-    """Judge the model as it was, and train and judge every variant."""
-    for name in (BASE, REPEATED, *config.variants):
-        folder = workdir / name / f"seed_{seed}"
-        if (folder / OBEDIENCE).is_file():
-            print(f"{folder}: done earlier")
-            continue
-        if name in VARIANTS:
-            finished = sft.run(run_config(config, workdir, name, seed), folder)
-            require(finished, f"{folder} stopped before its end: run the same command again to continue")
-        judge(config, config.training.model if name in (BASE, REPEATED) else folder, folder, name, seed)
+def do_run(config: GhostAttentionConfig, workdir: Path, name: str, seed: int) -> None:
+    """Train a variant, or take the model as it was, and judge it: once."""
+    folder = workdir / name / f"seed_{seed}"
+    if (folder / OBEDIENCE).is_file():
+        print(f"{folder}: done earlier")
+        return
+    if name in VARIANTS:
+        finished = sft.run(run_config(config, workdir, name, seed), folder)
+        require(finished, f"{folder} stopped before its end: run the same command again to continue")
+    judge(config, folder if name in VARIANTS else config.training.model, folder, name, seed)
 
 
 def run_config(config: GhostAttentionConfig, workdir: Path, name: str, seed: int) -> SftConfig:
@@ -248,6 +254,8 @@ def judge(config: GhostAttentionConfig, model: str | Path, folder: Path, name: s
         kind: obedience.shares([right for (each, _), right in zip(drawn, obeyed) if kind in (ALL, each)])
         for kind in (ALL, *dict(drawn))
     }
+    again = [ghost_attention.said_before([message.content for message in each[1::2]]) for each in dialogues]
+    found[SAID_BEFORE] = obedience.shares(again)
     values = {kind: {turn: dataclasses.asdict(share) for turn, share in row.items()} for kind, row in found.items()}
     write_json(folder / OBEDIENCE, values)  # last: its presence says that the rest is there
 
@@ -258,7 +266,7 @@ def report(config: GhostAttentionConfig, workdir: Path) -> None:
     found = {name: [read_obedience(workdir / name / f"seed_{seed}") for seed in config.seeds] for name in names}
     made = [
         obedience.table(
-            f"Replies that keep to the instruction (%), {kind}",
+            TABLE_TITLES.get(kind, f"Replies that keep to the instruction (%), {kind}"),
             {TITLES[name]: [run[kind] for run in runs] for name, runs in found.items()},
             config.judged_turns,
         )
@@ -290,7 +298,7 @@ def report(config: GhostAttentionConfig, workdir: Path) -> None:
 def read_obedience(folder: Path) -> dict[str, Shares]:
     """What `judge` wrote, by kind of instruction; `UserError` where it has not been there."""
     path = folder / OBEDIENCE
-    require(path.is_file(), f"{folder} is not judged yet: run the stage `runs` with its seed first")
+    require(path.is_file(), f"{folder} is not judged yet: do the stage `runs` first")
     found = json.loads(path.read_text())
     return {kind: {int(turn): Proportion(**share) for turn, share in row.items()} for kind, row in found.items()}
 
@@ -343,12 +351,7 @@ def write_json(path: Path, values: Any) -> None:
 
 def main(config: GhostAttentionConfig, workdir: Path) -> None:
     """Run what the flags name."""
-    for stage in _STAGES.value:
-        config_lib.one_of("--stages", stage, STAGES)
-    unknown = [seed for seed in _SEEDS.value if seed not in map(str, config.seeds)]
-    if unknown:
-        raise UserError(f"--seeds={','.join(unknown)}: config.seeds are {', '.join(map(str, config.seeds))}")
-    run(config, workdir, _STAGES.value, [int(seed) for seed in _SEEDS.value])
+    run(config, workdir, _STAGES.value, _ONLY.value)
 
 
 if __name__ == "__main__":

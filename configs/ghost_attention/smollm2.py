@@ -14,9 +14,9 @@ from llm_jax.alignment.ghost_attention_config import GhostAttentionConfig
 from llm_jax.errors import require
 
 # The same for both, as each would have programs of its own to compile.
-SAMPLING = config.SamplingConfig(max_new_tokens=24, temperature=0.7, top_p=0.9)
+SAMPLING = config.SamplingConfig(max_new_tokens=24, temperature=0.8, top_p=0.9)
 CONSTRAINTS = {
-    "sampled": (("french", "spanish", "german", "pirate", "question", "list"), ("portuguese", "italian")),
+    "sampled": (("french", "spanish", "german", "portuguese", "pirate"), ("italian",)),
     "mended": (
         ("begin_well", "begin_indeed", "end_over", "end_friend", "capitals", "at_most_6_words"),
         ("begin_listen", "end_please"),
@@ -43,6 +43,8 @@ def get_config(replies: str = "sampled") -> ml_collections.ConfigDict:
             constraints=known,
             new_constraints=new,
             replies=replies,
+            dialogues=384,
+            most_constraints=1 if replies == "sampled" else 2,  # two at once are more than it can follow
             sampling=SAMPLING,
             judging=SAMPLING,
         )

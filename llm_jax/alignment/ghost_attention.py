@@ -118,8 +118,9 @@ def build(
     """Dialogues to be learned from, each cut after one of its replies that keep to its instruction.
 
     Which one is drawn at random, so that dialogues come in all lengths; one turn is not enough, as long as there are
-    others, and nothing is kept from an empty reply on. A dialogue without such a reply is left out: it would teach the contrary. The paper does not say that it
-    checks; a model small enough to try this on disobeys too often not to.
+    others, and nothing is kept from a reply on that is empty or was said before. A dialogue without such a reply is
+    left out: it would teach the contrary. The paper does not say that it checks; a model small enough to try this on
+    disobeys and repeats itself too often not to.
 
     Args:
         questions: of each dialogue, the user's messages.
@@ -139,12 +140,22 @@ def build(
         obeyed = [instruction.obeys(message.content) for message in dialogue[1::2]]
         places = np.flatnonzero(obeyed)
         places = places[places > 0] if len(obeyed) > 1 else places
-        empty = next((i for i, message in enumerate(dialogue[1::2]) if not message.content.strip()), len(obeyed))
-        places = places[places < empty]
+        places = places[places < _good_for([message.content for message in dialogue[1::2]])]
         found.note(instruction, obeyed, bool(len(places)))
         if len(places):
             kept.append(Told(instruction, dialogue[: 2 * (int(generator.choice(places)) + 1)]))
     return kept, found
+
+
+def _good_for(replies: Sequence[str]) -> int:
+    """How many replies there are before the first that is empty or was said before."""
+    bad = (i for i, (said, again) in enumerate(zip(replies, said_before(replies))) if again or not said.strip())
+    return next(bad, len(replies))
+
+
+def said_before(replies: Sequence[str]) -> list[bool]:
+    """Whether each reply of a dialogue is one of the earlier ones, word for word: an instruction is easily kept so."""
+    return [said in replies[:i] for i, said in enumerate(replies)]
 
 
 @dataclasses.dataclass(frozen=True)

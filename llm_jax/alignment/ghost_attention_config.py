@@ -23,8 +23,8 @@ class GhostAttentionConfig:
     )
     questions: str = ""  # a file or folder of conversations whose users' messages are asked; "" = made ones
     holdout_fraction: float = 0.25  # of the questions, by subject or conversation
-    constraints: tuple[str, ...] = ("french", "spanish", "german", "pirate", "question", "list")
-    new_constraints: tuple[str, ...] = ("portuguese", "italian")  # only judged; () = none
+    constraints: tuple[str, ...] = ("french", "spanish", "german", "portuguese", "pirate")
+    new_constraints: tuple[str, ...] = ("italian",)  # only judged; () = none
     most_constraints: int = 2  # of one instruction
     # mended: what disobeys is changed by rule until it obeys. Ours, for models that cannot do what they are told.
     replies: str = "sampled"

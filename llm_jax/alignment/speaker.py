@@ -14,7 +14,11 @@ from llm_jax.sampling.generate import generate
 from llm_jax.tokenization.chat import ChatTemplate, Message
 
 STREAMS = 1 << 32
-SENTENCE = re.compile(r".*[^\W\d_][.!?。！？]+[\"')\]»”]*(?=\s|$)|.*(?=\n)", re.DOTALL)
+SENTENCE = re.compile(
+    r""".*[^\W\d_](?:[.!?]+["')\]»”]*(?=\s|$) | [。！？]+[”」』]*)  # a letter, a sentence's end, what closes it
+    | .*(?=\n)""",
+    re.DOTALL | re.VERBOSE,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_what_is_changed_is_what_the_next_turn_sees():
 
 def obeys_at(*turns):
     """A model that shouts at some turns, from 1 on."""
-    return lambda dialogues: ["YES" if (len(d) + 1) // 2 in turns else "no" for d in dialogues]
+    return lambda dialogues: [f"{'YES' if (len(d) + 1) // 2 in turns else 'no'} {len(d)}" for d in dialogues]
 
 
 def build(questions, reply, **changes):
@@ -70,7 +70,7 @@ def test_dialogues_end_with_a_reply_that_obeys():
     kept, found = build(questions, obeys_at(1, 2, 4))
     lengths = [len(told.questions) for told in kept]
     assert len(kept) == 60 and set(lengths) == {2, 4} and 15 < lengths.count(2) < 45
-    assert all(told.dialogue[-1].content == "YES" for told in kept)
+    assert all(told.dialogue[-1].content.startswith("YES") for told in kept)
     assert all(told.questions == asked[: len(told.questions)] for told, asked in zip(kept, questions))
     assert (found.sampled, found.kept, found.shares()) == (60, 60, {"capitals": 0.75})
 
@@ -85,8 +85,10 @@ def test_dialogues_that_never_obey_after_the_first_turn_are_left_out():
     )
     (told,), _ = build([["a"]], obeys_at(1))
     assert told.questions == ["a"]
-    kept, _ = build([["a", "b", "c"]], lambda dialogues: ["" if len(d) == 1 else "YES" for d in dialogues])
+    kept, _ = build([["a", "b", "c"]], lambda dialogues: ["" if len(d) == 1 else f"YES {len(d)}" for d in dialogues])
     assert not kept  # nobody learns from an empty reply
+    kept, _ = build([["a", "b", "c"]], lambda dialogues: ["YES"] * len(dialogues))
+    assert not kept  # nor from one that was said before
 
 
 def test_mended_replies_obey_and_are_what_the_model_sees():
@@ -94,10 +96,18 @@ def test_mended_replies_obey_and_are_what_the_model_sees():
 
     def reply(dialogues):
         seen.extend(contents(dialogue)[1::2] for dialogue in dialogues)
-        return ["yes"] * len(dialogues)
+        return [f"yes {len(dialogue)}" for dialogue in dialogues]
 
     ((told,), found) = build([["a", "b"]], reply, mended=True)
-    assert contents(told.dialogue)[1::2] == ["YES", "YES"] and seen == [[], ["YES"]] and found.shares()["capitals"] == 1
+    assert (
+        contents(told.dialogue)[1::2] == ["YES 1", "YES 3"]
+        and seen == [[], ["YES 1"]]
+        and found.shares()["capitals"] == 1
+    )
+
+
+def test_what_was_said_before_is_counted_from_the_second_time_on():
+    assert ghost_attention.said_before(["a", "b", "a", "a", "c"]) == [False, False, True, True, False]
 
 
 def test_yields_add_up():
@@ -135,7 +145,7 @@ def test_the_same_questions_and_seed_draw_the_same():
     def texts(seed, order=1):
         kept, _ = ghost_attention.build(
             questions[::order],
-            lambda dialogues: ["WELL INDEED"] * len(dialogues),
+            lambda dialogues: [f"WELL {len(dialogue)}" for dialogue in dialogues],
             constraints=[CAPITALS, at_most(4), CONSTRAINTS["begin_well"]],
             seed=seed,
         )
