@@ -154,6 +154,7 @@ def test_a_prompt_alone_is_answered_as_among_others():
 
 def test_rows_are_moved_back_when_all_columns_are_drawn(monkeypatch):
     shifts, real = [], rollout.steps.compact
+    monkeypatch.setattr(rollout.steps, "programs", tuple)
     monkeypatch.setattr(rollout.steps, "compact", lambda state, shift: shifts.append(int(shift)) or real(state, shift))
     prompts = PROMPTS * 3
     found = rollout.roll(params(), MODEL, prompts, REFILL, stop_ids=())
@@ -171,6 +172,7 @@ def test_fewer_steps_are_drawn_when_rows_end_early_and_are_taken_over(monkeypatc
         columns.append(int(state.step) - before)
         return state
 
+    monkeypatch.setattr(rollout.steps, "programs", tuple)
     monkeypatch.setattr(rollout.steps, "decode", counted)
     prompts = PROMPTS * 4
     lengths_B = rollout.roll(params(), MODEL, prompts, REFILL, stop_ids=STOP).lengths_B
