@@ -211,3 +211,18 @@ def test_mistakes_are_one_line(base, asked, tmp_path, change, stage, message):
 def test_wrong_settings(base, asked, change, message):
     with pytest.raises(UserError, match=message):
         settings(base, asked, **change)
+
+
+def test_the_first_message_alone_tells_unless_all_do(base, asked, tmp_path, monkeypatch):
+    """A model that obeys the message before it keeps to the instruction at the first turn only, or at all turns."""
+
+    def reply(self, dialogues):
+        return [f"Well {len(each)}" if "\n" in each[-1].content else f"no {len(each)}" for each in dialogues]
+
+    monkeypatch.setattr(ghost_attention.Speaker, "reply", reply)
+    config = settings(base, asked, constraints=("begin_well",), new_constraints=(), most_constraints=1)
+    for name, shares in (("base", [1.0, 0.0]), ("repeated", [1.0, 1.0])):
+        ghost_attention.judge(config, base, tmp_path / name, name, 0)
+        found = ghost_attention.read_obedience(tmp_path / name)
+        assert set(found) == {"all", "as trained", "in other words", "said before"}
+        assert [found["all"][turn].share for turn in (1, 2)] == shares
