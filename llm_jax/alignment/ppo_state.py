@@ -60,6 +60,9 @@ def abstract(policy: TrainState, critic: TrainState | None, kl: KlState, moments
     def scalar(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
 
-    small = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=everywhere), (kl, moments))
+    kl, moments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=everywhere), (kl, moments)
+    )
     counter: Any = scalar(jnp.int32)
-    return PpoState(counter, policy, critic, *small, scalar(jnp.uint32), counter, counter)  # type: ignore[arg-type]
+    seed: Any = scalar(jnp.uint32)
+    return PpoState(counter, policy, critic, kl, moments, seed, counter, counter)

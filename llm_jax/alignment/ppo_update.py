@@ -27,7 +27,7 @@ from llm_jax.training.step import LossFunction, Metrics, Update
 class PolicyRows(NamedTuple):
     """What the policy learns from; float32 [B,T] but for the batch."""
 
-    batch: Batch  # its loss weights are the mask of the responses, or weights in its place
+    batch: Any  # a Batch; its loss weights are the mask of the responses, or weights in its place
     old_logprobs: jax.Array
     reference: jax.Array  # log-probabilities
     advantages: jax.Array
@@ -36,7 +36,7 @@ class PolicyRows(NamedTuple):
 class ValueRows(NamedTuple):
     """What the critic learns from; float32 [B,T] but for the batch."""
 
-    batch: Batch
+    batch: Any  # a Batch
     old_values: jax.Array
     returns: jax.Array
 
@@ -118,7 +118,7 @@ def attach(params: Any, config: LoraConfig, *frozen: Any) -> Any:
     return lora.attach(frozen[0], params, config) if config.rank else params
 
 
-def with_pretraining(rows: PolicyRows, others: Batch | None, coefficient: float) -> tuple[PolicyRows, Batch | None]:
+def with_pretraining(rows: PolicyRows, others: Any, coefficient: float) -> tuple[PolicyRows, Any]:
     """Policy rows and pre-training rows, weighted so that the loss becomes
     mean(policy loss) + coefficient * mean(cross-entropy), each over its own tokens (InstructGPT, equation 2).
     """

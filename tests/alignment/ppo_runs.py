@@ -110,10 +110,11 @@ def data(config, reward=share_of_a, **changes):
     return Data(stream, asked[4 * QUESTIONS :], reward, Letters(), **changes)
 
 
-def start(config, reward=share_of_a, devices=1, **changes):
-    """A run, not begun."""
+def start(config, reward=share_of_a, devices=1, key=0, **changes):
+    """A run, not begun; the policy is drawn from the key."""
     mesh = mesh_of(devices)
-    return Ppo(config, ppo_models.build(config, policy(mesh), None, mesh), data(config, reward, **changes), mesh)
+    actors = ppo_models.build(config, policy(mesh, key=key), None, mesh)
+    return Ppo(config, actors, data(config, reward, **changes), mesh)
 
 
 def iterate(run, count, state=None):

@@ -1,5 +1,5 @@
-"""PPO as a whole: what its first minibatch must show, that it learns what is paid for and nothing else, and that
-mesh, microbatches and stops change nothing."""
+"""PPO as a whole: what its first minibatch must show, that it learns what is paid for and nothing else, that a stop
+changes nothing, and what is refused."""
 
 import dataclasses
 import json
@@ -15,7 +15,6 @@ from llm_jax.alignment.policy_config import (
     AdvantageConfig,
     CriticConfig,
     KlConfig,
-    PolicyLossConfig,
     PretrainingConfig,
     RewardShapingConfig,
 )
@@ -37,12 +36,6 @@ def straight():
 
 def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
-
-
-def assert_near(found, expected, tolerance=1e-4):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), jax.device_get(found), jax.device_get(expected)
-    )
 
 
 def test_at_first_the_policy_is_the_reference_and_its_ratio_is_one(straight):
@@ -71,7 +64,7 @@ def test_a_letter_that_is_paid_for_is_written_more_often():
     np.testing.assert_allclose(np.mean([sample["score"] for sample in table]), after["score"])
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize("kind", [pytest.param("grpo", marks=pytest.mark.slow), "rloo"])
 def test_groups_are_enough_to_learn_from(kind):
     config = ppo_runs.settings(steps=40, learning_rate=1e-2, samples=4, advantage=AdvantageConfig(kind=kind))
     state, records = ppo_runs.iterate(ppo_runs.start(config), 40)
@@ -79,26 +72,37 @@ def test_groups_are_enough_to_learn_from(kind):
     assert records[-1]["score"] > records[0]["score"] + 0.2
 
 
+def share_of_even(prompts, responses):
+    """The share of every other letter: half of them, before anything is learned."""
+    return np.array([even(each.text) for each in responses], np.float32)
+
+
+def even(text):
+    return np.mean([ord(letter) % 2 == 0 for letter in text]) if text else 0.5
+
+
 def shuffled(seed):
     """Rewards that say nothing of their responses."""
     generator = np.random.default_rng(seed)
-    return lambda prompts, responses: generator.permutation(ppo_runs.share_of_a(prompts, responses))
+    return lambda prompts, responses: generator.permutation(share_of_even(prompts, responses))
 
 
 @pytest.mark.slow
 def test_shuffled_rewards_teach_nothing():
-    """Within two standard errors over seeds; the same rewards in order teach more than ten of these."""
+    """Within two standard errors over policies and seeds; rewards in order teach more than five of these."""
 
     def gain(seed, reward):
-        run = ppo_runs.start(ppo_runs.settings(steps=30, learning_rate=1e-2, seed=seed), reward)
-        tables = [run.evaluate(state)[1] for state in (run.first(), ppo_runs.iterate(run, 30)[0])]
-        before, after = (np.mean([each["response"].count("A") / each["tokens"] for each in table]) for table in tables)
-        return after - before
+        run = ppo_runs.start(ppo_runs.settings(steps=30, learning_rate=1e-2, seed=seed), reward, key=seed)
+        before = letters(run.evaluate(run.first())[1])
+        return letters(run.evaluate(ppo_runs.iterate(run, 30)[0])[1]) - before
 
-    gains = [gain(seed, shuffled(seed)) for seed in range(8)]
+    def letters(table):
+        return np.mean([even(each["response"]) for each in table])
+
+    gains = [gain(seed, shuffled(seed)) for seed in range(12)]
     error = np.std(gains, ddof=1) / np.sqrt(len(gains))
     assert abs(np.mean(gains)) < 2 * error
-    assert gain(0, ppo_runs.share_of_a) > 10 * error
+    assert gain(0, share_of_even) > 5 * error
 
 
 def test_a_large_price_holds_the_kl_near_zero():
@@ -141,52 +145,6 @@ def stop_after(config, count, folder):
     assert not ppo_run.train(config, ppo_runs.policy(mesh), ppo_runs.data(config, reward), folder, mesh)
 
 
-def wider(config, by):
-    rollout = dataclasses.replace(config.rollout, max_prompt_tokens=config.rollout.max_prompt_tokens + by)
-    return dataclasses.replace(config, rollout=rollout)
-
-
-def test_padding_changes_nothing():
-    """The same responses in rows that are longer by half; a loss that does not mask it would be noticed."""
-    narrow, wide = (ppo_runs.iterate(ppo_runs.start(wider(SETTINGS, by)), 2) for by in (0, 6))
-    assert_near(narrow[0].policy.params, wide[0].policy.params)
-    assert_near(narrow[0].critic.params, wide[0].critic.params)
-    for name in ("kl", "entropy", "advantage_std", "return", "policy/ratio", "critic/value_loss"):
-        np.testing.assert_allclose(narrow[1][1][name], wide[1][1][name], rtol=1e-3, atol=1e-6)
-
-
-def cold(config):
-    sampling = dataclasses.replace(config.rollout.sampling, temperature=0.7)
-    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, sampling=sampling))
-
-
-def test_the_temperature_is_in_all_logprobs(monkeypatch):
-    first, second = ppo_runs.iterate(ppo_runs.start(cold(SETTINGS)), 2)[1]
-    assert first["kl"] == 0 and first["policy/first_ratio"] == second["policy/first_ratio"] == 1
-    logprobs_of = ppo_experience.logprobs_of
-    monkeypatch.setattr(ppo_experience, "logprobs_of", lambda model, _, *rest: logprobs_of(model, 1.0, *rest))
-    with pytest.raises(UserError, match=r"the trainer computes .* apart"):
-        ppo_runs.iterate(ppo_runs.start(cold(SETTINGS)), 1)
-
-
-def test_eight_devices_are_as_one(straight):
-    state, records = ppo_runs.iterate(ppo_runs.start(SETTINGS, devices=8), 1)
-    assert_near(records[0]["score"], straight[1][0]["score"], 1e-6)
-    one = ppo_runs.iterate(ppo_runs.start(SETTINGS), 1)[0]
-    assert_near(state.policy.params, one.policy.params)
-    assert_near(state.critic.params, one.critic.params)
-
-
-@pytest.mark.parametrize("per_sequence", [False, True])
-def test_microbatches_are_as_one_batch(per_sequence):
-    loss = PolicyLossConfig(per_sequence=per_sequence, kl_coefficient=0.1, entropy_coefficient=0.01)
-    states = [
-        ppo_runs.iterate(ppo_runs.start(ppo_runs.settings(microbatches=count, loss=loss)), 1)[0] for count in (1, 4)
-    ]
-    assert_near(states[0].policy.params, states[1].policy.params)
-    assert_near(states[0].critic.params, states[1].critic.params)
-
-
 def test_the_critic_learns_alone_at_first():
     config = ppo_runs.settings(critic=CriticConfig(warmup_iterations=2, optimizer=ppo_runs.constant(1e-2)))
     run = ppo_runs.start(config)
@@ -195,30 +153,6 @@ def test_the_critic_learns_alone_at_first():
     assert_same(warm.policy, before)
     assert int(warm.critic.step) == 2 * 4 and "policy/loss" not in records[0]
     assert int(ppo_runs.iterate(run, 1, warm)[0].policy.step) == 4
-
-
-def test_adapters_share_the_model_with_reference_and_critic():
-    run = ppo_runs.start(ppo_runs.settings(lora=2, learning_rate=1e-2))
-    base = run.actors.policy.frozen[0]
-    assert run.actors.reference.params is base
-    assert run.actors.critic.frozen[0]["layers"] is base["layers"]
-    frozen = jax.device_get(base)
-    state, records = ppo_runs.iterate(run, 3)
-    assert records[0]["kl"] == 0.0 and records[2]["kl_k3"] > 0
-    assert_same(base, frozen)
-    assert set(state.critic.params) == {"layers", "reward_head"} and set(state.policy.params) == {"layers"}
-
-
-@pytest.mark.parametrize(("weights", "most"), [("bfloat16", 1e-3), ("int8", 1e-2)])
-def test_a_smaller_reference_is_near(straight, weights, most):
-    """Offloaded too: it comes back where it is computed with."""
-    run = ppo_runs.start(ppo_runs.settings(reference_weights=weights, offload_reference=True))
-    leaves = jax.tree.leaves(run.actors.reference.params)
-    assert {leaf.sharding.memory_kind for leaf in leaves} == {"pinned_host"}
-    record = ppo_runs.iterate(run, 1)[1][0]
-    assert 0 < record["kl_k3"] < most
-    full = ppo_memory.tree_bytes(ppo_runs.start(SETTINGS).actors.reference.params)
-    assert ppo_memory.tree_bytes(run.actors.reference.params) < 0.6 * full
 
 
 def test_the_estimate_of_memory_is_what_the_state_takes(straight):
