@@ -18,7 +18,7 @@ turns; prints one JSON line for each. `speed_over_trl` is the rate over that of 
 and `speed_over_padded` over our own padded batches, as the median, least and greatest ratio over rounds.
 `gemm` is the machine's own rate, of 2048 x 2048 products. `busy_elsewhere` is the share of the machine that other
 programs took meanwhile: above a few percent, times and ratios say little, those of TRL least of all, as torch's threads
-wait for each other by spinning.
+wait for each other by spinning. --busy=0.06 leaves such rounds out.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,16 @@ def check_same(task: str, peers: Mapping[str, Peer]) -> None:
                 sys.exit(f"{found[0].name} and {peer.name} do not do the same work: {first} and {other}")
 
 
+def keep_quiet(peers: Iterable[Peer], limit: float) -> None:
+    """Forget the rounds in which other programs took more than a share of the machine during someone's turn."""
+    running = [peer for peer in peers if not peer.problem]
+    quiet = [max(turn["busy_elsewhere"] for turn in turns) <= limit for turns in zip(*(p.rounds for p in running))]
+    if not any(quiet):
+        sys.exit(f"other programs took more than {limit:.0%} of the machine in every round: try again, or raise --busy")
+    for peer in running:
+        peer.rounds = [turn for turn, kept in zip(peer.rounds, quiet, strict=True) if kept]
+
+
 def report(task: str, name: str, peer: Peer, peers: Mapping[str, Peer]) -> dict[str, Any]:
     """The JSON line of one implementation."""
     line: dict[str, Any] = {"benchmark": "fine_tuning", "task": task, "shape": name, "implementation": peer.name}
@@ -115,6 +125,7 @@ def measure(task: str, name: str, folder: Path, options: argparse.Namespace) -> 
             peers[implementation] = Peer(implementation, module, arguments, python)
     check_same(task, peers)
     take_turns(peers.values(), options.rounds, options.steps)
+    keep_quiet(peers.values(), options.busy)
     for peer in peers.values():
         print(json.dumps(report(task, name, peer, peers)), flush=True)
 
@@ -134,6 +145,7 @@ def main(arguments: list[str]) -> None:
     parser.set_defaults(shapes="S")
     parser.add_argument("--tasks", default=",".join(IMPLEMENTATIONS), help="of " + ", ".join(IMPLEMENTATIONS))
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn")
+    parser.add_argument("--busy", type=float, default=1.0, help="leave out rounds with more of busy_elsewhere")
     parser.add_argument("--trl_python", default=sys.executable, help="an interpreter that has trl")
     parser.add_argument("--workdir", default="runs/benchmark_fine_tuning", help="for models and data")
     options = parser.parse_args(arguments)

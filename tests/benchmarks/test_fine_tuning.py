@@ -96,3 +96,14 @@ def test_a_served_rate_is_of_what_was_done_in_the_turn(monkeypatch, capsys):
     about, turn = map(json.loads, capsys.readouterr().out.splitlines())
     assert about == {"first_loss": 1.5, "first_done": 3, "library": "a library"}
     assert turn["rate"] == (50 - 10) / 10 and turn["seconds"] == 5
+
+
+def test_rounds_in_which_others_were_busy_are_left_out():
+    ours, other = peer("ours", [1, 2, 3]), peer("other", [4, 5, 6])
+    for found, shares in ((ours, (0.01, 0.2, 0.0)), (other, (0.02, 0.0, 0.05))):
+        for turn, share in zip(found.rounds, shares):
+            turn["busy_elsewhere"] = share
+    fine_tuning.keep_quiet([ours, other], 0.05)
+    assert [turn["rate"] for turn in ours.rounds] == [1, 3] and [turn["rate"] for turn in other.rounds] == [4, 6]
+    with pytest.raises(SystemExit, match="more than 0% of the machine in every round"):
+        fine_tuning.keep_quiet([ours, other], 0.0)
