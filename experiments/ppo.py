@@ -9,8 +9,8 @@ model itself, or as --config.critic.model. All parameters are trained, or adapte
 reference and critic share the frozen model beside them. configs/ppo/papers.py has the settings of three reports.
 
 --workdir becomes a folder of the model, with metrics.jsonl and samples.jsonl (held-out prompts, the responses and their
-scores at every evaluation) beside it; `best` holds the model of the lowest held-out loss, the KL penalty minus the
-score. Run the same command again to continue after a stop.
+scores at every evaluation) beside it; `best` holds the model of the highest held-out score. Run the same command again
+to continue after a stop.
 """
 
 import dataclasses

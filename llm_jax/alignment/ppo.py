@@ -179,7 +179,7 @@ class Ppo:
     def evaluate(self, state: PpoState) -> tuple[dict[str, float], list[Sample]]:
         """What the policy does with the held-out prompts, and some of it to read: {} and [] where there are none.
 
-        "loss" is the negative of what PPO raises: the mean score minus the KL penalty of a response.
+        "loss" is the negative of the mean score, as every run's is what falls where it gets better.
         """
         count, size = min(self.config.eval_prompts, len(self._data.heldout)), self.config.rollout.prompts
         prompts = self._data.heldout[:count]
@@ -197,7 +197,7 @@ class Ppo:
         values = {name: float(np.mean([sample[name] for sample in table])) for name in ("score", "kl", "tokens")}
         values["score_error"] = float(np.std([sample["score"] for sample in table])) / math.sqrt(len(table))
         values["end_rate"] = float(np.mean([sample["ended"] for sample in table]))
-        values["loss"] = float(state.kl.coefficient) * values["kl"] - values["score"]
+        values["loss"] = -values["score"]
         return values, table
 
     def _judge(self, state: PpoState, batch: Batch) -> Judged:

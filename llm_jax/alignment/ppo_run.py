@@ -1,8 +1,8 @@
 """A run of PPO: its iterations, logs, held-out evaluations, checkpoints, and a clean stop.
 
 A run's folder is that of a model, as fine-tuning's is: `checkpoints` (with adapters: `adapters/checkpoints` until the
-end, when the merged model is written), the tokenizer and its chat template; `best` holds the model of the lowest
-held-out loss, if one was lower than at the start. samples.jsonl has responses to held-out prompts.
+end, when the merged model is written), the tokenizer and its chat template; `best` holds the model of the highest
+held-out score, if one was higher than at the start. samples.jsonl has responses to held-out prompts.
 """
 
 import json
