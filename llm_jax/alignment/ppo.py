@@ -177,11 +177,15 @@ class Ppo:
         return Observed(prompts, rollouts, responses, batch, scores_B, judged, measured)
 
     def evaluate(self, state: PpoState) -> tuple[dict[str, float], list[Sample]]:
-        """What the policy does with the held-out prompts, and some of it to read: {} and [] where there are none.
+        """What the policy does with the held-out prompts, and all of it to read: {} and [] where there are none.
+
+        Jobs of several processes evaluate nothing: none of them sees all responses.
 
         "loss" is the negative of the mean score, as every run's is what falls where it gets better.
         """
         count, size = min(self.config.eval_prompts, len(self._data.heldout)), self.config.rollout.prompts
+        if jax.process_count() > 1:
+            return {}, []
         prompts = self._data.heldout[:count]
         seen = []
         for first in range(0, count, size):
