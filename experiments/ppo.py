@@ -29,6 +29,7 @@ from llm_jax.alignment.policy_config import PpoConfig
 from llm_jax.alignment.ppo import Data
 from llm_jax.alignment.prompts import Prompt, PromptData, PromptStream
 from llm_jax.alignment.reward import RewardModel
+from llm_jax.alignment.rejection_config import RejectionConfig
 from llm_jax.alignment.rewards import Reward
 from llm_jax.config import DataConfig
 from llm_jax.data import loader
@@ -103,7 +104,7 @@ def fingerprint(found: PromptData) -> str:
     return finetune.fingerprint([arrays(found.train), [np.zeros(0)], arrays(found.heldout)])
 
 
-def load_reward(config: PpoConfig, field: str, mesh: Mesh) -> Reward:
+def load_reward(config: PpoConfig | RejectionConfig, field: str, mesh: Mesh) -> Reward:
     """What scores responses: a reward model's folder, or MODULE:FUNCTION. Raises `UserError` where it is neither."""
     name = getattr(config, field)
     require(name != "", f"set --config.{field} to the folder of a reward model, or to MODULE:FUNCTION")

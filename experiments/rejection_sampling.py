@@ -38,7 +38,7 @@ BEFORE, AFTER = "as it was", "after the last round"
 def run(config: RejectionConfig, workdir: Path) -> None:
     """Do all rounds that are not done yet, then report."""
     mesh = finetune.build_mesh(config.training)
-    scores = ppo.load_reward(config.reward, mesh, "reward")
+    scores = ppo.load_reward(config, "reward", mesh)
     model = finetune.load(config.training, mesh)
     data = load(config, model, scores)
     if rejection_run.train(config, model, data, workdir, mesh):

@@ -1,4 +1,4 @@
-"""Word tasks: what PPO, GRPO, rejection sampling and DPO each make of 25,600 samples, three seeds.
+"""Word tasks: what PPO, GRPO, rejection sampling and DPO each make of 51,200 samples, three seeds.
 
     python -m experiments.words --config=configs/words/small.py --workdir=runs/words
 
@@ -78,16 +78,17 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     """The study, or with `:tiny` one of minutes."""
     require(size in ("full", "tiny"), f"no size {size!r} of the word tasks: full or tiny")
     full = size == "full"
-    iterations, rounds = (100, 10) if full else (20, 4)
+    iterations, rounds = (200, 10) if full else (60, 6)
     batches = iterations // rounds
     return config.to_config_dict(
         WordsConfig(
             words=4000 if full else 2000,
+            holdout_fraction=0.1 if full else 0.25,
             kinds=("backwards", "count", "sort", "continue") if full else ("sort",),
             model=MODEL if full else TINY,
             sft=SftConfig(
                 training=FineTuneConfig(
-                    steps=3000 if full else 400,
+                    steps=3000 if full else 300,
                     eval_every=0,
                     keep_best=False,
                     optimizer=_optimizer(1e-3 if full else 4e-3, warmup=50),

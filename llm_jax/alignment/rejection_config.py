@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from llm_jax.alignment.config import ChatDataConfig, FineTuneConfig
-from llm_jax.alignment.policy_config import PromptDataConfig, RolloutConfig
+from llm_jax.alignment.policy_config import WEIGHTS, PromptDataConfig, RolloutConfig
 from llm_jax.config import non_negative, one_of, positive
 from llm_jax.errors import require
 
@@ -42,6 +42,7 @@ class RejectionConfig:
     prompts: PromptDataConfig = dataclasses.field(default_factory=PromptDataConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)  # sampling.num_samples of each prompt
     reward: str = ""  # the run folder of a reward model, or MODULE:FUNCTION of prompts and responses
+    reward_weights: str = "float32"  # how the reward model's are kept: a dtype, or int8
     rounds: int = 4
     batches: int = 8  # of rollout.prompts prompts, which a round draws
     # Which rounds' samples a prompt's best is taken of. all: every one so far. last: the newest, forgetting the others,
@@ -62,6 +63,7 @@ class RejectionConfig:
         positive(self, "rounds", "batches")
         non_negative(self, "eval_prompts")
         one_of("RejectionConfig.memory", self.memory, MEMORIES)
+        one_of("RejectionConfig.reward_weights", self.reward_weights, WEIGHTS)
         _check_temperatures("RejectionConfig", self.temperatures)
         require(
             self.prompts.max_tokens <= self.rollout.max_prompt_tokens,
