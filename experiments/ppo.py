@@ -28,8 +28,8 @@ from llm_jax.alignment import finetune, ppo_models, ppo_run, prompts, reward, re
 from llm_jax.alignment.policy_config import PpoConfig
 from llm_jax.alignment.ppo import Data
 from llm_jax.alignment.prompts import Prompt, PromptData, PromptStream
-from llm_jax.alignment.reward import RewardModel
 from llm_jax.alignment.rejection_config import RejectionConfig
+from llm_jax.alignment.reward import RewardModel
 from llm_jax.alignment.rewards import Reward
 from llm_jax.config import DataConfig
 from llm_jax.data import loader
