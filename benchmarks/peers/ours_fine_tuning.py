@@ -26,8 +26,8 @@ def parts(task: str, folder: Path, layout: str) -> tuple[Pretrained, LossFunctio
     """The model, its loss and the batches."""
     if task == "reward":
         model = fine_tuning_data.reward_model(folder)
-        batches = fine_tuning_data.reward_batches(folder).train_batches()
-        return model, reward.loss_function(model.config, RewardLossConfig()), batches
+        pairs = fine_tuning_data.reward_batches(folder).train_batches()
+        return model, reward.loss_function(model.config, RewardLossConfig()), pairs
     model = finetune.load(FineTuneConfig(model=str(folder / MODEL)), fine_tuning_data.mesh())
     padded = json.loads((folder / PLAN).read_text())["conversations"] if layout == "padded" else 0
     batches = fine_tuning_data.sft_batches(folder, padded).train_batches()
