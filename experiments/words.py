@@ -259,13 +259,12 @@ def write_pairs(
 
 
 def pairs_of(drawn: Drawn) -> list[Pair]:
-    """Of each prompt with right and wrong responses, the first of each kind."""
+    """Of each prompt the right response, if there is one, over every different wrong one."""
     found = []
     for prompt, responses in zip(drawn.prompts, drawn.responses):
-        right, wrong = ([each.text for each in responses if (each.reward > 0.5) == kind] for kind in (True, False))
-        wrong = [text for text in wrong if text.strip() and text.strip() not in right]
-        if right and wrong:
-            found.append(Pair(prompt.messages, right[0], wrong[0]))
+        right = next((each.text for each in responses if each.reward > 0), "")
+        wrong = dict.fromkeys(each.text for each in responses if each.text.strip() and each.text.strip() != right)
+        found += [Pair(prompt.messages, right, text) for text in wrong if right]
     return found
 
 

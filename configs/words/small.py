@@ -11,7 +11,7 @@ import dataclasses
 import ml_collections
 
 from llm_jax import config
-from llm_jax.alignment.config import ChatDataConfig, DpoConfig, FineTuneConfig, PairDataConfig, SftConfig
+from llm_jax.alignment.config import ChatDataConfig, DpoConfig, DpoLossConfig, FineTuneConfig, PairDataConfig, SftConfig
 from llm_jax.alignment.policy_config import (
     AdvantageConfig,
     CriticConfig,
@@ -120,6 +120,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
                     loss=config.LossConfig(),
                 ),
                 data=PairDataConfig(sequence_length=256, batch_size=8),
+                loss=DpoLossConfig(beta=0.5),
                 samples=0,
             ),
             max_new_tokens=NEW_TOKENS,
