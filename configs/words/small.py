@@ -88,11 +88,11 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
             model=MODEL if full else TINY,
             sft=SftConfig(
                 training=FineTuneConfig(
-                    steps=3000 if full else 300,
+                    steps=1500 if full else 300,
                     eval_every=0,
                     keep_best=False,
-                    optimizer=_optimizer(1e-3 if full else 4e-3, warmup=50),
-                    checkpoint=CheckpointConfig(every_steps=100 if full else 25),
+                    optimizer=_optimizer(2e-3 if full else 4e-3, warmup=50),
+                    checkpoint=CheckpointConfig(every_steps=75 if full else 25),
                 ),
                 data=ChatDataConfig(template=TEMPLATE, sequence_length=256, batch_size=16 if full else 8),
                 samples=0,
@@ -108,7 +108,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
                 rounds=rounds,
                 batches=batches,
                 minimum_reward=0.5,
-                data=ChatDataConfig(sequence_length=256, batch_size=4, holdout_fraction=0.0),
+                data=ChatDataConfig(sequence_length=256, batch_size=8 if full else 4, holdout_fraction=0.0),
                 eval_prompts=512,
             ),
             dpo=DpoConfig(
