@@ -117,7 +117,6 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
                     eval_every=0,
                     keep_best=False,
                     optimizer=_optimizer(1e-4, warmup=10),
-                    loss=config.LossConfig(),
                 ),
                 data=PairDataConfig(sequence_length=256, batch_size=8),
                 loss=DpoLossConfig(beta=0.5),
