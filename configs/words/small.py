@@ -26,7 +26,8 @@ from llm_jax.alignment.words_config import TEMPLATE, WordsConfig
 from llm_jax.config import CheckpointConfig, ModelConfig, OptimizerConfig, SamplingConfig
 from llm_jax.errors import require
 
-PROMPT_TOKENS, NEW_TOKENS = 36, 12
+PROMPT_TOKENS = {"full": 28, "tiny": 16}  # the longest task and its two marks
+NEW_TOKENS = 10
 MODEL = ModelConfig(
     vocab_size=264,
     hidden_size=128,
@@ -46,12 +47,12 @@ def _optimizer(learning_rate: float, warmup: int = 0) -> OptimizerConfig:
     )
 
 
-def _rollout(prompts: int, samples: int) -> RolloutConfig:
+def _rollout(prompts: int, samples: int, prompt_tokens: int) -> RolloutConfig:
     sampling = SamplingConfig(max_new_tokens=NEW_TOKENS, num_samples=samples)
-    return RolloutConfig(prompts=prompts, max_prompt_tokens=PROMPT_TOKENS, sampling=sampling)
+    return RolloutConfig(prompts=prompts, max_prompt_tokens=prompt_tokens, sampling=sampling)
 
 
-def _policy(kind: str, iterations: int, prompts: int, samples: int, learning_rate: float) -> PpoConfig:
+def _policy(kind: str, iterations: int, rollout: RolloutConfig, learning_rate: float) -> PpoConfig:
     return PpoConfig(
         training=FineTuneConfig(
             steps=iterations,
@@ -61,8 +62,8 @@ def _policy(kind: str, iterations: int, prompts: int, samples: int, learning_rat
             optimizer=_optimizer(learning_rate),
             checkpoint=CheckpointConfig(every_steps=iterations, keep_last=1),
         ),
-        prompts=PromptDataConfig(max_tokens=PROMPT_TOKENS),
-        rollout=_rollout(prompts, samples),
+        prompts=PromptDataConfig(max_tokens=rollout.max_prompt_tokens),
+        rollout=rollout,
         epochs=2,
         minibatch_size=64,
         loss=PolicyLossConfig(),
@@ -76,8 +77,8 @@ def _policy(kind: str, iterations: int, prompts: int, samples: int, learning_rat
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
     """The study, or with `:tiny` one of minutes."""
-    require(size in ("full", "tiny"), f"no size {size!r} of the word tasks: full or tiny")
-    full = size == "full"
+    require(size in PROMPT_TOKENS, f"no size {size!r} of the word tasks: full or tiny")
+    full, longest = size == "full", PROMPT_TOKENS[size]
     iterations, rounds = (200, 10) if full else (60, 6)
     batches = iterations // rounds
     return config.to_config_dict(
@@ -97,14 +98,14 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
                 data=ChatDataConfig(template=TEMPLATE, sequence_length=256, batch_size=16 if full else 8),
                 samples=0,
             ),
-            ppo=_policy("gae", iterations, 64, 4, 2e-4),
-            grpo=_policy("grpo", iterations, 32, 8, 2e-4),
+            ppo=_policy("gae", iterations, _rollout(64, 4, longest), 2e-4),
+            grpo=_policy("grpo", iterations, _rollout(32, 8, longest), 2e-4),
             rejection=RejectionConfig(
                 training=FineTuneConfig(
                     epochs=2.0, eval_every=0, keep_best=False, optimizer=_optimizer(3e-4, warmup=5)
                 ),
-                prompts=PromptDataConfig(max_tokens=PROMPT_TOKENS),
-                rollout=_rollout(32, 8),
+                prompts=PromptDataConfig(max_tokens=longest),
+                rollout=_rollout(32, 8, longest),
                 rounds=rounds,
                 batches=batches,
                 minimum_reward=0.5,
