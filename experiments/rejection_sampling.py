@@ -27,6 +27,7 @@ from llm_jax.alignment import finetune, prompts, rejection_run
 from llm_jax.alignment.ppo import Data
 from llm_jax.alignment.prompts import PromptStream
 from llm_jax.alignment.rejection_config import RejectionConfig
+from llm_jax.alignment.rewards import Reward
 from llm_jax.evaluation import best_of, tables
 from llm_jax.evaluation.best_of import Curve
 from llm_jax.evaluation.tables import Table
@@ -45,7 +46,7 @@ def run(config: RejectionConfig, workdir: Path) -> None:
         report(config, data, workdir, mesh)
 
 
-def load(config: RejectionConfig, model: Pretrained, scores: Any) -> Data:
+def load(config: RejectionConfig, model: Pretrained, scores: Reward) -> Data:
     """The prompts, and what scores the responses to them."""
     template = prompts.choose_template(config.prompts, model.tokenizer, model.chat_template)
     found = prompts.load(config.prompts, model.tokenizer, template)
@@ -56,7 +57,8 @@ def load(config: RejectionConfig, model: Pretrained, scores: Any) -> Data:
 
 def report(config: RejectionConfig, data: Data, workdir: Path, mesh: Mesh) -> None:
     """Print and write the rounds' table and, where they are asked for, the curves and their figures."""
-    made, values = [rounds_table(workdir)], {"rounds": rejection_run.read_rounds(workdir)}
+    made = [rounds_table(workdir)]
+    values: dict[str, Any] = {"rounds": rejection_run.read_rounds(workdir)}
     if config.curves.prompts:
         found = curves(config, data, workdir, mesh)
         middle = sorted(config.curves.temperatures)[len(config.curves.temperatures) // 2]
@@ -77,7 +79,7 @@ def rounds_table(workdir: Path) -> Table:
     """What each round drew, learned and came to."""
     rows = []
     for record in rejection_run.read_rounds(workdir):
-        drawn = ("", "", "", "", "", "")
+        drawn: tuple[str, ...] = ("",) * 6
         if record["samples"]:
             drawn = (
                 f"{record['samples']:,}",

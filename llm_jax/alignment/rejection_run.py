@@ -131,8 +131,8 @@ def _draw(config: RejectionConfig, model: Pretrained, data: Data, workdir: Path,
             batch, streams = data.prompts.batch(step), data.prompts.streams(step)
             found.append(rejection.draw(params, architecture, batch, settings, data, streams))
             advance()
-    limits = {"minimum": config.minimum_reward, "only_ended": config.only_ended}
-    new = [chosen for drawn in found for chosen in rejection.choose(drawn, number, **limits)]
+    least, ended = config.minimum_reward, config.only_ended
+    new = [each for drawn in found for each in rejection.choose(drawn, number, minimum=least, only_ended=ended)]
     earlier = rejection.read(folder_of(workdir, number - 1) / CHOSEN) if config.memory == "all" and number > 1 else []
     pool = rejection.remember(earlier, rejection.remember([], new))
     require(
