@@ -208,9 +208,11 @@ def do_run(config: GhostAttentionConfig, workdir: Path, name: str, seed: int) ->
 def run_config(config: GhostAttentionConfig, workdir: Path, name: str, seed: int) -> SftConfig:
     """The fine-tuning on one variant."""
     path = str(workdir / DIALOGUES / f"{name}.jsonl")
+    # Dropped where it is too long: cut at a turn, a dialogue would end with a reply that perhaps disobeys.
+    changes: dict[str, Any] = {"supervise": VARIANTS[name].supervise, "too_long": "drop", "seed": seed}
     return SftConfig(
         training=dataclasses.replace(config.training, seed=seed),
-        data=dataclasses.replace(config.data, path=path, supervise=VARIANTS[name].supervise, seed=seed),
+        data=dataclasses.replace(config.data, path=path, **changes),
         samples=0,
     )
 

@@ -29,7 +29,7 @@ CLOSING = ".!?\"'。！？ \n"
 COMMON_WORDS = {
     "english": "the a an of and is are was to in it you that for i they we with on be this as not have my your can has",
     "french": "le la les l un une des du de d et est sont je j m il elle nous vous ne n pas que qu qui dans pour sur "
-    "avec mon ma mes ce c cette s en au aux plus être c'est comme bien",
+    "avec mon ma mes ce c cette s en au aux plus être comme bien",
     "spanish": "el la los las un una de del y es son yo él ella en que no con por para su mi me se lo al muy como está "
     "estoy este esta hoy pero",
     "german": "der die das ein eine und ist sind ich du er sie wir ihr nicht in im zu mit auf für von dem den des es "
@@ -77,7 +77,7 @@ def beginning(word: str) -> Constraint:
         f'Always begin your reply with the word "{word}".',
         f"First word: {word}",
         f'The first word of all that you say must be "{word}".',
-        lambda reply: reply.strip().casefold().startswith(wanted),
+        lambda reply: re.match(rf"\s*{re.escape(wanted)}\b", reply.casefold()) is not None,
         lambda reply: f"{word}, {reply.strip()}",
     )
 
@@ -91,7 +91,7 @@ def ending(word: str) -> Constraint:
         f'Always end your reply with the word "{word}".',
         f"Last word: {word}",
         f'Say "{word}" at the end of all your answers.',
-        lambda reply: reply.strip().casefold().rstrip(CLOSING).endswith(wanted),
+        lambda reply: re.search(rf"\b{re.escape(wanted)}$", reply.strip().casefold().rstrip(CLOSING)) is not None,
         lambda reply: f"{reply.strip().rstrip(CLOSING)}, {word}.",
     )
 

@@ -58,6 +58,7 @@ class GhostAttentionConfig:
                 bool(values) and len(set(values)) == len(values),
                 f"GhostAttentionConfig.{field}={values} must be some different ones",
             )
+        require(min(self.seeds) >= 0, f"GhostAttentionConfig.seeds={self.seeds} must not be negative")
         both = set(self.constraints) & set(self.new_constraints)
         require(not both, f"GhostAttentionConfig: {', '.join(both)} cannot be both trained on and new")
         require(min(self.judged_turns) > 0, f"GhostAttentionConfig.judged_turns={self.judged_turns} count from 1")

@@ -31,8 +31,8 @@ PAIRS = [pair for pair in itertools.combinations(MENDABLE, 2) if pair[0].kind !=
     ("constraint", "good", "bad"),
     [
         (CAPITALS, ["YES, 2!"], ["Yes", "22", ""]),
-        (beginning("Well"), ["Well, no", " well"], ["Unwell", ""]),
-        (ending("over"), ["Done. Over.", "over"], ["over there", ""]),
+        (beginning("Well"), ["Well, no", " well"], ["Unwell", "Wellington is far", ""]),
+        (ending("over"), ["Done. Over.", "over"], ["over there", "What they discover.", ""]),
         (at_most(4), ["one two three 4", "one"], ["one two three 4 5", "", "  "]),
         (PIRATE, ["Arr, ye see", "so arrr!"], ["arrive", "Barr", ""]),
         (QUESTION, ["Why?", "为什么？"], ["Why? Because.", ""]),

@@ -8,13 +8,16 @@ import pytest
 from configs.ghost_attention import small, smollm2
 from experiments import ghost_attention, runner
 from llm_jax import config as config_lib
-from llm_jax.alignment import constraints
+from llm_jax.alignment import constraints, instructions, sft
 from llm_jax.alignment.config import ChatDataConfig, FineTuneConfig
 from llm_jax.alignment.constraints import CONSTRAINTS
+from llm_jax.alignment.conversations import Conversation
 from llm_jax.alignment.ghost_attention_config import GhostAttentionConfig
 from llm_jax.config import OptimizerConfig, SamplingConfig
 from llm_jax.errors import UserError
+from llm_jax.tokenization.chat import Llama2, Message
 from tests.alignment import base_models
+from tests.tokenization.chat_tokenizers import Bytes
 
 SAMPLING = SamplingConfig(max_new_tokens=4, temperature=0.0)
 
@@ -200,6 +203,7 @@ def test_mistakes_are_one_line(base, asked, tmp_path, change, stage, message):
         ({"new_constraints": ("capitals",)}, "both trained on and new"),
         ({"variants": ()}, "must be some different ones"),
         ({"seeds": (1, 1)}, "must be some different ones"),
+        ({"seeds": (0, -1)}, "must not be negative"),
         ({"judged_turns": (0, 2)}, "count from 1"),
         ({"data": ChatDataConfig(path="x", holdout_fraction=0.0)}, "are not used"),
         ({"turns": 0}, "turns"),
@@ -211,6 +215,17 @@ def test_mistakes_are_one_line(base, asked, tmp_path, change, stage, message):
 def test_wrong_settings(base, asked, change, message):
     with pytest.raises(UserError, match=message):
         settings(base, asked, **change)
+
+
+def test_nobody_learns_from_a_reply_that_was_not_to_be_the_last(base, asked, tmp_path):
+    """A dialogue that is too long is left out: cut, it would end with a reply that perhaps disobeys."""
+    (tmp_path / "dialogues").mkdir()
+    long = [Message(("user", "assistant")[i % 2], "one" * 20) for i in range(6)]
+    found = [Conversation(tuple(long[:2])), Conversation(tuple(long))]
+    instructions.write(tmp_path / "dialogues" / "ghost.jsonl", found)
+    config = ghost_attention.run_config(settings(base, asked), tmp_path, "ghost", 0).data
+    data = sft.load(config, Llama2(Bytes()))
+    assert [len(samples) for samples in data.train.values()] == [1] and data.tally.counts == {sft.TOO_LONG: 1}
 
 
 def test_the_first_message_alone_tells_unless_all_do(base, asked, tmp_path, monkeypatch):
