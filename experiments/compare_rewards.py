@@ -4,7 +4,7 @@
 
 reads every run of experiments.reward_model in a folder of --workdir. Runs whose folders have the same name but for a
 number at the end, such as small_0 and small_1, are seeds of one row. Writes comparison.md, comparison.json,
-accuracy.png and calibration.png; and scaling.png, where models or numbers of training pairs differ.
+accuracy.png and calibration.png; and scaling.png, where each row has another model or number of training pairs.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from experiments import runner
 from experiments.reward_report import EVALUATION, SCORES
-from llm_jax.errors import require
+from llm_jax.errors import UserError, require
 from llm_jax.evaluation import reward_figures, tables
 from llm_jax.evaluation import rewards as judging
 from llm_jax.evaluation.rewards import Accuracies, CalibrationBin, Proportion, Trained
@@ -37,6 +37,12 @@ class CompareConfig:
     """Which reward models are compared."""
 
     only: str = ""  # a regular expression that a run's name must have; "" = all
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.only)
+        except re.error as error:
+            raise UserError(f"CompareConfig.only={self.only!r} is no regular expression: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +69,8 @@ def run(config: CompareConfig, workdir: Path) -> None:
     rows = group(runs_of(workdir, config.only))
     accuracies = dict(_accuracies(rows))
     models = [_trained(one) for runs in rows.values() for one in runs]
-    varies = len({(one.model, one.pairs) for one in models}) > 1
+    points = {(one.model, one.pairs) for one in models}
+    varies = len(points) > 1 and len(points) == len(rows)  # not where rewards differ in something else as well
     shown = [judging.baichuan2_table(accuracies), measures_table(rows)]
     shown += [judging.scaling_table(models)] if varies else []
     for table in shown:
@@ -87,10 +94,17 @@ def runs_of(workdir: Path, only: str = "") -> list[Judged]:
 
 
 def group(runs: Iterable[Judged]) -> dict[str, list[Judged]]:
-    """Runs by name; those of one name are seeds."""
+    """Runs by name; those of one name are seeds. Raises `UserError` where they are none of one another."""
     rows: dict[str, list[Judged]] = {}
     for one in runs:
-        rows.setdefault(one.name, []).append(one)
+        row = rows.setdefault(one.name, [])
+        row.append(one)
+        sizes, amounts = ([each.evaluation[key] for each in (row[0], one)] for key in ("parameters", "training_pairs"))
+        require(
+            sizes[0] == sizes[1] and amounts[0] == amounts[1],
+            f"{row[0].folder.name} and {one.folder.name} have the names of two seeds, but {sizes[0]:,} and "
+            f"{sizes[1]:,} parameters, and {amounts[0]:,} and {amounts[1]:,} pairs: after a name's last _ only seeds may differ",
+        )
     return rows
 
 
@@ -147,7 +161,7 @@ def _proportion(numbers: Mapping[str, Any]) -> Proportion:
 
 def _trained(one: Judged) -> Trained:
     path = Path(one.evaluation["model"])
-    name = path.parent.name if path.name in ("model", "best") else SEED.sub("", path.name)
+    name = SEED.sub("", path.parent.name if path.name in ("model", "best") else path.name)
     return Trained(name, one.evaluation["parameters"], one.evaluation["training_pairs"], _accuracy(one.overall).overall)
 
 

@@ -50,6 +50,15 @@ def answer(config: ExercisesConfig, model: Pretrained, template: ChatTemplate, a
     prompts = [template.encode(exercise.conversation.messages[:-1]) for exercise in asked]
     room = model.config.max_length - config.sampling.max_new_tokens
     fitting = sorted((i for i, prompt in enumerate(prompts) if len(prompt) <= room), key=lambda i: len(prompts[i]))
+    missing = len(asked) - len(fitting)
+    if missing:
+        print(
+            f"{missing:,} of {len(asked):,} exercises leave no room for a reply of {config.sampling.max_new_tokens} "
+            f"tokens in the model's context of {model.config.max_length:,}: they are not asked, and count as unsolved"
+        )
+    require(
+        bool(fitting), "no exercise fits: lower --config.sampling.max_new_tokens, or take a model of longer context"
+    )
     replies = [""] * len(asked)
     for start in track(range(0, len(fitting), config.batch_size), "answering", console=Console(stderr=True)):
         chosen = fitting[start : start + config.batch_size]

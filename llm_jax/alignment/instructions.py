@@ -96,10 +96,10 @@ def solves(reply: str, exercise: Exercise) -> bool:
     a tool must be of that tool, with those arguments. Anything else must be the answer, but for white space and for
     quotation marks and full stops around it.
     """
-    if exercise.kind == "function":
-        return _parameters(reply) == _parameters(exercise.answer)
-    if exercise.kind == TOOL:
-        return tool_use.call(reply) == tool_use.call(exercise.answer)
+    if exercise.kind in ("function", TOOL):
+        read = _parameters if exercise.kind == "function" else tool_use.call
+        wanted = read(exercise.answer)
+        return wanted is not None and read(reply) == wanted  # an answer that is none is nobody's
     return _bare(reply) == _bare(exercise.answer)
 
 

@@ -115,6 +115,12 @@ def test_a_call_of_a_tool_is_solved_by_the_same_call():
         assert not instructions.solves(wrong, exercise)
 
 
+@pytest.mark.parametrize("kind", ["function", instructions.TOOL])
+def test_an_answer_that_is_none_is_not_every_wrong_reply(kind):
+    exercise = Exercise(kind, Conversation((Message("user", "?"), Message("assistant", "def broken("))))
+    assert not instructions.solves("I do not know", exercise)
+
+
 def test_exercises_are_written_and_read(tmp_path):
     path = tmp_path / "exercises.jsonl"
     made = instructions.exercises(("skills",), limit=20)[0]

@@ -27,7 +27,7 @@ def write(folder, model, pairs, seed, sources=("ratings_en",)):
         scores[source] = PairScores(chosen, rejected, strengths, np.full(PAIRS, 3), 2 + 2 * (np.arange(PAIRS) % 4 > 0))
     detection = [Detection(0.5, Proportion(seed + 1, 10), Proportion(0, 0))]
     judgement = Judgement(scores, detection, {"movies": Correlation(0.1 * seed, 0.0, 1.0, 30)})
-    reward_report.write(folder, judgement, Origin(model, {"a": 100, "b": 2000}[model[-1]], pairs))
+    reward_report.write(folder, judgement, Origin(model, {"a": 100, "b": 2000}.get(model[-1], 7), pairs))
     return [
         np.mean([np.mean((s.chosen_N > s.rejected_N)[s.strengths_N == strength]) for s in scores.values()])
         for strength in (1, 2)
@@ -86,7 +86,29 @@ def test_files_of_a_comparison(folder):
     assert all((workdir / f"{name}.png").stat().st_size for name in ("accuracy", "calibration", "scaling"))
 
 
+def test_only_seeds_are_taken_for_seeds(tmp_path):
+    """Not other amounts of data by their names, nor other rewards of one model and amount by the scaling table."""
+    for name, pairs, seed in (("pairs_100", 100, 0), ("pairs_400", 400, 1)):
+        write(tmp_path / "amounts" / name, "bases/a", pairs, seed)
+    with pytest.raises(UserError, match=r"pairs_100 and pairs_400 .* 100 and 400 pairs"):
+        compare_rewards.run(CompareConfig(), tmp_path / "amounts")
+    for name, pairs, seed in (("none_0", 100, 0), ("large_0", 100, 1), ("more_0", 400, 2)):
+        write(tmp_path / "rewards" / name, "bases/a", pairs, seed)
+    compare_rewards.run(CompareConfig(), tmp_path / "rewards")
+    assert len(rows(tmp_path / "rewards")) == 2 and not (tmp_path / "rewards" / "scaling.png").exists()
+
+
+def test_seeds_may_begin_with_seeds_of_a_base(tmp_path):
+    for name, pairs, seed in (("few_0", 100, 0), ("few_1", 100, 1), ("many_0", 400, 2), ("many_1", 400, 3)):
+        write(tmp_path / name, f"base_{seed % 2}/best", pairs, seed)
+    compare_rewards.run(CompareConfig(), tmp_path)
+    *_, scaling = rows(tmp_path).values()
+    assert set(scaling) == {"model", "base"} and scaling["base"][1].count("±") == scaling["base"][2].count("±") == 1
+
+
 def test_some_runs_only_and_none(folder, tmp_path):
     assert {one.name for one in compare_rewards.runs_of(folder[0], "^la")} == {"large"}
+    with pytest.raises(UserError, match="is no regular expression"):
+        CompareConfig(only="(")
     with pytest.raises(UserError, match="holds no judged reward model"):
         compare_rewards.run(CompareConfig(), tmp_path)

@@ -78,9 +78,10 @@ def test_answers_are_counted_by_kind(base, made, tmp_path, monkeypatch):
     assert [reply["right"] for reply in replies] == [exercise.kind == "sum" for exercise in asked]
 
 
-def test_replies_are_those_of_each_request_alone(base, made, tmp_path):
-    """Whatever their order and batch: the small model's context holds only some of the requests."""
+def test_replies_are_those_of_each_request_alone(base, made, tmp_path, capsys):
+    """Whatever their order and batch: the small model's context holds only some of the requests, which is said."""
     exercises.run(settings(base, made), tmp_path / "together")
+    assert "in the model's context of 64: they are not asked" in capsys.readouterr().out
     exercises.run(settings(base, made, batch_size=1, limit=6), tmp_path / "alone")
     together, alone = (
         [json.loads(line) for line in (tmp_path / name / "replies.jsonl").read_text().splitlines()]
@@ -96,6 +97,7 @@ def test_replies_are_those_of_each_request_alone(base, made, tmp_path):
         ({"path": ""}, "set --config.path"),
         ({"path": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"template": "auto"}, "name a chat template"),
+        ({"sampling": SamplingConfig(max_new_tokens=64)}, "no exercise fits"),
     ],
 )
 def test_mistakes_are_one_line(base, made, tmp_path, changes, message):
