@@ -103,7 +103,8 @@ def group(runs: Iterable[Judged]) -> dict[str, list[Judged]]:
         require(
             sizes[0] == sizes[1] and amounts[0] == amounts[1],
             f"{row[0].folder.name} and {one.folder.name} have the names of two seeds, but {sizes[0]:,} and "
-            f"{sizes[1]:,} parameters, and {amounts[0]:,} and {amounts[1]:,} pairs: after a name's last _ only seeds may differ",
+            f"{sizes[1]:,} parameters, and {amounts[0]:,} and {amounts[1]:,} pairs: rename them, so that only "
+            "the numbers of seeds come after a last _",
         )
     return rows
 
