@@ -118,8 +118,14 @@ def parse(
     require(not positional, f"unexpected argument {positional[0] if positional else ''!r}: flags start with --")
     flags.FLAGS.mark_as_parsed()
     require(bool(values["workdir"].value), "--workdir is empty; name the folder to write to")
+    folder = Path(str(values["workdir"].value))
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    require(
+        existing.is_dir() or not existing.exists(),
+        f"--workdir={folder}: {existing} is a file, no folder; choose another --workdir",
+    )
     resolved: Any = values["config"].value
-    return config_lib.from_config_dict(config_class, resolved), Path(str(values["workdir"].value))
+    return config_lib.from_config_dict(config_class, resolved), folder
 
 
 def load_config(name: str, config_class: type[Config]) -> Config:

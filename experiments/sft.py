@@ -38,7 +38,9 @@ from llm_jax.tokenization import tokenizer as tokenizers
 from llm_jax.tokenization.chat import ChatTemplate
 from llm_jax.training import language_model
 
-_INSPECT = flags.DEFINE_integer("inspect", 0, "show so many conversations with the weights of their tokens, and stop")
+_INSPECT = flags.DEFINE_integer(
+    "inspect", 0, "show so many conversations with the weights of their tokens, and stop", lower_bound=0
+)
 
 
 def run(config: SftConfig, workdir: Path) -> bool:

@@ -25,7 +25,7 @@ from llm_jax import config as config_lib
 from llm_jax import models
 from llm_jax.alignment.config import FineTuneConfig
 from llm_jax.config import DataConfig, ModelConfig, TrainConfig
-from llm_jax.errors import require
+from llm_jax.errors import UserError, require
 from llm_jax.interop import pretrained
 from llm_jax.interop.pretrained import Pretrained
 from llm_jax.losses.weighted import LossOutput
@@ -232,7 +232,13 @@ def check_folder(whole: Any, data: str, workdir: Path) -> None:
     """Raise `UserError` if `workdir` holds a run whose numbers this config, or data of this fingerprint, changes."""
     if not (workdir / CONFIG).exists():
         return
-    old, new = _decisive(config_lib.load(type(whole), workdir / CONFIG)), _decisive(whole)
+    try:
+        before = config_lib.load(type(whole), workdir / CONFIG)
+    except UserError as error:
+        raise UserError(
+            f"{workdir} holds another experiment's run, or a damaged {CONFIG}: choose another --workdir ({error})"
+        ) from None
+    old, new = _decisive(before), _decisive(whole)
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     differences = [f"{key} {old.get(key)} -> {new.get(key)}" for key in changed]
     require(
@@ -241,7 +247,10 @@ def check_folder(whole: Any, data: str, workdir: Path) -> None:
         "continue with the old settings",
     )
     path = workdir / DATA
-    noted = json.loads(path.read_text()).get("fingerprint") if path.is_file() else data
+    try:
+        noted = json.loads(path.read_text()).get("fingerprint") if path.is_file() else data
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} is damaged, so that its data cannot be told: choose a new --workdir") from None
     require(
         noted == data,
         f"{workdir} holds a run on other data: the files, the tokenizer or the chat template have changed since; "

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax import config as config_lib
 from llm_jax import models
 from llm_jax.alignment import finetune
 from llm_jax.alignment.config import FineTuneConfig, SftConfig
@@ -168,6 +169,23 @@ def test_another_run_is_left_alone(base, finished, changes, fingerprint, message
     with pytest.raises(UserError, match=message):
         train(settings(base, **changes), task(fingerprint=fingerprint), finished)
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"steps": 3}', "another experiment's run, or a damaged config.json: choose another --workdir"),
+        ("config.json", "{", "another experiment's run, or a damaged config.json: choose another --workdir"),
+        ("data.json", "{", "data.json is damaged"),
+        ("data.json", "[]", "data.json is damaged"),
+    ],
+)
+def test_a_folder_that_is_no_run_of_this_kind_is_refused(base, tmp_path, name, content, message):
+    whole = SftConfig(training=settings(base))
+    config_lib.save(whole, tmp_path / "config.json")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        finetune.check_folder(whole, "data", tmp_path)
 
 
 def test_what_does_not_decide_numbers_may_change(base, finished):

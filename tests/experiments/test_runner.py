@@ -168,6 +168,13 @@ def test_workdir_of_another_experiment_is_refused(config_file, tmp_path, capsys)
     assert config_lib.load(SamplingConfig, tmp_path / "config.json") == SamplingConfig()
 
 
+@pytest.mark.parametrize("inside", ["", "/run"])
+def test_workdir_that_is_a_file_or_in_one_is_refused(config_file, tmp_path, inside):
+    (tmp_path / "notes").touch()
+    with pytest.raises(UserError, match="notes is a file, no folder; choose another --workdir"):
+        parse(config_file, f"--workdir={tmp_path}/notes{inside}")
+
+
 def test_config_keys_lists_groups_and_leaves():
     keys = dict(config_lib.keys(TrainConfig))
     assert keys["mesh"] is MeshConfig
