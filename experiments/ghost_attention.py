@@ -61,8 +61,10 @@ TABLE_TITLES = {SAID_BEFORE: "Replies that are an earlier one again, word for wo
 DIALOGUES, YIELD, OBEDIENCE, REPLIES = "dialogues", "yield.json", "obedience.json", "replies.jsonl"
 CHANGEABLE = ("seeds", "variants", "mapped_dialogues")  # between two calls with one --workdir: what is new is added
 LEAST_QUESTION = 4  # tokens that a question must be allowed to have
-_STAGES = flags.DEFINE_list("stages", list(STAGES), f"which of {', '.join(STAGES)} to do")
-_ONLY = flags.DEFINE_list("only", [], "of the runs only these, as ghost/0 for a seed: for processes side by side")
+_STAGES = flags.DEFINE_list("stages", list(STAGES), f"which of {', '.join(STAGES)} to do", allow_override=True)
+_ONLY = flags.DEFINE_list(
+    "only", [], "of the runs only these, as ghost/0 for a seed: for processes side by side", allow_override=True
+)
 
 
 def run(config: GhostAttentionConfig, workdir: Path, stages: Sequence[str] = STAGES, only: Sequence[str] = ()) -> None:
