@@ -29,6 +29,7 @@ from llm_jax.evaluation.tables import Table
 
 TABLE_WIDTH = 200
 COMPARISON = "comparison"
+NEEDED = {"model", "parameters", "training_pairs", "pairs", "spearman", "unsafe"}  # of an evaluation
 SEED = re.compile(r"_\d+$")
 
 
@@ -90,7 +91,22 @@ def runs_of(workdir: Path, only: str = "") -> list[Judged]:
     """The finished runs in a folder. Raises `UserError` where there is none."""
     files = sorted(path for path in workdir.glob(f"*/{EVALUATION}") if re.search(only, path.parent.name))
     require(bool(files), f"{workdir} holds no judged reward model: no folder in it has an {EVALUATION}")
-    return [Judged(path.parent, json.loads(path.read_text())) for path in files]
+    return [Judged(path.parent, _read(path)) for path in files]
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """What `reward_report.write` wrote."""
+    try:
+        found = json.loads(path.read_text())
+        complete = set(found) >= NEEDED
+    except (ValueError, TypeError):
+        complete = False
+    require(
+        complete,
+        f"{path} is damaged, or no evaluation of experiments.reward_model: run that again, or leave the folder out by "
+        "--config.only",
+    )
+    return found
 
 
 def group(runs: Iterable[Judged]) -> dict[str, list[Judged]]:

@@ -112,3 +112,13 @@ def test_some_runs_only_and_none(folder, tmp_path):
         CompareConfig(only="(")
     with pytest.raises(UserError, match="holds no judged reward model"):
         compare_rewards.run(CompareConfig(), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "3"])
+def test_a_damaged_evaluation_is_one_line(tmp_path, content):
+    (tmp_path / "a_0").mkdir()
+    (tmp_path / "a_0" / "evaluation.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r"a_0/evaluation.json is damaged, or no evaluation of experiments.reward_model"
+    ):
+        compare_rewards.runs_of(tmp_path)
