@@ -4,7 +4,7 @@ import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tokenizers
@@ -88,11 +88,17 @@ class Turns(transformers.TrainerCallback):
 def serve_trainer(trainer: transformers.Trainer, count: Callable[[Any], int]) -> None:
     """Serve the steps of a trainer, which trains in this thread."""
     trainer._get_train_sampler = torch.utils.data.SequentialSampler  # its option for that has two names
-    turns = Turns(trainer, count)
+    serve_turns(trainer, Turns(trainer, count))
+
+
+def serve_turns(
+    trainer: transformers.Trainer, turns: Turns, parts: Callable[[], Mapping[str, float]] | None = None
+) -> None:
+    """Serve the turns of a trainer, which trains in this thread, with the seconds that `serve` has of their parts."""
     library = f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
 
     def answer() -> None:
-        serve(turns.step, lambda: turns.learned, library=library)
+        serve(turns.step, lambda: turns.learned, parts, library=library)
         turns.stop()
 
     threading.Thread(target=answer, daemon=True).start()
