@@ -370,7 +370,9 @@ def table(config: WordsConfig, begun: Any, found: Mapping[str, Sequence[Any]], n
         )
     headings = ("method", *kinds, "gain")
     how = "one sample of each at temperature 1" if name == "sampled" else "greedy"
-    notes = (f"{samples:,} samples each; mean ± standard error of {max(map(len, found.values()))} seeds.",)
+    seeds = max(map(len, found.values()))
+    spread = f"mean ± standard error of {seeds} seeds" if seeds > 1 else "one seed"
+    notes = (f"{samples:,} samples each; {spread}.",)
     return Table(f"Held-out tasks solved (%), {how}", headings, tuple(rows), frozenset(headings[1:]), notes)
 
 
