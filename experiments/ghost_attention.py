@@ -120,10 +120,10 @@ def speaking(
         yield Speaker(loaded, template, sampling, mesh, config.batch_size, advance)
 
 
-def questions_that_fit(config: GhostAttentionConfig, speaker: Speaker, turns: int) -> tuple[list[str], list[str]]:
-    """(to train on, held out): the questions with which so many turns fit into the model's context.
+def longest_question(config: GhostAttentionConfig, speaker: Speaker, turns: int) -> int:
+    """With how many tokens of each question so many turns fit into the model's context.
 
-    Raises `UserError` where no question would.
+    Raises `UserError` where no question would fit.
     """
     count = lambda text: len(speaker.template.tokenizer.encode(text))  # noqa: E731
     names = (*config.constraints, *config.new_constraints)
@@ -137,6 +137,13 @@ def questions_that_fit(config: GhostAttentionConfig, speaker: Speaker, turns: in
         f"{turns} turns with replies of {new_tokens} tokens do not fit into the model's context of {context}: lower "
         "turns and judged_turns, or max_new_tokens, or raise training.max_length",
     )
+    return limit
+
+
+def questions_that_fit(config: GhostAttentionConfig, speaker: Speaker, turns: int) -> tuple[list[str], list[str]]:
+    """(to train on, held out): the questions with which so many turns fit into the model's context."""
+    count = lambda text: len(speaker.template.tokenizer.encode(text))  # noqa: E731
+    limit = longest_question(config, speaker, turns)
     train, heldout, tally = questions.load(config.questions, config.holdout_fraction)
     if str(tally):
         print(f"questions, left out: {tally}")
@@ -154,6 +161,7 @@ def make_dialogues(config: GhostAttentionConfig, workdir: Path) -> None:
         print(f"{folder}: made earlier")
         return
     with speaking(config, config.training.model, config.sampling, "dialogues", None) as speaker:
+        longest_question(config, speaker, max(config.judged_turns))  # refused now, and not after the sampling
         kept, found = sample(config, speaker)
         require(
             bool(kept),

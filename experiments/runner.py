@@ -15,6 +15,7 @@ import errno
 import importlib.util
 import inspect
 import logging
+import os
 import re
 import sys
 import traceback
@@ -123,6 +124,9 @@ def parse(
     require(
         existing.is_dir() or not existing.exists(),
         f"--workdir={folder}: {existing} is a file, no folder; choose another --workdir",
+    )
+    require(
+        os.access(existing, os.W_OK), f"--workdir={folder}: {existing} cannot be written to; choose another --workdir"
     )
     resolved: Any = values["config"].value
     return config_lib.from_config_dict(config_class, resolved), folder

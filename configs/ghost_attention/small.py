@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
                 steps=200,
                 eval_every=0,
                 keep_best=False,
-                max_length=512,
+                max_length=1024,
                 warmup_fraction=0.05,
                 optimizer=config.OptimizerConfig(learning_rate=1e-3, warmup_steps=0, weight_decay=0.0),
             ),

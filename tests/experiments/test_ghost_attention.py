@@ -184,10 +184,11 @@ def test_mistakes_with_a_folder_are_one_line(base, asked, done, change, options,
         ({}, "runs", "no dialogues yet"),
         ({}, "report", "is not judged yet"),
         ({"turns": 40}, "dialogues", "do not fit into the model's context of 1024"),
+        ({"judged_turns": (1, 40)}, "dialogues", "do not fit into the model's context of 1024"),
         ({"replies": "sampled", "constraints": ("begin_well",)}, "dialogues", "keeps to its instruction"),
         ({"questions": "none.jsonl"}, "dialogues", "none.jsonl"),
     ],
-    ids=["no dialogues", "no runs", "context", "never obeys", "questions"],
+    ids=["no dialogues", "no runs", "context", "context when judged", "never obeys", "questions"],
 )
 def test_mistakes_are_one_line(base, asked, tmp_path, change, stage, message):
     with pytest.raises(UserError) as error:

@@ -168,6 +168,12 @@ def test_workdir_of_another_experiment_is_refused(config_file, tmp_path, capsys)
     assert config_lib.load(SamplingConfig, tmp_path / "config.json") == SamplingConfig()
 
 
+def test_workdir_that_may_not_be_written_is_refused(config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # what holds for others does not hold for root
+    with pytest.raises(UserError, match="cannot be written to; choose another --workdir"):
+        parse(config_file, f"--workdir={tmp_path}/run")
+
+
 @pytest.mark.parametrize("inside", ["", "/run"])
 def test_workdir_that_is_a_file_or_in_one_is_refused(config_file, tmp_path, inside):
     (tmp_path / "notes").touch()
