@@ -126,13 +126,15 @@ class Ppo:
         prompts, streams = self._data.prompts.batch(drawn), self._data.prompts.streams(drawn)
         with jax.set_mesh(self.mesh):
             seen = self.observe(state, prompts, streams, int(state.seed))
-            found, metrics = ppo_experience.learnable(
-                self._shaping,
-                state.moments,
-                state.kl.coefficient,
-                *self._on_mesh(seen.scores_B, seen.rollouts.ended_B),
-                seen.batch.loss_weights,
-                seen.judged,
+            found, metrics = _done(
+                ppo_experience.learnable(
+                    self._shaping,
+                    state.moments,
+                    state.kl.coefficient,
+                    *self._on_mesh(seen.scores_B, seen.rollouts.ended_B),
+                    seen.batch.loss_weights,
+                    seen.judged,
+                )
             )
             start = time.perf_counter()
             kl = controllers.update_kl(self.config.kl, state.kl, metrics["kl"])
@@ -168,7 +170,7 @@ class Ppo:
         responses = rollout.responses(rollouts, prompts, data.tokenizer, data.template)
         scores_B = ppo_experience.score(data.reward, [prompts[i].messages for i in rollouts.prompt_B], responses)
         (batch,) = self._on_mesh(rollouts.batch)
-        judged = jax.block_until_ready(self._judge(state, batch))
+        judged = self._judge(state, batch)
         measured = {"seconds_rollout": rolled - start, "seconds_score": time.perf_counter() - rolled}
         if jax.process_count() == 1:
             measured["sampler_difference"] = rollout.check_logprobs(
@@ -209,11 +211,11 @@ class Ppo:
         settings = self._policy_settings
         groups = self._responses // self.config.minibatch_size * settings.microbatches
         options = (settings.temperature, settings.chunk_size, groups)
-        own = ppo_experience.logprobs_of(policy.config, *options)(_computed(policy, state.policy), batch)
-        others = ppo_experience.logprobs_of(reference.config, *options)(reference.fetch(), batch)
+        own = _done(ppo_experience.logprobs_of(policy.config, *options)(_computed(policy, state.policy), batch))
+        others = _done(ppo_experience.logprobs_of(reference.config, *options)(reference.fetch(), batch))
         values_BT = jnp.zeros_like(own.logprobs_BT)
         if critic is not None and state.critic is not None:
-            values_BT = ppo_experience.values_of(critic.config, groups)(_computed(critic, state.critic), batch)
+            values_BT = _done(ppo_experience.values_of(critic.config, groups)(_computed(critic, state.critic), batch))
         assert own.entropies_BT is not None  # asked for
         return Judged(own.logprobs_BT, own.entropies_BT, others.logprobs_BT, values_BT)
 
@@ -253,7 +255,8 @@ class Ppo:
         if self._data.pretraining is not None:
             others = self._on_mesh(self._pretraining_batch(int(state.pretraining_drawn)))[0]
             state = state._replace(pretraining_drawn=state.pretraining_drawn + 1)
-        policy, report = update(state.policy, rows, indices_M, others, self._seed, self._policy_schedule, *part.frozen)
+        numbers = (self._seed, self._policy_schedule)
+        policy, report = _done(update(state.policy, rows, indices_M, others, *numbers, *part.frozen))
         return state._replace(policy=policy), report
 
     def _update_critic(self, state: PpoState, rows: ValueRows, indices_M: np.ndarray) -> tuple[PpoState, step.Metrics]:
@@ -263,7 +266,7 @@ class Ppo:
             part.config, self.actors.critic_lora, self.config.loss.value_clip, self.config.training.microbatches
         )
         update = ppo_update.critic_update(settings, part.optimizer)
-        critic, report = update(state.critic, rows, indices_M, self._seed, self._critic_schedule, *part.frozen)
+        critic, report = _done(update(state.critic, rows, indices_M, self._seed, self._critic_schedule, *part.frozen))
         return state._replace(critic=critic), report
 
     def _pretraining_batch(self, number: int) -> Batch:
@@ -288,6 +291,15 @@ class Ppo:
                 f"no update of the {' and the '.join(skipped)} was finite in iteration {iteration + 1}: resume from "
                 "the last checkpoint with a lower learning rate, or look at the scores of its responses"
             )
+
+
+def _done(results: Any) -> Any:
+    """The results of a program that has ended before the next one begins.
+
+    Different programs with collectives that are in flight together can wait for each other's threads without end where
+    several devices are simulated on a CPU; elsewhere a program takes far longer than its start.
+    """
+    return jax.block_until_ready(results)
 
 
 def _computed(part: Any, state: TrainState) -> Any:
