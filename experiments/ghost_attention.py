@@ -21,7 +21,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import runner, sft
-from llm_jax import config as config_lib
+from experiments.stages import check_names, check_workdir
 from llm_jax.alignment import constraints, finetune, ghost_attention, instructions, questions
 from llm_jax.alignment.config import SftConfig
 from llm_jax.alignment.constraints import CONSTRAINTS, Instruction
@@ -39,13 +38,14 @@ from llm_jax.alignment.ghost_attention import VARIANTS, Dialogue, Told, Yield
 from llm_jax.alignment.ghost_attention_config import GhostAttentionConfig
 from llm_jax.alignment.sft import choose_template
 from llm_jax.alignment.speaker import Speaker
-from llm_jax.config import SamplingConfig, one_of
+from llm_jax.config import SamplingConfig
 from llm_jax.errors import require
 from llm_jax.evaluation import attention_map, obedience, tables
 from llm_jax.evaluation.attention_map import Attention
 from llm_jax.evaluation.obedience import Shares
 from llm_jax.evaluation.rewards import Proportion
 from llm_jax.evaluation.tables import Table
+from llm_jax.files import write_json
 from llm_jax.tokenization.chat import Message
 
 STAGES = ("dialogues", "runs", "report")
@@ -70,11 +70,8 @@ _ONLY = flags.DEFINE_list(
 def run(config: GhostAttentionConfig, workdir: Path, stages: Sequence[str] = STAGES, only: Sequence[str] = ()) -> None:
     """Do the stages; `only` are the runs to be done now, as "ghost/0", () = all."""
     known = [f"{name}/{seed}" for seed in config.seeds for name in (BASE, REPEATED, *config.variants)]
-    for stage in stages:
-        one_of("--stages", stage, STAGES)
-    for each in only:
-        one_of("--only", each, tuple(known))
-    check_workdir(config, workdir)
+    check_names(stages, STAGES, only, known)
+    check_workdir(config, workdir, CHANGEABLE)
     if "dialogues" in stages:
         make_dialogues(config, workdir)
     if "runs" in stages:
@@ -85,24 +82,6 @@ def run(config: GhostAttentionConfig, workdir: Path, stages: Sequence[str] = STA
             do_run(config, workdir, name, int(seed))
     if "report" in stages:
         report(config, workdir)
-
-
-def check_workdir(config: GhostAttentionConfig, workdir: Path) -> None:
-    """Note the config, or raise `UserError` if the folder holds what another one made."""
-    path = workdir / finetune.CONFIG
-    if path.exists():
-        old = config_lib.load(GhostAttentionConfig, path)
-        names = [name for name, hint in config_lib.keys(GhostAttentionConfig) if not dataclasses.is_dataclass(hint)]
-        changed = [
-            name for name in names if name not in CHANGEABLE and attrgetter(name)(old) != attrgetter(name)(config)
-        ]
-        require(
-            not changed,
-            f"{workdir} holds an experiment with another {', '.join(changed[:4])}: choose a new --workdir, or continue "
-            "with the old settings",
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    config_lib.save(config, path)
 
 
 @contextmanager
@@ -352,13 +331,6 @@ def attend_once(speaker: Speaker, instruction: str, said: Sequence[str]) -> Atte
 def as_json(run: Mapping[str, Shares]) -> dict[str, dict[int, float]]:
     """Shares by kind of instruction and turn."""
     return {kind: {turn: share.share for turn, share in row.items()} for kind, row in run.items()}
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a file that is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def main(config: GhostAttentionConfig, workdir: Path) -> None:

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments import dpo, runner, sft
-from llm_jax import config as config_lib
+from experiments.stages import check_names, check_workdir
 from llm_jax import models
 from llm_jax.alignment import finetune, ppo_run, preferences, prompts, rejection, rejection_run, rollout, words
 from llm_jax.alignment.config import FineTuneConfig
@@ -42,11 +42,12 @@ from llm_jax.alignment.prompts import Prompt, PromptStream
 from llm_jax.alignment.rejection import Drawn
 from llm_jax.alignment.words import Task
 from llm_jax.alignment.words_config import TEMPLATE, TITLES, WordsConfig
-from llm_jax.config import CheckpointConfig, SamplingConfig, one_of
+from llm_jax.config import CheckpointConfig, SamplingConfig
 from llm_jax.errors import require
 from llm_jax.evaluation import tables
 from llm_jax.evaluation.figures import SERIES, figure, legend_beside
 from llm_jax.evaluation.tables import Table
+from llm_jax.files import write_json
 from llm_jax.interop import pretrained
 from llm_jax.interop.pretrained import Pretrained
 from llm_jax.sampling.generate import generate
@@ -66,11 +67,8 @@ _ONLY = flags.DEFINE_list("only", [], "of the runs only these, as ppo/0 for a se
 def run(config: WordsConfig, workdir: Path, stages: Sequence[str] = STAGES, only: Sequence[str] = ()) -> None:
     """Do the stages; `only` are the runs to be done now, as "ppo/0", () = all."""
     known = [f"{method}/{seed}" for seed in config.seeds for method in config.methods]
-    for stage in stages:
-        one_of("--stages", stage, STAGES)
-    for each in only:
-        one_of("--only", each, tuple(known))
-    check_workdir(config, workdir)
+    check_names(stages, STAGES, only, known)
+    check_workdir(config, workdir, CHANGEABLE)
     if "start" in stages:
         start(config, workdir)
     if "runs" in stages:
@@ -80,21 +78,6 @@ def run(config: WordsConfig, workdir: Path, stages: Sequence[str] = STAGES, only
             do_run(config, workdir, method, int(seed))
     if "report" in stages:
         report(config, workdir)
-
-
-def check_workdir(config: WordsConfig, workdir: Path) -> None:
-    """Note the config, or raise `UserError` if the folder holds what another one made."""
-    path = workdir / finetune.CONFIG
-    if path.exists():
-        old, new = (dataclasses.asdict(each) for each in (config_lib.load(WordsConfig, path), config))
-        changed = [name for name in new if name not in CHANGEABLE and old[name] != new[name]]
-        require(
-            not changed,
-            f"{workdir} holds an experiment with another {', '.join(changed[:4])}: choose a new --workdir, or continue "
-            "with the old settings",
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    config_lib.save(config, path)
 
 
 def start(config: WordsConfig, workdir: Path) -> None:
@@ -397,13 +380,6 @@ def draw(begun: Any, found: Mapping[str, Sequence[Any]], samples: int, path: Pat
         axes.set_xlabel("samples drawn")
         axes.set_ylabel("solved, one sample at temperature 1 (%)")
         legend_beside(axes)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a file that is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def main(config: WordsConfig, workdir: Path) -> None:

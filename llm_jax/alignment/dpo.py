@@ -30,6 +30,7 @@ from llm_jax.config import ModelConfig
 from llm_jax.data import loader
 from llm_jax.data.packing import SharedRows
 from llm_jax.errors import UserError, require
+from llm_jax.files import replacing
 from llm_jax.losses.preference import dpo_loss
 from llm_jax.losses.weighted import LossOutput
 from llm_jax.parallel import distributed
@@ -332,7 +333,5 @@ def _read_references(path: Path, identity: str) -> np.ndarray | None:
 
 def _write_references(path: Path, identity: str, references_N2: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, identity=np.array(identity), references=references_N2)
-    partial.replace(path)

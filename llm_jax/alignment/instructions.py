@@ -6,7 +6,6 @@ what people ask. Small talk is chatterbot-corpus's.
 """
 
 import ast
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from llm_jax.data.documents import text_hash
 from llm_jax.data.packages import Package, members
 from llm_jax.data.sources import IDIOM, LAW
 from llm_jax.errors import require
+from llm_jax.files import write_lines
 from llm_jax.tokenization.chat import Message
 
 CHATTERBOT = Package(
@@ -145,12 +145,12 @@ def read_small_talk(path: Path, language: str) -> tuple[list[Conversation], Tall
 
 def write(path: str | Path, found: Iterable[Conversation]) -> None:
     """Write conversations as JSON Lines that `conversations.read` takes, atomically."""
-    _write_lines(path, map(_record, found))
+    write_lines(Path(path), map(_record, found))
 
 
 def write_exercises(path: str | Path, made: Iterable[Exercise]) -> None:
     """Write exercises as JSON Lines: conversations, each with the kind of the exercise."""
-    _write_lines(path, ({"kind": exercise.kind, **_record(exercise.conversation)} for exercise in made))
+    write_lines(Path(path), ({"kind": exercise.kind, **_record(exercise.conversation)} for exercise in made))
 
 
 def read_exercises(path: str | Path) -> list[Exercise]:
@@ -172,14 +172,6 @@ def read_exercises(path: str | Path) -> list[Exercise]:
 
 def _record(conversation: Conversation) -> dict[str, Any]:
     return {"messages": [{"role": message.role, "content": message.content} for message in conversation.messages]}
-
-
-def _write_lines(path: str | Path, records: Iterable[Any]) -> None:
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    partial.replace(path)
 
 
 def _turns(turns: object) -> tuple[Message, ...]:

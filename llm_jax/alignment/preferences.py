@@ -8,7 +8,6 @@ transcripts, or lists of messages). How strong a preference is, `strength` says,
 
 import dataclasses
 import difflib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from llm_jax.config import one_of
 from llm_jax.data.documents import HASH_RANGE, text_hash
 from llm_jax.data.packing import permutation
 from llm_jax.errors import require
+from llm_jax.files import write_lines
 from llm_jax.tokenization.chat import Message
 
 FIELDS = (
@@ -88,14 +88,8 @@ def read(path: str | Path, config: PreferenceConfig = DEFAULT) -> tuple[list[Pai
 
 def write(path: str | Path, pairs: Iterable[Pair]) -> None:
     """Write pairs as JSON Lines that `read` gives back, all but their `record`; atomically."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for pair in pairs:
-            record = dataclasses.asdict(pair)
-            del record["record"]
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    records = map(dataclasses.asdict, pairs)
+    write_lines(Path(path), ({name: each[name] for name in each if name != "record"} for each in records))
 
 
 def parse_pair(record: Any, config: PreferenceConfig) -> Pair:

@@ -21,6 +21,7 @@ from llm_jax.alignment.ppo import Data
 from llm_jax.alignment.prompts import Prompt, stop_ids
 from llm_jax.alignment.sft import Sample
 from llm_jax.config import ModelConfig
+from llm_jax.files import write_lines
 from llm_jax.tokenization.chat import Message
 
 Tokens = tuple[int, ...]
@@ -125,21 +126,20 @@ def sample(chosen: Chosen) -> Sample:
 
 def write(path: Path, found: Iterable[Chosen]) -> None:
     """Write them as JSON Lines that `read` gives back, and that fine-tuning another model reads as conversations."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for chosen in found:
-            said = [*chosen.messages, Message("assistant", chosen.response.text)]
-            record = {
-                "messages": [dataclasses.asdict(message) for message in said],
-                "reward": chosen.response.reward,
-                "round": chosen.round,
-                "ended": chosen.response.ended,
-                "record": chosen.record,
-                "prompt_tokens": chosen.prompt,
-                "response_tokens": chosen.response.tokens,
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    write_lines(path, map(_record, found))
+
+
+def _record(chosen: Chosen) -> dict[str, Any]:
+    said = [*chosen.messages, Message("assistant", chosen.response.text)]
+    return {
+        "messages": [dataclasses.asdict(message) for message in said],
+        "reward": chosen.response.reward,
+        "round": chosen.round,
+        "ended": chosen.response.ended,
+        "record": chosen.record,
+        "prompt_tokens": chosen.prompt,
+        "response_tokens": chosen.response.tokens,
+    }
 
 
 def read(path: Path) -> list[Chosen]:

@@ -29,6 +29,7 @@ from llm_jax.config import ModelConfig
 from llm_jax.errors import require
 from llm_jax.evaluation import best_of
 from llm_jax.evaluation.best_of import Curve
+from llm_jax.files import write_json
 from llm_jax.interop.pretrained import Pretrained
 from llm_jax.training import checkpoint, language_model
 
@@ -103,7 +104,7 @@ def _round(config: RejectionConfig, model: Pretrained, data: Data, workdir: Path
             return False
         model = load(config, workdir, number, mesh)
     record["heldout"] = evaluate(config, model.params, model.config, data, mesh)
-    _write_json(folder / ROUND, record)
+    write_json(folder / ROUND, record)
     print(describe(record))
     return True
 
@@ -152,7 +153,7 @@ def _draw(config: RejectionConfig, model: Pretrained, data: Data, workdir: Path,
         "chosen": len(pool),
         "chosen_now": sum(chosen.round == number for chosen in pool),
     }
-    _write_json(folder / DRAWN, summary)  # last: its presence says that the rest is there
+    write_json(folder / DRAWN, summary)  # last: its presence says that the rest is there
 
 
 def _settled(config: RejectionConfig, params: Any, architecture: ModelConfig, data: Data, number: int) -> RolloutConfig:
@@ -243,10 +244,3 @@ def _drawing(
         task = progress.add_task(what, total=total)
         with jax.set_mesh(mesh), rollout.generation_layout(model.params, model.config) as (architecture, params):
             yield params, architecture, lambda: progress.advance(task)
-
-
-def _write_json(path: Path, values: Any) -> None:
-    """Write a file that is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

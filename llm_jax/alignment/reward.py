@@ -23,6 +23,7 @@ from llm_jax.alignment.reward_batch import ResponseEncoder, response_batches
 from llm_jax.alignment.rewards import Prompt, Response
 from llm_jax.config import ModelConfig
 from llm_jax.errors import UserError, require
+from llm_jax.files import replacing
 from llm_jax.interop import pretrained
 from llm_jax.interop.pretrained import Pretrained
 from llm_jax.losses.preference import reward_loss
@@ -129,9 +130,8 @@ class RewardModel:
 
 def save_settings(workdir: Path, template: str, pooling: str, offset: float) -> None:
     """Write reward.json: a chat template's name ("none" = plain texts), which token is scored, and the offset."""
-    partial = (workdir / SETTINGS).with_suffix(".partial")
-    partial.write_text(json.dumps({"template": template, "pooling": pooling, "offset": offset}) + "\n")
-    partial.replace(workdir / SETTINGS)
+    with replacing(workdir / SETTINGS) as partial:
+        partial.write_text(json.dumps({"template": template, "pooling": pooling, "offset": offset}) + "\n")
 
 
 def load(path: Path, mesh: Mesh) -> RewardModel:

