@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import runner, sft
-from experiments.stages import check_names, check_workdir
+from experiments.stages import check_names, check_workdir, define_flags
 from llm_jax.alignment import constraints, finetune, ghost_attention, instructions, questions
 from llm_jax.alignment.config import SftConfig
 from llm_jax.alignment.constraints import CONSTRAINTS, Instruction
@@ -61,10 +60,7 @@ TABLE_TITLES = {SAID_BEFORE: "Replies that are an earlier one again, word for wo
 DIALOGUES, YIELD, OBEDIENCE, REPLIES = "dialogues", "yield.json", "obedience.json", "replies.jsonl"
 CHANGEABLE = ("seeds", "variants", "mapped_dialogues")  # between two calls with one --workdir: what is new is added
 LEAST_QUESTION = 4  # tokens that a question must be allowed to have
-_STAGES = flags.DEFINE_list("stages", list(STAGES), f"which of {', '.join(STAGES)} to do", allow_override=True)
-_ONLY = flags.DEFINE_list(
-    "only", [], "of the runs only these, as ghost/0 for a seed: for processes side by side", allow_override=True
-)
+_STAGES, _ONLY = define_flags(STAGES, "ghost/0")
 
 
 def run(config: GhostAttentionConfig, workdir: Path, stages: Sequence[str] = STAGES, only: Sequence[str] = ()) -> None:

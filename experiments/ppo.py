@@ -46,10 +46,14 @@ def run(config: PpoConfig, workdir: Path) -> None:
     scores = load_reward(config, "reward", mesh)
     model = finetune.load(config.training, mesh)
     data = load(config, model, scores, mesh)
-    critic = None
-    if config.critic.model:
-        critic = finetune.load(dataclasses.replace(config.training, model=config.critic.model), mesh)
-    ppo_run.train(config, model, data, workdir, mesh, critic=critic)
+    ppo_run.train(config, model, data, workdir, mesh, critic=load_critic(config, mesh))
+
+
+def load_critic(config: PpoConfig, mesh: Mesh) -> Pretrained | None:
+    """What the critic begins as, if not as the policy."""
+    if not config.critic.model:
+        return None
+    return finetune.load(dataclasses.replace(config.training, model=config.critic.model), mesh)
 
 
 def load(config: PpoConfig, model: Pretrained, scores: Reward, mesh: Mesh) -> Data:

@@ -6,10 +6,27 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+
 from llm_jax import config as config_lib
 from llm_jax.alignment import finetune
 from llm_jax.config import one_of
 from llm_jax.errors import require
+
+flags.disclaim_key_flags()  # what is defined here belongs to the experiment that asks for it, whose --help lists it
+
+
+def define_flags(stages: Sequence[str], example: str) -> tuple[flags.FlagHolder, flags.FlagHolder]:
+    """--stages and --only, both lists; `example` names a run."""
+    return (
+        flags.DEFINE_list("stages", list(stages), f"which of {', '.join(stages)} to do", allow_override=True),
+        flags.DEFINE_list(
+            "only",
+            [],
+            f"of the runs only these, as {example} for a seed: for processes side by side",
+            allow_override=True,
+        ),
+    )
 
 
 def check_names(stages: Sequence[str], every: Sequence[str], only: Sequence[str], known: Sequence[str]) -> None:

@@ -15,27 +15,26 @@ words.png.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import track
 
-from experiments import dpo, runner, sft
-from experiments.stages import check_names, check_workdir
+from experiments import methods, runner, sft
+from experiments.methods import Drawing, Start
+from experiments.stages import check_names, check_workdir, define_flags
 from llm_jax import models
-from llm_jax.alignment import finetune, ppo_run, preferences, prompts, rejection, rejection_run, rollout, words
-from llm_jax.alignment.config import FineTuneConfig
-from llm_jax.alignment.policy_config import PpoConfig, PromptDataConfig, RolloutConfig
+from llm_jax.alignment import finetune, prompts, rejection_run, words
+from llm_jax.alignment.policy_config import PromptDataConfig
 from llm_jax.alignment.ppo import Data
 from llm_jax.alignment.preferences import Pair
 from llm_jax.alignment.prompts import Prompt, PromptStream
@@ -59,9 +58,10 @@ TASKS, TRAIN, HELDOUT = "tasks", "train.jsonl", "heldout.jsonl"
 RANDOM, SFT, START, RESULT = "random", "sft", "start", "result.json"
 JUDGED_AT_ONCE = 128
 EVERY_CHECKPOINT = 1_000_000
+POLICY_GRADIENTS = ("ppo", "grpo")
+MEMORIES = {"rejection": "all", "rejection_forgets": "last"}
 CHANGEABLE = ("seeds", "methods")  # between two calls with one --workdir: what is new is added
-_STAGES = flags.DEFINE_list("stages", list(STAGES), f"which of {', '.join(STAGES)} to do")
-_ONLY = flags.DEFINE_list("only", [], "of the runs only these, as ppo/0 for a seed: for processes side by side")
+_STAGES, _ONLY = define_flags(STAGES, "ppo/0")
 
 
 def run(config: WordsConfig, workdir: Path, stages: Sequence[str] = STAGES, only: Sequence[str] = ()) -> None:
@@ -151,10 +151,10 @@ def do_run(config: WordsConfig, workdir: Path, method: str, seed: int) -> None:
         return
     mesh = finetune.build_mesh(config.sft.training)
     print(f"{TITLES[method]}, seed {seed}")
-    finished = METHODS[method](config, workdir, folder, seed, mesh)
+    finished = take_on(config, workdir, method, folder, seed, mesh)
     require(finished, f"{folder} stopped before its end: run the same command again to continue")
     model = pretrained.load(folder, mesh=mesh, dtype="float32")
-    write_json(folder / RESULT, {**judge(config, model, workdir), "curve": CURVES[method](config, folder)})
+    write_json(folder / RESULT, {**judge(config, model, workdir), "curve": curve_of(config, method, folder)})
 
 
 def data_of(config: WordsConfig, workdir: Path, model: Pretrained, at_once: int, seed: int) -> Data:
@@ -172,73 +172,23 @@ def read_prompts(config: WordsConfig, path: Path, model: Pretrained) -> list[Pro
     return prompts.load(settings, model.tokenizer, chat.choose(TEMPLATE, model.tokenizer)).train
 
 
-def _starting(training: FineTuneConfig, workdir: Path, seed: int) -> FineTuneConfig:
-    return dataclasses.replace(training, model=str(workdir / START), seed=seed)
+def start_of(config: WordsConfig, workdir: Path) -> Start:
+    """What all methods begin with."""
+    return Start(workdir / START, TEMPLATE, functools.partial(data_of, config, workdir))
 
 
-def _seeded(settings: RolloutConfig, seed: int) -> RolloutConfig:
-    return dataclasses.replace(settings, sampling=dataclasses.replace(settings.sampling, seed=seed))
-
-
-def _policy_gradient(field: str) -> "Method":
-    """PPO or GRPO: the field of the config that says how."""
-
-    def method(config: WordsConfig, workdir: Path, folder: Path, seed: int, mesh: Mesh) -> bool:
-        policy: PpoConfig = getattr(config, field)
-        settings = dataclasses.replace(policy, training=_starting(policy.training, workdir, seed))
-        model = finetune.load(settings.training, mesh)
-        data = data_of(config, workdir, model, settings.rollout.prompts, seed)
-        return ppo_run.train(settings, model, data, folder, mesh)
-
-    return method
-
-
-def _rejection(memory: str) -> "Method":
-    def method(config: WordsConfig, workdir: Path, folder: Path, seed: int, mesh: Mesh) -> bool:
-        settings = dataclasses.replace(
-            config.rejection,
-            training=_starting(config.rejection.training, workdir, seed),
-            rollout=_seeded(config.rejection.rollout, seed),
-            data=dataclasses.replace(config.rejection.data, seed=seed),
-            memory=memory,
-        )
-        model = finetune.load(settings.training, mesh)
-        data = data_of(config, workdir, model, settings.rollout.prompts, seed)
-        return rejection_run.train(settings, model, data, folder, mesh)
-
-    return method
-
-
-def _dpo(config: WordsConfig, workdir: Path, folder: Path, seed: int, mesh: Mesh) -> bool:
-    """As many samples as the others draw, all from the start; a right and a wrong one of a prompt are a pair."""
-    training = _starting(config.dpo.training, workdir, seed)
-    path = folder / "pairs.jsonl"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_pairs(config, workdir, training, path, seed, mesh)
-    settings = dataclasses.replace(
-        config.dpo,
-        training=training,
-        template=TEMPLATE,
-        preferences=dataclasses.replace(config.dpo.preferences, path=str(path)),
-        data=dataclasses.replace(config.dpo.data, seed=seed),
-    )
-    dpo.run(settings, folder)
-    return bool(metrics.read(folder, "heldout"))
-
-
-def write_pairs(
-    config: WordsConfig, workdir: Path, training: FineTuneConfig, path: Path, seed: int, mesh: Mesh
-) -> None:
-    """Draw from the start, and write the pairs."""
-    model, settings = finetune.load(training, mesh), _seeded(config.rejection.rollout, seed)
-    data = data_of(config, workdir, model, settings.prompts, seed)
-    found: list[Pair] = []
-    with jax.set_mesh(mesh), rollout.generation_layout(model.params, model.config) as (architecture, params):
-        for step in track(range(config.rejection.rounds * config.rejection.batches), "drawing pairs"):
-            batch, streams = data.prompts.batch(step), data.prompts.streams(step)
-            found += pairs_of(rejection.draw(params, architecture, batch, settings, data, streams))
-    preferences.write(path, found)
+def take_on(config: WordsConfig, workdir: Path, method: str, folder: Path, seed: int, mesh: Mesh) -> bool:
+    """The start taken on with a method; whether it came to its end."""
+    begun = start_of(config, workdir)
+    if method in POLICY_GRADIENTS:
+        return methods.run_ppo(getattr(config, method), begun, folder, seed, mesh)
+    if method in MEMORIES:
+        rounds = dataclasses.replace(config.rejection, memory=MEMORIES[method])
+        return methods.run_rejection(rounds, begun, folder, seed, mesh)
+    # As many samples as the others draw, all from the start; a right and a wrong one of a prompt are a pair.
+    batches = config.rejection.rounds * config.rejection.batches
+    drawing = Drawing(config.rejection.rollout, batches, pairs_of, folder / methods.PAIRS)
+    return methods.run_dpo(config.dpo, begun, drawing, folder, seed, mesh)
 
 
 def pairs_of(drawn: Drawn) -> list[Pair]:
@@ -281,39 +231,16 @@ def share(found: Mapping[str, Sequence[int]]) -> float:
     return sum(solved for solved, _ in found.values()) / sum(asked for _, asked in found.values())
 
 
-def _policy_curve(field: str) -> Callable[[WordsConfig, Path], list[list[float]]]:
-    def curve(config: WordsConfig, folder: Path) -> list[list[float]]:
-        policy: PpoConfig = getattr(config, field)
-        drawn = policy.rollout.prompts * policy.rollout.sampling.num_samples
+def curve_of(config: WordsConfig, method: str, folder: Path) -> list[list[float]]:
+    """[samples drawn, held-out tasks solved] as a run went on; [] where it does not say."""
+    if method in POLICY_GRADIENTS:
+        rollout = getattr(config, method).rollout
+        drawn = rollout.prompts * rollout.sampling.num_samples
         return [[record["step"] * drawn, record["score"]] for record in metrics.read(folder, "heldout")]
-
-    return curve
-
-
-def _rejection_curve(config: WordsConfig, folder: Path) -> list[list[float]]:
-    rounds = rejection_run.read_rounds(folder)
-    return [[record["round"] * config.rejection.samples, record["heldout"]["score"]] for record in rounds]
-
-
-def _no_curve(config: WordsConfig, folder: Path) -> list[list[float]]:
+    if method in MEMORIES:
+        rounds = rejection_run.read_rounds(folder)
+        return [[record["round"] * config.rejection.samples, record["heldout"]["score"]] for record in rounds]
     return []
-
-
-Method = Callable[[WordsConfig, Path, Path, int, Mesh], bool]  # (config, workdir, folder, seed, mesh) -> whether done
-METHODS: dict[str, Method] = {
-    "ppo": _policy_gradient("ppo"),
-    "grpo": _policy_gradient("grpo"),
-    "rejection": _rejection("all"),
-    "rejection_forgets": _rejection("last"),
-    "dpo": _dpo,
-}
-CURVES = {
-    "ppo": _policy_curve("ppo"),
-    "grpo": _policy_curve("grpo"),
-    "rejection": _rejection_curve,
-    "rejection_forgets": _rejection_curve,
-    "dpo": _no_curve,
-}
 
 
 def report(config: WordsConfig, workdir: Path) -> None:
