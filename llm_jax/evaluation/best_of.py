@@ -27,6 +27,12 @@ class Estimate(NamedTuple):
     error: float
 
 
+def estimate(values_P: np.ndarray) -> Estimate:
+    """The mean of values and its standard error; NaN of one value."""
+    error = float(np.std(values_P, ddof=1)) / math.sqrt(len(values_P)) if len(values_P) > 1 else math.nan
+    return Estimate(float(np.mean(values_P)), error)
+
+
 class Curve(NamedTuple):
     """Rewards by number of samples n."""
 
@@ -69,14 +75,9 @@ def curve(rewards_PK: np.ndarray) -> Curve:
     counts = tuple(sorted({samples, *(2**power for power in range(samples.bit_length()))}))
     return Curve(
         counts,
-        tuple(_estimate(best(rewards_PK, count)) for count in counts),
-        tuple(_estimate(median(rewards_PK, count)) for count in counts),
+        tuple(estimate(best(rewards_PK, count)) for count in counts),
+        tuple(estimate(median(rewards_PK, count)) for count in counts),
     )
-
-
-def _estimate(values_P: np.ndarray) -> Estimate:
-    error = float(np.std(values_P, ddof=1)) / math.sqrt(len(values_P)) if len(values_P) > 1 else math.nan
-    return Estimate(float(np.mean(values_P)), error)
 
 
 def table(title: str, curves: Mapping[str, Curve]) -> Table:

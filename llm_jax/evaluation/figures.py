@@ -30,13 +30,23 @@ SMOOTHING = 0.8  # of the thick training curve: an exponential mean over logged 
 @contextmanager
 def figure(path: Path, width: float, height: float, title: str) -> Iterator[Axes]:
     """Axes of the house style, saved to `path` at the end of the block; no window system or notebook is touched."""
+    with panels(path, width, height, [title]) as (axes,):
+        yield axes
+
+
+@contextmanager
+def panels(path: Path, width: float, height: float, titles: Sequence[str], columns: int = 1) -> Iterator[list[Axes]]:
+    """Axes beside and below each other, one for each title, likewise."""
     canvas = Figure(figsize=(width, height), layout="constrained")
-    axes = canvas.subplots()
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e5e5e5", linewidth=0.7)
-    axes.set_axisbelow(True)
-    yield axes
+    grid = canvas.subplots(-(-len(titles) // columns), columns, squeeze=False).ravel().tolist()
+    for axes, title in zip(grid, titles):
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e5e5e5", linewidth=0.7)
+        axes.set_axisbelow(True)
+    for axes in grid[len(titles) :]:
+        axes.remove()
+    yield grid[: len(titles)]
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=DOTS_PER_INCH)
 
