@@ -1,20 +1,21 @@
-"""An iteration of PPO beside TRL's PPOTrainer, in float32 on CPU.
+"""An iteration of PPO beside TRL's PPOTrainer and Tunix's PPOLearner, in float32 on CPU.
 
-    python -m benchmarks.ppo [--rounds=8] [--steps=2] [--trl_python=PATH]
+    python -m benchmarks.ppo [--rounds=8] [--steps=2] [--trl_python=PATH] [--tunix_python=PATH]
 
-Both begin with the same random weights (1.9 million parameters) and prompts: 32 of 8 tokens, to which the policy draws
-24 more each at temperature 1; no token ends a response, so that all are of full length. Both score them with the same
+All begin with the same random weights (1.9 million parameters) and prompts: 32 of 8 tokens, to which the policy draws
+24 more each at temperature 1; no token ends a response, so that all are of full length. All score them with the same
 function of their tokens, which takes next to no time, and update policy and critic on 2 minibatches of 16 responses in
 each of 4 epochs, with the same losses. What each has of its own: TRL takes the policy's old log-probabilities from its
-draws, and we compute them anew (with entropies, by which the draws are checked); we clip no gradients, as its trainer
-does not, but leave out updates that are not finite.
+draws, and we compute them anew (with entropies, by which the draws are checked); Tunix draws the second minibatch from
+the policy that has learned from the first one, and cuts scores down to integers; we clip no gradients, as the others do
+not, but leave out updates that are not finite.
 
 The implementations take turns, each in the loop of its own trainer; prints one JSON line for each. `share_...` is the
-share of an iteration's time in rolling out, scoring (with what reference and critic say) and updating. `speed_over_trl`
-is the ratio of seconds of an iteration, `processor_speed_over_trl` that of processor seconds, as the median, least and
-greatest over rounds. The benchmark stops where one side learned from other numbers of tokens than the other, or where
-the entropies of their first draws are not alike. `gemm` and `busy_elsewhere` are as in benchmarks.fine_tuning, and so
-is --busy=0.06, which leaves out rounds in which other programs were busy.
+share of an iteration's time in rolling out, scoring (with what reference and critic say) and updating.
+`speed_over_trl` is the ratio of seconds of an iteration, `processor_speed_over_trl` that of processor seconds, as the
+median, least and greatest over rounds; `..._over_tunix` likewise. The benchmark stops where one side learned from other
+numbers of tokens than another, or where the entropies of their first draws are not alike. `gemm` and `busy_elsewhere`
+are as in benchmarks.fine_tuning, and so is --busy=0.06, which leaves out rounds in which other programs were busy.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from benchmarks.peers.turns import Peer, summary, take_turns
 from llm_jax import models
 from llm_jax.interop import huggingface
 
-IMPLEMENTATIONS = {"gemm": "gemm", "ours": "ours_ppo", "trl": "trl_ppo"}
+IMPLEMENTATIONS = {"gemm": "gemm", "ours": "ours_ppo", "trl": "trl_ppo", "tunix": "tunix_ppo"}
 TOLERANCE = 0.01  # relative, between the entropies of draws with other random numbers
 
 
@@ -84,8 +85,9 @@ def report(peer: Peer, peers: Mapping[str, Peer]) -> dict[str, Any]:
         return line | {"gflops": round(gemm.FLOPS / peer.median("seconds") / 1e9, 1)}
     line |= {"entropy": line.pop("first_loss"), "learned_tokens": line.pop("first_done"), **shares(peer)}
     if peer.name == "ours":
-        line["speed_over_trl"] = times_faster(peer, peers.get("trl"), "seconds")
-        line["processor_speed_over_trl"] = times_faster(peer, peers.get("trl"), "processor_seconds")
+        for other in ("trl", "tunix"):
+            line[f"speed_over_{other}"] = times_faster(peer, peers.get(other), "seconds")
+            line[f"processor_speed_over_{other}"] = times_faster(peer, peers.get(other), "processor_seconds")
     return line
 
 
@@ -97,15 +99,17 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=3, help="iterations in a turn")
     parser.add_argument("--busy", type=float, default=1.0, help="leave out rounds with more of busy_elsewhere")
     parser.add_argument("--trl_python", default=sys.executable, help="an interpreter that has trl")
+    parser.add_argument("--tunix_python", default=sys.executable, help="an interpreter that has google-tunix")
     parser.add_argument("--workdir", default="runs/benchmark_ppo", help="for the model")
     options = parser.parse_args(arguments)
     wanted = options.implementations.split(",")
     if "trl" in wanted:
         check_trl(options.trl_python)
     folder = prepare(Path(options.workdir).absolute())
+    pythons = {"trl": options.trl_python, "tunix": options.tunix_python}
     peers = {}
     for name in (name for name in IMPLEMENTATIONS if name in wanted):
-        own = {"trl": ([str(folder)], options.trl_python)}.get(name, ([], sys.executable))
+        own = ([str(folder)], pythons[name]) if name in pythons else ([],)
         peers[name] = Peer(name, IMPLEMENTATIONS[name], *own)
     check_same(peers)
     take_turns(peers.values(), options.rounds, options.steps)

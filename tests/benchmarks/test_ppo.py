@@ -58,10 +58,11 @@ def test_ratios_are_within_rounds():
 
 def test_a_line_has_the_shares_of_the_parts():
     ours = peer("ours", [1.0, 3.0], rollout=0.2, score=0.1, update=0.5)
-    line = ppo.report(ours, {"ours": ours})
+    line = ppo.report(ours, {"ours": ours, "tunix": peer("tunix", [2.0, 9.0])})
     assert [line[f"share_{part}"] for part in ours_ppo.PARTS] == [0.25, 0.125, 0.625]
     assert line["learned_tokens"] == ppo_setting.LEARNED and line["median_ms"] == 2000
     assert line["speed_over_trl"] is None
+    assert line["speed_over_tunix"] == {"median": 2.5, "least": 2.0, "most": 3.0}
 
 
 def test_implementations_that_do_other_work_end_the_benchmark():
