@@ -56,7 +56,7 @@ def run_rejection(config: RejectionConfig, start: Start, folder: Path, seed: int
     """Rejection sampling fine-tuning."""
     config = _begun(config, start, seed)
     config = dataclasses.replace(
-        config, rollout=_seeded(config.rollout, seed), data=dataclasses.replace(config.data, seed=seed)
+        config, rollout=config.rollout.sampled(seed=seed), data=dataclasses.replace(config.data, seed=seed)
     )
     model = finetune.load(config.training, mesh)
     return rejection_run.train(config, model, start.data(model, config.rollout.prompts, seed), folder, mesh)
@@ -79,7 +79,7 @@ def run_dpo(config: DpoConfig, start: Start, drawing: Drawing, folder: Path, see
 
 
 def _draw_pairs(training: FineTuneConfig, start: Start, drawing: Drawing, seed: int, mesh: Mesh) -> list[Pair]:
-    model, settings = finetune.load(training, mesh), _seeded(drawing.rollout, seed)
+    model, settings = finetune.load(training, mesh), drawing.rollout.sampled(seed=seed)
     data = start.data(model, settings.prompts, seed)
     found: list[Pair] = []
     with jax.set_mesh(mesh), rollout.generation_layout(model.params, model.config) as (architecture, params):
@@ -92,7 +92,3 @@ def _draw_pairs(training: FineTuneConfig, start: Start, drawing: Drawing, seed: 
 def _begun(config: Config, start: Start, seed: int) -> Config:
     """The run of a seed that begins with the start."""
     return dataclasses.replace(config, training=dataclasses.replace(config.training, model=str(start.model), seed=seed))
-
-
-def _seeded(settings: RolloutConfig, seed: int) -> RolloutConfig:
-    return dataclasses.replace(settings, sampling=dataclasses.replace(settings.sampling, seed=seed))

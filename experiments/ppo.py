@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from experiments import runner
 from llm_jax import models
 from llm_jax.alignment import finetune, ppo_models, ppo_run, prompts, reward, rewards
-from llm_jax.alignment.policy_config import PpoConfig
+from llm_jax.alignment.policy_config import PpoConfig, PretrainingConfig
 from llm_jax.alignment.ppo import Data
 from llm_jax.alignment.prompts import Prompt, PromptData, PromptStream
 from llm_jax.alignment.rejection_config import RejectionConfig
@@ -83,7 +83,7 @@ def load(config: PpoConfig, model: Pretrained, scores: Reward, mesh: Mesh) -> Da
         scores,
         model.tokenizer,
         template,
-        pretraining(config, model),
+        pretraining(config.pretraining, model),
         fingerprint(found),
         kept,
     )
@@ -129,9 +129,8 @@ def weight_bytes(scores: Reward) -> int:
     return models.weight_bytes(scores.params) if isinstance(scores, RewardModel) else 0
 
 
-def pretraining(config: PpoConfig, model: Pretrained) -> Callable[[int], Iterator[Batch]] | None:
+def pretraining(wanted: PretrainingConfig, model: Pretrained) -> Callable[[int], Iterator[Batch]] | None:
     """The pre-training data beside the responses, from any batch on; None where there is none."""
-    wanted = config.pretraining
     if not wanted.dataset:
         return None
     dataset = DataConfig(

@@ -4,6 +4,7 @@ The defaults are ours; `configs/ppo` holds what the reports state.
 """
 
 import dataclasses
+from typing import Any
 
 from llm_jax.alignment.config import CHAT_FORMATS, FineTuneConfig
 from llm_jax.config import CheckpointConfig, OptimizerConfig, SamplingConfig, non_negative, one_of, positive
@@ -137,6 +138,10 @@ class RolloutConfig:
     def length(self) -> int:
         """Tokens of a row of rollouts, T: the longest prompt and the longest response."""
         return self.max_prompt_tokens + self.sampling.max_new_tokens
+
+    def sampled(self, **changes: Any) -> "RolloutConfig":
+        """The same with some of `sampling` changed."""
+        return dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, **changes))
 
 
 def _require_policy_gradient(sampling: SamplingConfig) -> None:

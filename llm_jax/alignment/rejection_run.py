@@ -161,14 +161,10 @@ def _settled(config: RejectionConfig, params: Any, architecture: ModelConfig, da
     step, found = (number - 1) * config.batches, {}
     batch, streams = data.prompts.batch(step), data.prompts.streams(step)
     for temperature in config.temperatures:
-        settings = _changed(config.rollout, temperature=temperature, seed=config.rollout.sampling.seed + TRIED)
+        settings = config.rollout.sampled(temperature=temperature, seed=config.rollout.sampling.seed + TRIED)
         drawn = rejection.draw(params, architecture, batch, settings, data, streams)
         found[temperature] = float(drawn.rewards_PK.max(axis=1).mean())
-    return _changed(config.rollout, temperature=max(found, key=found.__getitem__)) if found else config.rollout
-
-
-def _changed(settings: RolloutConfig, **changes: Any) -> RolloutConfig:
-    return dataclasses.replace(settings, sampling=dataclasses.replace(settings.sampling, **changes))
+    return config.rollout.sampled(temperature=max(found, key=found.__getitem__)) if found else config.rollout
 
 
 def _fine_tune(
@@ -204,7 +200,7 @@ def evaluate(config: RejectionConfig, params: Any, architecture: ModelConfig, da
     prompts = data.heldout[: config.eval_prompts]
     if not prompts:
         return {}
-    settings = _changed(config.rollout, num_samples=1, seed=config.rollout.sampling.seed + HELDOUT)
+    settings = config.rollout.sampled(num_samples=1, seed=config.rollout.sampling.seed + HELDOUT)
     settings = dataclasses.replace(settings, rows=0)
     with jax.set_mesh(mesh):
         rewards_P = rejection.draw(params, architecture, prompts, settings, data, range(len(prompts))).rewards_PK[:, 0]
@@ -222,7 +218,7 @@ def curves(config: RejectionConfig, model: Pretrained, data: Data, mesh: Mesh, n
     with _drawing(model, mesh, f"{name}: samples and temperatures", len(starts) * len(wanted.temperatures)) as drawing:
         params, architecture, advance = drawing
         for temperature in wanted.temperatures:
-            settings = _changed(config.rollout, temperature=temperature, num_samples=wanted.samples)
+            settings = config.rollout.sampled(temperature=temperature, num_samples=wanted.samples)
             settings = dataclasses.replace(settings, rows=0)
             rewards = []
             for start in starts:
