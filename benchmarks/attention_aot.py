@@ -29,8 +29,8 @@ from benchmarks.aot import table
 from benchmarks.aot.cases import CASES, PASSES
 from benchmarks.aot.kernels import KERNELS, fits, named
 from benchmarks.aot.options import add_names, positive
-from benchmarks.aot.targets import TARGETS, environment
 from llm_jax.errors import UserError, require
+from llm_jax.parallel.absent import TARGETS, environment
 
 Job = tuple[str, str, str]  # target, case, kernel
 Row = dict[str, Any]

@@ -32,7 +32,7 @@ from benchmarks.aot.options import add_names, positive
 from llm_jax.errors import UserError, require
 from llm_jax.kernels import choice
 from llm_jax.kernels.chunked import chunked_attention
-from llm_jax.training import metrics
+from llm_jax.parallel import hardware
 
 Row = dict[str, Any]
 TINY = {
@@ -180,7 +180,7 @@ COLUMNS: table.Columns = {
 
 def write(output: Path, device_kind: str, rate: float, rows: list[Row]) -> str:
     """Write the rows as CSV and as a table; return the table."""
-    rows = [row | {"gemm_rate": rate, "peak": metrics.peak_of(device_kind)} for row in rows]
+    rows = [row | {"gemm_rate": rate, "peak": hardware.peak_of(device_kind)} for row in rows]
     text = f"{device_kind}, matrix product {rate / 1e12:.1f} TFLOP/s\n\n" + table.markdown(COLUMNS, rows)
     (output / "attention_device.md").write_text(text)
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -23,8 +23,8 @@ from benchmarks.aot import tiles
 from benchmarks.aot.cases import CASES, Case
 from benchmarks.aot.kernels import KERNELS, Kernel, fits, named
 from benchmarks.aot.options import positive
-from benchmarks.aot.targets import TARGETS, environment
 from llm_jax.errors import UserError, require
+from llm_jax.parallel.absent import TARGETS, environment
 
 Row = dict[str, Any]
 TUNED = [kernel.name for kernel in KERNELS if kernel.module]

@@ -18,7 +18,7 @@ from benchmarks.aot import cases, hlo, mosaic, ptxas, tiles, traffic
 from benchmarks.aot import kernels as implementations
 from benchmarks.aot.cases import Case
 from benchmarks.aot.kernels import Kernel
-from benchmarks.aot.targets import TARGETS, Target, device
+from llm_jax.parallel.absent import TARGETS, Target, devices
 
 LOWERING = {"gpu": "cuda", "tpu": "tpu"}
 
@@ -96,7 +96,7 @@ def _pass_rows(
 
 
 def _compile(target: Target, function: Any, arguments: Any, name: str) -> Any:
-    mesh = jax.sharding.Mesh(np.array([device(target)]), ("x",))
+    mesh = jax.sharding.Mesh(np.array(devices(target)[:1]), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
 

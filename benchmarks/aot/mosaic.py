@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.aot.targets import Target
+from llm_jax.parallel.absent import Target
 
 UTILIZATION = "final_hlo-static-per-bundle-utilization.txt"
 BUNDLES = "-final_bundles.txt"

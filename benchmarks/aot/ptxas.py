@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.aot.targets import Target
+from llm_jax.parallel.absent import Target
 
 # Blocks get their registers by the warp, in portions, and 1 KiB of shared memory goes to the system.
 REGISTER_PORTION = 256

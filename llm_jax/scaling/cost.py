@@ -7,9 +7,9 @@ from rich.table import Table
 
 from llm_jax.config import ModelConfig, one_of
 from llm_jax.errors import require
+from llm_jax.parallel.hardware import PEAK_FLOPS
 from llm_jax.scaling import flops
 from llm_jax.scaling.trial import Trial
-from llm_jax.training.metrics import PEAK_FLOPS
 
 DEVICES = ("A800", "H100", "TPU v5p")
 SECONDS_PER_HOUR = 3600.0
@@ -39,7 +39,7 @@ def costs(trials: Sequence[Trial]) -> list[Cost]:
 def device_hours(compute: float, device: str, mfu: float) -> float:
     """Hours that one device takes for `compute` FLOPs at the share `mfu` of its bfloat16 peak.
 
-    Raises `UserError` for a device that `metrics.PEAK_FLOPS` does not have, or a share outside (0, 1].
+    Raises `UserError` for a device that `hardware.PEAK_FLOPS` does not have, or a share outside (0, 1].
     """
     one_of("device", device, tuple(PEAK_FLOPS))
     require(0 < mfu <= 1, f"mfu={mfu} must be in (0, 1]: the share of the device's peak that training reaches")

@@ -15,26 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from llm_jax.parallel import hardware
+
 FILE = "metrics.jsonl"
 FAILED = "failed"  # the kind of the record that ends a diverged run
-
-# Dense bfloat16 FLOP/s of one device, from the vendors' data sheets, by a part of JAX's `device_kind`; the first fits.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "A800": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "H200": 989e12,
-    "TPU v4 lite": 138e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 def peak_flops() -> float | None:
@@ -42,13 +26,8 @@ def peak_flops() -> float | None:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return gemm_flops()
-    peak = peak_of(device.device_kind)
+    peak = hardware.peak_of(device.device_kind)
     return peak * jax.device_count() if peak else None
-
-
-def peak_of(device_kind: str) -> float | None:
-    """FLOP/s of one device by its own name, dense bfloat16; None for one that is not in the table."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device_kind), None)
 
 
 @functools.cache

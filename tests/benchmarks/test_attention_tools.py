@@ -16,8 +16,8 @@ from benchmarks import attention_aot, attention_device, tune_attention
 from benchmarks.aot import compile as compiling
 from benchmarks.aot import kernels, tiles
 from benchmarks.aot.cases import CASES, Case
-from benchmarks.aot.targets import TARGETS
 from llm_jax.errors import UserError
+from llm_jax.parallel.absent import TARGETS
 from tests.test_readme import DOCUMENTS, ROOT, lines_of_commands
 
 TINY = Case("tiny", 32, 2, 1, 64, decode_batch=2)

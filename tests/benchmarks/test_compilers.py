@@ -2,9 +2,10 @@
 
 import pytest
 
-from benchmarks.aot import hlo, mosaic, ptxas, targets
-from benchmarks.aot.targets import TARGETS
+from benchmarks.aot import hlo, mosaic, ptxas
 from llm_jax.errors import UserError
+from llm_jax.parallel import absent
+from llm_jax.parallel.absent import TARGETS
 
 PTXAS = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'forward' for 'sm_80'
@@ -184,24 +185,24 @@ def test_a_tpus_own_memories_move_nothing():
 
 
 def test_a_missing_wheel_is_named_with_the_way_to_get_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(absent.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"libtpu is not installed: `make aot`"):
-        targets.environment(TARGETS["v5p"], tmp_path)
-    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(targets.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+        absent.environment(TARGETS["v5p"], tmp_path)
+    monkeypatch.setattr(absent.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(absent.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
     with pytest.raises(UserError, match=r"nvidia-cuda-nvcc-cu12 is not installed"):
-        targets.environment(TARGETS["a100"], tmp_path)
+        absent.environment(TARGETS["a100"], tmp_path)
 
 
 def test_the_environment_of_a_compilation(monkeypatch, tmp_path):
-    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(targets.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
-    for folder, _, needed in targets.GPU_WHEELS:
+    monkeypatch.setattr(absent.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(absent.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    for folder, _, needed in absent.GPU_WHEELS:
         (tmp_path / "nvidia" / folder / needed).mkdir(parents=True)
-    variables = targets.environment(TARGETS["h100"], tmp_path / "dump")
+    variables = absent.environment(TARGETS["h100"], tmp_path / "dump")
     assert variables["PATH"].startswith(str(tmp_path / "nvidia/cuda_nvcc/bin"))
     assert str(tmp_path / "nvidia/nvjitlink/lib") in variables["LD_LIBRARY_PATH"]
     assert f"--xla_dump_to={tmp_path / 'dump'}" in variables["XLA_FLAGS"]
     assert TARGETS["h100"].architecture == "sm_90a"
     assert TARGETS["a100"].architecture == "sm_80"
-    assert "major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES" in targets.description(TARGETS["h100"])
+    assert "major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES" in absent.description(TARGETS["h100"])

@@ -1,4 +1,4 @@
-"""The accelerators to compile for: how XLA is told what they are, and the limits that bound a kernel's occupancy."""
+"""Accelerators that are not here, to compile for: how XLA is told what they are, and what its compilers need."""
 
 import importlib.util
 import os
@@ -23,13 +23,14 @@ class Target(NamedTuple):
     name: str  # as on the command line
     platform: str  # "gpu" or "tpu"
     title: str  # what the device calls itself
-    topology: str
+    topology: str  # of the fewest devices there are
     device: dict[str, Any]  # a GPU's properties, by the names of XLA's GpuDeviceInfo
     compute: tuple[int, int] = (0, 0)  # a GPU's compute capability
     warp_slots: int = 64  # warps that may live on a multiprocessor at once
     block_slots: int = 32  # and thread blocks
     matrix_units: int = 0  # of a TPU core, each taking one row of 128 a cycle
     accelerator_type: str = ""  # of a TPU
+    megacore: bool = False  # a TPU's two cores are one device
 
     @property
     def architecture(self) -> str:
@@ -94,7 +95,7 @@ TARGETS = {
                 device_memory_size=84942979072,
             ),
         ),
-        Target("v5p", "tpu", "TPU v5", "v5:2x2x1", {}, matrix_units=4, accelerator_type="v5p-8"),
+        Target("v5p", "tpu", "TPU v5", "v5:2x2x1", {}, matrix_units=4, accelerator_type="v5p-8", megacore=True),
         Target("v5e", "tpu", "TPU v5 lite", "v5e:2x2x1", {}, matrix_units=4, accelerator_type="v5litepod-4"),
     )
 }
@@ -113,8 +114,14 @@ def description(target: Target) -> str:
     )
 
 
-def device(target: Target) -> Any:
-    """The absent device, to lower and compile for. Only in a process that started with `environment(target)`."""
+def devices(target: Target, topology: str = "") -> list[Any]:
+    """Absent devices, to lower and compile for. Only in a process that started with `environment(target)`.
+
+    Args:
+      target: what they are.
+      topology: their number and order: "SLICESxHOSTSxGPUS", or a TPU's torus as "8x8x16", whose ends are joined where
+        it is four chips long; "" = the fewest there are.
+    """
     import jax
 
     # A CPU is all that this process may run on: nothing looks for a driver.
@@ -122,16 +129,32 @@ def device(target: Target) -> Any:
     from jax.experimental import topologies
 
     if target.platform == "tpu":
-        return topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices[0]
+        return _tpus(topologies, target, topology)
     importlib.import_module("jax_cuda12_plugin")
+    topology = topology or target.topology
     described = topologies.get_topology_desc(
-        target.topology, platform="cuda", target_config=description(target), topology=target.topology
+        topology, platform="cuda", target_config=description(target), topology=topology
     )
-    return described.devices[0]
+    return list(described.devices)
 
 
-def environment(target: Target, dump: Path) -> dict[str, str]:
-    """The variables that a process must be started with to compile for `target` and to write what it made to `dump`.
+def _tpus(topologies: Any, target: Target, topology: str) -> list[Any]:
+    if not topology:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices)
+    sizes = [int(size) for size in topology.split("x")]
+    described = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=f"{target.topology.partition(':')[0]}:{topology}",
+        chips_per_host_bounds=(2, 2, 1),
+        num_slices=1,
+        wrap=tuple(size % 4 == 0 for size in sizes),
+        **({"chip_config_name": "megacore"} if target.megacore else {}),
+    )
+    return list(described.devices)
+
+
+def environment(target: Target, dump: Path | None = None) -> dict[str, str]:
+    """The variables that a process must be started with to compile for `target`, and to write what it made to `dump`.
 
     Raises `UserError` if a wheel is missing: which, and how to get it.
     """
@@ -143,7 +166,7 @@ def environment(target: Target, dump: Path) -> dict[str, str]:
             "TPU_ACCELERATOR_TYPE": target.accelerator_type,
             "TPU_WORKER_HOSTNAMES": "localhost",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise a second process stops at libtpu's lock file
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+            **({"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"} if dump else {}),
         }
     _require_module("jax_cuda12_plugin", "jax-cuda12-plugin and jax-cuda12-pjrt")
     folders = gpu_folders()
@@ -153,8 +176,8 @@ def environment(target: Target, dump: Path) -> dict[str, str]:
         "PATH": os.pathsep.join([str(compiler / "bin"), os.environ.get("PATH", "")]),
         "CUDA_DIR": str(compiler),
         "LD_LIBRARY_PATH": os.pathsep.join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]),
-        "XLA_FLAGS": f"--xla_dump_to={dump} --xla_dump_hlo_as_text",
-        "MOSAIC_GPU_DUMP_TO": str(dump),
+        "XLA_FLAGS": f"--xla_dump_to={dump} --xla_dump_hlo_as_text" if dump else "",
+        **({"MOSAIC_GPU_DUMP_TO": str(dump)} if dump else {}),
     }
 
 
