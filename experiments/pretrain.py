@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from experiments import runner
 from llm_jax import config as config_lib
 from llm_jax import models
-from llm_jax.config import MeshConfig, TrainConfig
+from llm_jax.config import EXECUTION_FIELDS, MeshConfig, TrainConfig
 from llm_jax.data import identity, loader
 from llm_jax.errors import require
 from llm_jax.evaluation import perplexity
@@ -38,7 +38,6 @@ from llm_jax.training.loop import Loop, StopSignal, Throughput
 CHANGEABLE = ("steps", "microbatches", "log_every", "eval_every", "eval_batches", "profile_start", "profile_steps")
 CHANGEABLE_GROUPS = ("mesh", "checkpoint")
 TOGETHER_MAY_DIFFER = ("seed", "data.seed", "optimizer.learning_rate")
-EXECUTION_FIELDS = ("attention", "remat", "scan_layers")
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from llm_jax.errors import UserError, require
 DTYPES = ("float32", "bfloat16", "float16")
 POSITIONS = ("rope", "alibi")
 REMAT_POLICIES = ("none", "full", "dots", "save_attention")
+GATHERS = ("layer", "step", "group")
+# Fields of a `ModelConfig` that say how it is computed and not what.
+EXECUTION_FIELDS = ("attention", "remat", "scan_layers", "groups", "gather_tables")
 ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas_gpu", "pallas_tpu", "splash", "mosaic_gpu")
 SCHEDULES = ("cosine", "linear", "constant")
 CORPUS_PROFILES = ("tiny", "clean", "default")
@@ -73,6 +76,30 @@ class RopeScalingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """How some neighbouring layers are executed; master weights, optimiser and checkpoints are the same for all.
+
+    `gather` says when a weight is made whole for compute: "layer", over all data-parallel devices where each layer
+    begins, forwards and backwards (ZeRO-3); "step", once for all microbatches of a step (ZeRO-1/2); "group", over
+    `replica` once a step and over `data`, inside a group of hosts, where each layer begins (hierarchical).
+    """
+
+    layers: int = 1
+    gather: str = "layer"
+    remat: str = "none"
+    offload: bool = False  # what `remat` keeps for the backward pass waits in the host's memory
+
+    def __post_init__(self) -> None:
+        positive(self, "layers")
+        one_of("LayerGroup.gather", self.gather, GATHERS)
+        one_of("LayerGroup.remat", self.remat, REMAT_POLICIES)
+        require(
+            not self.offload or self.remat != "none",
+            'LayerGroup.offload moves what remat keeps to the host: choose "full", "dots" or "save_attention"',
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer: every family of the LLaMA-2, Baichuan and Qwen reports is one of these."""
 
@@ -108,8 +135,10 @@ class ModelConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     attention: str = "auto"
-    remat: str = "none"
+    remat: str = "none"  # of every layer, unless `groups` says
     scan_layers: bool = True
+    groups: tuple[LayerGroup, ...] = ()  # the layers in their order; () = all alike, gathered layer by layer
+    gather_tables: str = "layer"  # when embedding and head are gathered; "layer" = where they are used
 
     def __post_init__(self) -> None:
         positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
@@ -120,6 +149,7 @@ class ModelConfig:
         one_of("ModelConfig.output", self.output, OUTPUTS)
         one_of("ModelConfig.remat", self.remat, REMAT_POLICIES)
         one_of("ModelConfig.attention", self.attention, ATTENTION_IMPLEMENTATIONS)
+        one_of("ModelConfig.gather_tables", self.gather_tables, GATHERS)
         one_of("ModelConfig.param_dtype", self.param_dtype, DTYPES)
         one_of("ModelConfig.compute_dtype", self.compute_dtype, DTYPES)
         require(
@@ -135,23 +165,19 @@ class ModelConfig:
             f"ModelConfig.window_sizes has {len(self.window_sizes)} entries for {self.num_layers} layers",
         )
         require(all(w >= 0 for w in self.window_sizes), "ModelConfig.window_sizes must not be negative")
+        grouped = sum(group.layers for group in self.layer_groups())
+        require(grouped == self.num_layers, f"ModelConfig.groups hold {grouped} layers, num_layers={self.num_layers}")
         require(0 <= self.dropout_rate < 1, f"ModelConfig.dropout_rate={self.dropout_rate} must be in [0, 1)")
         require(not (self.norm_head and self.tie_embeddings), "ModelConfig: norm_head needs tie_embeddings=False")
 
     def architecture(self) -> dict[str, Any]:
         """The fields that a checkpoint's weights depend on, for comparing two configs."""
-        excluded = (
-            "dropout_rate",
-            "neftune_alpha",
-            "init_std",
-            "compute_dtype",
-            "attention",
-            "remat",
-            "scan_layers",
-            "log_n",
-            "dynamic_ntk",
-        )
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in excluded}
+        excluded = ("dropout_rate", "neftune_alpha", "init_std", "compute_dtype", "log_n", "dynamic_ntk")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in (*excluded, *EXECUTION_FIELDS)}
+
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """`groups`, or the one that () stands for."""
+        return self.groups or (LayerGroup(self.num_layers, remat=self.remat),)
 
     def is_stochastic(self) -> bool:
         """Whether training draws random numbers inside the model: for dropout, or for NEFTune's noise."""

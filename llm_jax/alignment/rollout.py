@@ -30,7 +30,8 @@ from llm_jax.alignment.rewards import Response
 from llm_jax.config import ModelConfig
 from llm_jax.data.batch import Batch
 from llm_jax.errors import require
-from llm_jax.parallel.rules import GATHERED, RULES
+from llm_jax.parallel.rules import RULES
+from llm_jax.parallel.zero import GATHERED
 from llm_jax.sampling import steps
 from llm_jax.sampling.generate import check_prompts, check_streams
 from llm_jax.tokenization.chat import ChatTemplate

@@ -4,6 +4,7 @@ from llm_jax.models.cache import Cache, init_cache
 from llm_jax.models.decoder import (
     abstract,
     count_parameters,
+    gather_once,
     hidden_states,
     init,
     is_stacked,
@@ -22,6 +23,7 @@ __all__ = [
     "count_parameters",
     "dequantize",
     "for_decoding",
+    "gather_once",
     "hidden_states",
     "init",
     "init_cache",

@@ -13,20 +13,38 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.config import ModelConfig
+from llm_jax.config import LayerGroup, ModelConfig
 from llm_jax.kernels.mask import AttentionMask
 from llm_jax.models import heads, mup, positions
 from llm_jax.models.cache import Cache, LayerCache
 from llm_jax.models.layers import Block, Embedding, RMSNorm, dropout
+from llm_jax.parallel import zero
 from llm_jax.parallel.rules import LogicalAxes
 
 Params = dict[str, Any]
+
+
+def _offload(*names: str) -> Callable:
+    policy: Callable = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(names),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return policy
+
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "save_attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+}
+OFFLOAD_POLICIES = {  # the same, kept in the host's memory; with "full" that is each layer's input
+    "full": _offload("layer_input"),
+    "dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "save_attention": _offload("attention_out", "attention_lse"),
 }
 
 
@@ -136,22 +154,67 @@ def _apply_layers(
     layers_cache: LayerCache | tuple[LayerCache, ...] | None,
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, LayerCache | tuple[LayerCache, ...] | None]:
-    """Run the block over the layers: scanned, or unrolled with the same result."""
+    """Run the block over the layers: scanned, group by group, or unrolled with the same result.
+
+    With a cache nothing is differentiated, and all layers are alike.
+    """
     windows = jnp.asarray(config.window_sizes, jnp.int32) if any(config.window_sizes) else None
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
 
     def body(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, LayerCache | None]:
         layer_params, window, key, cache = layer
         layer_mask = dataclasses.replace(mask, window=window)
+        x_BTD = checkpoint_name(x_BTD, "layer_input")
         result: Any = Block(config).apply({"params": layer_params}, x_BTD, layer_mask, rotary, cache, key)
         return result
 
-    if config.remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
     layers = (params["layers"], windows, keys, layers_cache)
     if not is_stacked(params):
         return _loop(body, x_BTD, layers)
-    return jax.lax.scan(body, x_BTD, layers, unroll=1 if config.scan_layers else config.num_layers)
+    if layers_cache is not None:
+        return jax.lax.scan(body, x_BTD, layers, unroll=1 if config.scan_layers else config.num_layers)
+    groups = config.layer_groups()
+    early = params.get("gathered", {}).get("layers", (None,) * len(groups))
+    for group, gathered, (masters, *rest) in zip(groups, early, _split(layers, groups)):
+        xs, unroll = (zero.attach(masters, gathered), *rest), 1 if config.scan_layers else group.layers
+        x_BTD, _ = jax.lax.scan(_remat(body, group, config), x_BTD, xs, unroll=unroll)
+    return x_BTD, None
+
+
+def _remat(body: Callable, group: LayerGroup, config: ModelConfig) -> Callable:
+    if group.remat == "none":
+        return body
+    policy = (OFFLOAD_POLICIES if group.offload else REMAT_POLICIES)[group.remat]
+    return jax.checkpoint(body, policy=policy, prevent_cse=not config.scan_layers)
+
+
+def _split(layers: Any, groups: tuple[LayerGroup, ...]) -> list[Any]:
+    """A tree of arrays [L, ...] as one for each group. The gradients of its parts are put together once."""
+    if len(groups) == 1:
+        return [layers]
+    leaves, structure = jax.tree.flatten(layers)
+    sizes = [group.layers for group in groups]
+    return [structure.unflatten(part) for part in zip(*(jax.lax.split(leaf, sizes) for leaf in leaves))]
+
+
+def gather_once(params: Params, config: ModelConfig) -> Params:
+    """What is gathered of the weights before a step's first microbatch, as `config` says: merge it into `params`.
+
+    `hidden_states` does so itself, at each call, for parameters that come without.
+
+    Returns:
+      {} or {"gathered": {"layers": one tree for each group of layers, "embedding": ..., "head": ...}}.
+    """
+    groups, when = config.layer_groups(), config.gather_tables
+    if not is_stacked(params) or {when, *(group.gather for group in groups)} == {"layer"}:
+        return {}
+    axes, dtype = logical_axes(config), jnp.dtype(config.compute_dtype)
+    parts = zip(groups, _split(params["layers"], groups))
+    early: Params = {"layers": [zero.gather_early(part, axes["layers"], group.gather, dtype) for group, part in parts]}
+    # The rows of a NormHead are normalised on the master's shards, each time it is used.
+    tables = {"embedding"} if config.norm_head else {"embedding", "head"}
+    early |= {name: zero.gather_early(params[name], axes[name], when, dtype) for name in tables & params.keys()}
+    return {"gathered": early}
 
 
 def _loop(body: Callable, x_BTD: jax.Array, layers: tuple) -> tuple[jax.Array, tuple[LayerCache, ...] | None]:
@@ -216,9 +279,11 @@ def hidden_states(
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
         filled = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
         cache = cache._replace(segment_ids=filled).know_context(positions, segment_ids)
+    elif "gathered" not in params:
+        params = {**params, **gather_once(params, config)}
     embedding_key, layers_key, noise_key = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
     with jax.named_scope("embedding"):
-        x_BTD: Any = Embedding(config).apply({"params": params["embedding"]}, tokens)
+        x_BTD: Any = Embedding(config).apply({"params": zero.attached(params, "embedding")}, tokens)
         if noise_key is not None and config.neftune_alpha:
             noise_BTD = neftune_noise(x_BTD.shape, config.neftune_alpha, positions, segment_ids, noise_key)
             x_BTD += noise_BTD.astype(x_BTD.dtype)

@@ -14,7 +14,9 @@ from llm_jax.errors import require
 from llm_jax.models import quantized
 from llm_jax.models.linear import Adapted, dense
 from llm_jax.models.quantized import Quantized
-from llm_jax.parallel.rules import constrain, gather
+from llm_jax.parallel import zero
+from llm_jax.parallel.rules import constrain
+from llm_jax.parallel.zero import gather
 
 NORM_HEAD_EPS = 1e-12
 
@@ -57,9 +59,9 @@ def unembedding(params: Any, config: ModelConfig) -> jax.Array:
     """The matrix [V, D] in the compute dtype with which the logits are `hidden @ unembedding.T`."""
     _check_has_logits(config)
     if config.tie_embeddings:
-        table_VD, dtype = params["embedding"]["embedding"], jnp.dtype(config.compute_dtype)
+        table_VD, dtype = zero.attached(params, "embedding")["embedding"], jnp.dtype(config.compute_dtype)
         return (quantized.gather if isinstance(table_VD, Quantized) else gather)(table_VD, ("vocab", "embed"), dtype)
-    weight_VD: Any = Head(config).apply({"params": params["head"]})
+    weight_VD: Any = Head(config).apply({"params": zero.attached(params, "head")})
     return weight_VD
 
 

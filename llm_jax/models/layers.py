@@ -20,7 +20,8 @@ from llm_jax.kernels.mask import AttentionMask
 from llm_jax.models import mup, positions, quantized
 from llm_jax.models.cache import LayerCache
 from llm_jax.models.linear import linear, lookup, swiglu
-from llm_jax.parallel.rules import LogicalAxes, constrain, gather
+from llm_jax.parallel.rules import LogicalAxes, constrain
+from llm_jax.parallel.zero import gather
 
 
 class Projection(nn.Module):

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 
 from llm_jax.models import quantized
 from llm_jax.models.quantized import Quantized
-from llm_jax.parallel.rules import LogicalAxes, constrain, gather
+from llm_jax.parallel.rules import LogicalAxes, constrain
+from llm_jax.parallel.zero import gather, gradient_of
 
 
 def _contract(a: jax.Array, a_dims: range, b: jax.Array, b_dims: range, dtype: jnp.dtype) -> jax.Array:
@@ -114,7 +115,7 @@ def _linear_backward(
     x_BTI, kernel_IO = residuals
     dkernel_IO = _contract(x_BTI, range(2), dy_BTO, range(2), jnp.dtype(jnp.float32))
     dx_BTI = _linear_transposed(dy_BTO, kernel_IO, axes)
-    return dx_BTI, constrain(dkernel_IO, *axes).astype(kernel_IO.dtype)
+    return dx_BTI, gradient_of(kernel_IO, dkernel_IO, axes)
 
 
 def _linear_transposed(dy_BTO: jax.Array, kernel_IO: jax.Array, axes: LogicalAxes) -> jax.Array:
@@ -151,7 +152,7 @@ def _lookup_backward(
     table_VD, tokens_BT = residuals
     zeros_VD = jnp.zeros(table_VD.shape, jnp.float32)
     dtable_VD = zeros_VD.at[tokens_BT].add(dx_BTD.astype(jnp.float32))
-    return constrain(dtable_VD, *axes).astype(table_VD.dtype), None
+    return gradient_of(table_VD, dtable_VD, axes), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)

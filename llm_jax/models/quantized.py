@@ -28,7 +28,7 @@ from qwix import QArray
 
 from llm_jax.config import ModelConfig
 from llm_jax.errors import require
-from llm_jax.parallel import rules
+from llm_jax.parallel import zero
 from llm_jax.parallel.rules import LogicalAxes
 
 BLOCK_SIZE = 2**20  # weights that are converted at once on a CPU: their float32 copy stays in the last-level cache
@@ -176,8 +176,8 @@ def _scale_axes(weight: Quantized, axes: LogicalAxes) -> LogicalAxes:
 def _gather(weight: Quantized, axes: LogicalAxes) -> Quantized:
     return dataclasses.replace(
         weight,
-        qvalue=rules.gather(weight.qvalue, axes, weight.qvalue.dtype),
-        scale=rules.gather(weight.scale, _scale_axes(weight, axes), weight.scale.dtype),
+        qvalue=zero.gather(weight.qvalue, axes, weight.qvalue.dtype),
+        scale=zero.gather(weight.scale, _scale_axes(weight, axes), weight.scale.dtype),
     )
 
 

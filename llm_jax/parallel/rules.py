@@ -5,11 +5,9 @@ A parameter names its axes where it is declared, an activation where it is const
 mesh from the context (`jax.set_mesh`) and leave arrays alone when there is none.
 """
 
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.errors import UserError, require
@@ -19,6 +17,7 @@ LogicalAxes = tuple[str | None, ...]
 RULES: dict[str, tuple[str, ...]] = {
     # Parameters: sharded over every device (ZeRO-3) by `embed` and one tensor-parallel axis.
     "embed": ("replica", "data"),
+    "embed_in_group": ("data",),  # its part that is gathered within a group of hosts
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -29,8 +28,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("replica", "data"),
     "sequence": ("tensor",),  # the residual stream between tensor-parallel regions
 }
-# Axes over which a parameter is gathered just before it is used; the others stay sharded during compute.
-GATHERED = ("embed",)
 
 
 def partition_spec(axes: LogicalAxes) -> PartitionSpec:
@@ -80,27 +77,3 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         for size, axis in zip(x.shape, axes, strict=True)
     )
     return jax.lax.with_sharding_constraint(x, partition_spec(kept))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather(parameter: jax.Array, axes: LogicalAxes, dtype: jnp.dtype) -> jax.Array:
-    """A parameter as compute uses it: cast to `dtype` first, then gathered over the axes in `GATHERED`.
-
-    Its gradient comes back in the parameter's own dtype and layout. What is summed over the devices before that has
-    the dtype in which the caller's backward pass made it: `models.linear` makes its own in float32.
-    """
-    # The first constraint keeps the cast on the shard: without it the gather would move the wider dtype.
-    shard = constrain(parameter.astype(dtype), *axes)
-    return constrain(shard, *(None if axis in GATHERED else axis for axis in axes))
-
-
-def _gather_forward(parameter: jax.Array, axes: LogicalAxes, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
-    return gather(parameter, axes, dtype), jnp.zeros((0,), parameter.dtype)
-
-
-def _gather_backward(axes: LogicalAxes, dtype: jnp.dtype, residual: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    del dtype
-    return (constrain(gradient.astype(residual.dtype), *axes),)
-
-
-gather.defvjp(_gather_forward, _gather_backward)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import config as config_lib
-from llm_jax.config import DataConfig, ModelConfig, TrainConfig
+from llm_jax.config import EXECUTION_FIELDS, DataConfig, ModelConfig, TrainConfig
 from llm_jax.data import identity, loader
 from llm_jax.data.records import SUMMARY
 from llm_jax.errors import UserError, require
@@ -33,7 +33,7 @@ GRID_KEYS = ("steps", "seed", "data.seed", "eval_every", "model.hidden_size", "m
 # Settings in which a finished run may differ from its trial: they do not decide its numbers.
 INDIFFERENT = (
     *("microbatches", "log_every", "eval_every", "profile_start", "profile_steps", "data.dataset", "data.prefetch"),
-    *("model.attention", "model.remat", "model.scan_layers"),
+    *(f"model.{field}" for field in EXECUTION_FIELDS),
 )
 INDIFFERENT_GROUPS = ("mesh.", "checkpoint.")
 

@@ -71,4 +71,6 @@ def compiled_update(
     model: ModelConfig, loss: LossConfig, optimizer: optax.GradientTransformationExtraArgs, microbatches: int
 ) -> Update:
     """The update of pre-training, jitted once in a process, with the state donated; see `step.update_function`."""
-    return jax.jit(step.update_function(loss_function(model, loss), optimizer, microbatches), donate_argnums=0)
+    once = functools.partial(models.gather_once, config=model)
+    update = step.update_function(loss_function(model, loss), optimizer, microbatches, once)
+    return jax.jit(update, donate_argnums=0)

@@ -23,6 +23,7 @@ from llm_jax.training.state import TrainState
 LossFunction = Callable[..., LossOutput]  # of parameters, batch, key, and what the run does not train
 Metrics = dict[str, jax.Array]
 StepFunction = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+Once = Callable[[Any], Any]  # of the parameters: what a step adds to them, without gradient, for all its microbatches
 Update = Callable[..., tuple[TrainState, Metrics]]  # of state, batch, seed, schedule, and the same
 
 
@@ -37,12 +38,20 @@ def split_microbatches(batch: Any, count: int) -> Any:
 
 
 def sum_gradients(
-    loss_fn: LossFunction, params: Any, batch: Any, key: jax.Array, microbatches: int, *frozen: Any
+    loss_fn: LossFunction,
+    params: Any,
+    batch: Any,
+    key: jax.Array,
+    microbatches: int,
+    *frozen: Any,
+    once: Once | None = None,
 ) -> tuple[Any, LossOutput]:
     """Gradients of the loss's *sum* and the loss output, added up over microbatches in the parameters' dtype."""
+    added = once(params) if once else None
 
     def one(microbatch: Any, index: jax.Array | int) -> tuple[Any, LossOutput]:
         def total(params: Any) -> tuple[jax.Array, LossOutput]:
+            params = {**params, **added} if added else params
             output = loss_fn(params, microbatch, jax.random.fold_in(key, index), *frozen)
             return output.total, output
 
@@ -62,11 +71,15 @@ def sum_gradients(
 
 
 def update_function(
-    loss_fn: LossFunction, optimizer: optax.GradientTransformationExtraArgs, microbatches: int = 1
+    loss_fn: LossFunction,
+    optimizer: optax.GradientTransformationExtraArgs,
+    microbatches: int = 1,
+    once: Once | None = None,
 ) -> Update:
     """The pure update `(state, batch, seed, schedule, *frozen) -> (state, metrics)`; `seed` is a uint32 scalar.
 
     `frozen` is what `loss_fn(params, batch, key, *frozen)` reads and nobody trains, such as the model beside adapters.
+    `once(params)`, such as `models.gather_once`, is merged into the parameters, a dict, that `loss_fn` gets.
     The gradient is that of total / weight over the whole global batch: one division, after all microbatches and
     devices. A batch of weight 0 gives loss 0 and a zero gradient. Randomness depends on (seed, step, microbatch) alone.
     """
@@ -75,7 +88,7 @@ def update_function(
         state: TrainState, batch: Any, seed: jax.Array, schedule: Schedule, *frozen: Any
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradients, output = sum_gradients(loss_fn, state.params, batch, key, microbatches, *frozen)
+        gradients, output = sum_gradients(loss_fn, state.params, batch, key, microbatches, *frozen, once=once)
         scale = WeightedSum(jnp.ones(()), output.weight).mean()
         gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
         with jax.named_scope("optimizer"):
