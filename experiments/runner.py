@@ -32,12 +32,24 @@ from ml_collections import config_flags
 from llm_jax import config as config_lib
 from llm_jax.config import Config
 from llm_jax.errors import UserError, require
+from llm_jax.parallel import job as jobs
 from llm_jax.training.host_memory import keep_freed_memory
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HELP_FLAGS = ("-h", "-help", "--help", "-helpfull", "--helpfull")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+# Experiments that all processes of a job run together; of any other, the first process does the work.
+TOGETHER = ("pretrain", "sft", "reward_model", "dpo", "ppo")
+JOB_FLAGS = {
+    "coordinator": (jobs.COORDINATOR, "HOST:PORT of process 0, with a free port"),
+    "processes": (jobs.COUNT, "how many processes the job has"),
+    "process": (jobs.INDEX, "which of them this is, from 0"),
+}
+JOB_HELP = (
+    "  --coordinator, --processes, --process  HOST:PORT of process 0, how many processes run this together, and which\n"
+    "             this is; not needed under srun, under Open MPI's mpirun or on a TPU slice"
+)
 
 
 def main(
@@ -72,7 +84,10 @@ def main(
             print(_help(run, name, config_class, default_config, workdir, full))
             return
         config, folder = parse(arguments, config_class, default_config, workdir)
-        if save_config:
+        first = jobs.index(os.environ) == 0
+        if not first and name not in TOGETHER:
+            return
+        if save_config and first:
             _save_config(config, folder / "config.json")
         prepare_jax()
         run(config, folder)
@@ -80,9 +95,11 @@ def main(
         _fail("interrupted", 130)
     except Exception as error:
         message = describe(error)
-        if message is None:
+        if message is None and not _is_joined():
             raise
-        _fail(message, 1)
+        if message is None:
+            traceback.print_exc()
+        _fail(message or f"{type(error).__name__}: {_one_line(error)}", 1)
 
 
 def prepare_jax() -> None:
@@ -107,6 +124,8 @@ def parse(
     values = flags.FlagValues()
     values.append_flag_values(flags.FLAGS)  # the experiment's own flags
     flags.DEFINE_string("workdir", default_workdir, "folder to write to", flag_values=values)
+    for flag, (_, text) in JOB_FLAGS.items():
+        flags.DEFINE_string(flag, None, text, flag_values=values)
     try:
         config_flags.DEFINE_config_dict("config", config_lib.to_config_dict(full), flag_values=values, sys_argv=rest)
         positional = values(rest)[1:]
@@ -118,6 +137,8 @@ def parse(
         raise UserError(f"cannot read the command line: {_one_line(error)}") from None
     require(not positional, f"unexpected argument {positional[0] if positional else ''!r}: flags start with --")
     flags.FLAGS.mark_as_parsed()
+    given = {variable: values[flag].value for flag, (variable, _) in JOB_FLAGS.items() if values[flag].value}
+    os.environ.update(given)
     require(bool(values["workdir"].value), "--workdir is empty; name the folder to write to")
     folder = Path(str(values["workdir"].value))
     existing = next((path for path in (folder, *folder.parents) if path.exists()), folder)
@@ -271,8 +292,17 @@ def _one_line(error: BaseException) -> str:
 
 def _fail(message: str, status: int) -> typing.NoReturn:
     sys.stdout.flush()
-    print(f"error: {message}" if status == 1 else message, file=sys.stderr)
+    print(f"error: {message}" if status == 1 else message, file=sys.stderr, flush=True)
+    if _is_joined():
+        sys.modules["llm_jax.parallel.distributed"].share_failure(message)
+        os._exit(status)  # an ordinary end would wait for the other processes
     sys.exit(status)
+
+
+def _is_joined() -> bool:
+    """Whether this process has joined others, which wait for it."""
+    distributed = sys.modules.get("llm_jax.parallel.distributed")
+    return distributed is not None and distributed.is_joined()
 
 
 class _PlainFormatter(logging.Formatter):
@@ -317,6 +347,7 @@ def _help(
         f"  --config   a Python config file or a saved config.json; default {default_config}",
         f"  --workdir  the run's folder; default {workdir}",
         *(f"  --{flag.name}  {flag.help}" for flag in own),
+        *([JOB_HELP] if name in TOGETHER else []),
         "  --config.KEY=VALUE  overrides one value of the config; keys, with their values in the default config:",
         *(f"      {key} = {value!r}" for key, value in leaves),
         "",

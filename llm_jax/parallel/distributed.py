@@ -118,9 +118,14 @@ def exchange(name: str, text: str, timeout_seconds: float = WAIT_SECONDS) -> lis
     return [said[process] for process in range(jax.process_count())]
 
 
+def is_joined() -> bool:
+    """Whether this process is one of several that were joined."""
+    return jax.distributed.is_initialized() and jax_distributed.global_state.num_processes > 1
+
+
 def share_failure(message: str) -> None:
     """Tell the other processes why this one fails, which ends them with one line; does nothing in a job of one."""
-    if not jax.distributed.is_initialized() or jax_distributed.global_state.num_processes == 1:
+    if not is_joined():
         return
     index = jax_distributed.global_state.process_id
     with contextlib.suppress(RuntimeError):  # the first failure is the cause; those after it follow from it

@@ -12,6 +12,7 @@ from experiments import runner
 from llm_jax import config as config_lib
 from llm_jax.config import MeshConfig, SamplingConfig, TrainConfig
 from llm_jax.errors import UserError
+from llm_jax.parallel import job as jobs
 
 CONFIG = """
 from llm_jax.config import ModelConfig, TrainConfig, to_config_dict
@@ -237,3 +238,17 @@ def test_relative_config_paths_also_start_at_the_repository(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="has no function get_config"):
         runner.load_config("configs/__init__.py", TrainConfig)
+
+
+def test_which_process_this_is_can_be_said_by_flags(config_file, monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "before")  # so that it is put back afterwards
+    job = ["--coordinator=n1:7000", "--processes=4", "--process=2"]
+    parse(config_file, *job)
+    assert jobs.find(os.environ) == jobs.Job("JAX's variables", 2, 4, "n1:7000")
+
+
+def test_what_one_process_does_alone_the_others_leave_to_the_first(config_file):
+    done = command(config_file, "--coordinator=n1:7000", "--processes=4", "--process=2")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
