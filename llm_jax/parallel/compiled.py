@@ -1,9 +1,9 @@
 """Reading a compiled step: its FLOPs, its collectives and what runs beside them, out of XLA's text.
 
 What XLA prints is one module: computations of instructions, in the order in which they run. A loop's body is printed
-once and runs `known_trip_count` times (a TPU's program has the bound in the loop's condition instead); a collective names
-its groups of devices in one of several notations; a Pallas kernel is a call whose FLOPs only its name tells. XLA for CPUs
-widens bfloat16, so a program for CPUs says nothing about the bytes that a program for accelerators moves.
+once and runs `known_trip_count` times (a TPU's program has the bound in the loop's condition instead); a collective
+names its groups of devices in one of several notations; a Pallas kernel is a call whose FLOPs only its name tells. XLA
+for CPUs widens bfloat16: a program for CPUs does not tell how many bytes one for accelerators moves.
 """
 
 import dataclasses
@@ -367,14 +367,20 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
 
 
 def _range(text: str) -> np.ndarray:
-    """`[2,4]<=[4,2]T(1,0)`: the numbers from 0, as an array of the second shape, transposed, in the first shape."""
-    match = re.match(r"\[([\d,]+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))", text)
-    require(match is not None, f"cannot read the devices of a collective: {text[:80]!r}")
+    """Numbers in an order: `[2,4]<=[4,2]T(1,0)`, counted from 0 in the second shape, transposed, in the first shape.
+
+    Without the first shape, `[4,2]T(1,0)`, it is that of the transposed numbers. A list may follow a shape, `[2]1,0`,
+    or stand alone.
+    """
+    match = re.match(r"(?:\[([\d,]+)\](?:<=)?)?(?:\[([\d,]+)\])?(?:T\(([\d,]+)\))?(\d[\d,]*)?", text)
     shape, source, order, listed = match.groups()  # type: ignore[union-attr]
+    require(bool(shape or listed), f"cannot read the devices of a collective: {text[:80]!r}")
     if listed:
-        return np.array(_numbers(listed)).reshape(_numbers(shape))
-    numbers = np.arange(math.prod(_numbers(source))).reshape(_numbers(source))
-    return (numbers.transpose(_numbers(order)) if order else numbers).reshape(_numbers(shape))
+        return np.array(_numbers(listed))
+    counted = _numbers(source or shape)
+    numbers = np.arange(math.prod(counted)).reshape(counted)
+    numbers = numbers.transpose(_numbers(order)) if order else numbers
+    return numbers.reshape(_numbers(shape)) if source else numbers
 
 
 def _numbers(text: str) -> list[int]:
@@ -386,8 +392,8 @@ def _mesh_groups(text: str) -> np.ndarray:
     require(match is not None, f"cannot read the devices of a collective: {text[:80]!r}")
     axes, order, chosen = match.groups()  # type: ignore[union-attr]
     sizes = {name.strip("' "): int(extent) for name, extent in (axis.split("=") for axis in axes.split(","))}
-    numbers = re.search(r"(?:device_ids|devices)?=?\(?(?:devices=)?(\[.*)\)", order)
-    devices = (_range(numbers[1]) if numbers else np.arange(math.prod(sizes.values()))).reshape(tuple(sizes.values()))
+    listed = re.search(r"device_ids=\((.*)\)|\(devices=(.*)\)", order)
+    devices = _range(listed[1] or listed[2]) if listed else np.arange(math.prod(sizes.values()))
     # Every axis is split into before, chosen and after, so that parts of axes are axes of their own.
     shape, grouped = [], []
     parts = {name: (int(before or 1), int(part or 0)) for name, before, part in AXIS_PART.findall(chosen)}

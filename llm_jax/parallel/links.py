@@ -1,10 +1,11 @@
 """What collectives move over which links, and the bounds of a step's time that follow from it.
 
-A group of n devices with k of them in each of h hosts gathers or reduce-scatters an array of S bytes in a hierarchy: each
-byte enters a host once, by the network cards of the k devices, so a device takes S (h - 1) / (h k) from the network and
-S (k - 1) / k from its host. Both parts flow at once, so the slower one is the collective's time. An all-reduce is a
-reduce-scatter and an all-gather. On a torus a group of all devices uses all of its axes; otherwise `tensor` has one of
-them, and the data-parallel axes have the others. Latency is left out, so these are bounds: no step is faster.
+A group of n devices with k of them in each of h hosts gathers or reduce-scatters an array of S bytes in a hierarchy:
+each byte enters a host once, by the network cards of the k devices, so a device takes S (h - 1) / (h k) from the
+network and S (k - 1) / k from its host. Both parts flow at once, so the slower one is the collective's time. An
+all-reduce is a reduce-scatter and an all-gather. On a torus a group of all devices uses all of its axes; otherwise
+`tensor` has one of them, and the data-parallel axes have the others. Latency is left out, so these are bounds: no step
+is faster.
 """
 
 import dataclasses
