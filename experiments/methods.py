@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
 
-from experiments import dpo, ppo
+from experiments import dpo, ppo, rejection_sampling
 from llm_jax.alignment import finetune, ppo_run, preferences, rejection, rejection_run, rollout
 from llm_jax.alignment.config import DpoConfig, FineTuneConfig
 from llm_jax.alignment.policy_config import PpoConfig, RolloutConfig
@@ -53,13 +53,17 @@ def run_ppo(config: PpoConfig, start: Start, folder: Path, seed: int, mesh: Mesh
 
 
 def run_rejection(config: RejectionConfig, start: Start, folder: Path, seed: int, mesh: Mesh) -> bool:
-    """Rejection sampling fine-tuning."""
+    """Rejection sampling fine-tuning, with its report."""
     config = _begun(config, start, seed)
     config = dataclasses.replace(
         config, rollout=config.rollout.sampled(seed=seed), data=dataclasses.replace(config.data, seed=seed)
     )
     model = finetune.load(config.training, mesh)
-    return rejection_run.train(config, model, start.data(model, config.rollout.prompts, seed), folder, mesh)
+    data = start.data(model, config.rollout.prompts, seed)
+    finished = rejection_run.train(config, model, data, folder, mesh)
+    if finished:
+        rejection_sampling.report(config, data, folder, mesh)
+    return finished
 
 
 def run_dpo(config: DpoConfig, start: Start, drawing: Drawing, folder: Path, seed: int, mesh: Mesh) -> bool:

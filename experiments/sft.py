@@ -33,6 +33,7 @@ from llm_jax.data.batch import Batch
 from llm_jax.errors import require
 from llm_jax.evaluation import perplexity
 from llm_jax.interop import pretrained, released
+from llm_jax.interop.pretrained import Pretrained
 from llm_jax.parallel import distributed
 from llm_jax.tokenization import tokenizer as tokenizers
 from llm_jax.tokenization.chat import ChatTemplate
@@ -49,6 +50,30 @@ def run(config: SftConfig, workdir: Path) -> bool:
     model = finetune.load(config.training, mesh)
     template = sft.choose_template(config.data, model.tokenizer, model.chat_template)
     data = sft.load(config.data, template)
+    says = Says(template.stop_ids, template.reply_text)
+    return learn(config, model, data, _asked(data, template, config.samples), says, workdir, mesh)
+
+
+def learn(
+    config: SftConfig,
+    model: Pretrained,
+    data: ChatData,
+    asked: Sequence[Asked],
+    says: Says,
+    workdir: Path,
+    mesh: Mesh,
+) -> bool:
+    """Fine-tune on samples, whatever they are made of, and evaluate on the held-out ones; whether it came to its end.
+
+    Args:
+        config: the run's; of its data, how samples fill batches.
+        model: as it begins; its parameters are given away.
+        data: the samples.
+        asked: what the model says something to at every evaluation.
+        says: how it says that.
+        workdir: the run's folder.
+        mesh: where the parameters are.
+    """
     batches = PackedSamples(
         data.train,
         config.data.weights,
@@ -59,11 +84,9 @@ def run(config: SftConfig, workdir: Path) -> bool:
     )
     if distributed.is_first():
         print(describe(data, batches))
-    asked = _asked(data, template, config.samples)
 
     def evaluate(architecture: ModelConfig, params: Any) -> dict[str, float]:
         values = heldout_losses(config, architecture, params, data.heldout, mesh)
-        says = Says(template.stop_ids, template.reply_text)
         append_samples(workdir, asked, says, config.sampling, params, architecture, mesh)
         return values
 

@@ -104,10 +104,11 @@ def _logprobs(model: Pretrained, rollouts: rollout.Rollouts, settings: RolloutCo
     return np.asarray(program(model.params, place(rollouts.batch, mesh)).logprobs_BT, np.float64)
 
 
-def columns(verdicts: Sequence[Verdict]) -> dict[str, np.ndarray]:
+def columns(verdicts: Sequence[Verdict], compared: int = 0) -> dict[str, np.ndarray]:
     """Every number by its name, float64 [P,K]; "distinct_2" and "self_bleu", of the samples of a prompt, are [P].
 
-    Self-BLEU is of token ids, and is there where prompts have several samples.
+    These two are of token ids and of the first `compared` samples, as they depend on how many there are; 0 = all.
+    Self-BLEU is there where these are several.
     """
     groups: dict[int, list[Verdict]] = {}
     for verdict in verdicts:
@@ -117,7 +118,7 @@ def columns(verdicts: Sequence[Verdict]) -> dict[str, np.ndarray]:
     def column(value: Any) -> np.ndarray:
         return np.array([[value(each) for each in row] for row in rows], np.float64)
 
-    tokens = [[each.tokens for each in row] for row in rows]
+    tokens = [[each.tokens for each in row[: compared or None]] for row in rows]
     found = {
         KL: column(lambda each: each.kl),
         LOGPROB: column(lambda each: each.logprob),
@@ -126,7 +127,7 @@ def columns(verdicts: Sequence[Verdict]) -> dict[str, np.ndarray]:
         **{name: column(lambda each, name=name: each.scores[name]) for name in verdicts[0].scores},
         DISTINCT: np.array([ppo_experience.distinct(row, 2) for row in tokens]),
     }
-    return found | ({SELF_BLEU: np.array([diversity.self_bleu(row) for row in tokens])} if len(rows[0]) > 1 else {})
+    return found | ({SELF_BLEU: np.array([diversity.self_bleu(row) for row in tokens])} if len(tokens[0]) > 1 else {})
 
 
 def write(path: Path, verdicts: Sequence[Verdict]) -> None:

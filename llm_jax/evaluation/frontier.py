@@ -76,6 +76,29 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def best_within(points: Sequence[Point], name: str, kl: float) -> Point | None:
+    """Of the points that are no further away than `kl`, the one with the most of `name`; None where there are none."""
+    near = [each for each in points if each.kl.mean <= kl]
+    return max(near, key=lambda each: each.scores[name].mean, default=None)
+
+
+def turn(points: Sequence[Point], paid: str, unpaid: str) -> tuple[Point, Point] | None:
+    """Where over-optimisation starts: the point with the most of `unpaid`, and the one behind it with the least.
+
+    None where no point further away has more of `paid` but less of `unpaid`, by more than two standard errors.
+    """
+    peak = max(points, key=lambda each: each.scores[unpaid].mean)
+    behind = [
+        each
+        for each in points
+        if each.kl.mean > peak.kl.mean
+        and each.scores[paid].mean > peak.scores[paid].mean
+        and peak.scores[unpaid].mean - each.scores[unpaid].mean
+        > 2 * math.hypot(*(end.scores[unpaid].error for end in (peak, each)))
+    ]
+    return (peak, min(behind, key=lambda each: each.scores[unpaid].mean)) if behind else None
+
+
 def _by_prompt(values: np.ndarray) -> np.ndarray:
     """The mean over samples of each prompt that is judged."""
     means_P = values.reshape(len(values), -1).mean(axis=1)
