@@ -1,0 +1,293 @@
+"""What a step of pre-training costs on a cluster, from its configuration alone and in no time: memory, traffic, bounds.
+
+The formulas follow the program: which weights are gathered when (`LayerGroup.gather`), what the backward pass finds
+kept and what it computes again (`LayerGroup.remat`), what the tensor axis exchanges. Traffic and FLOPs are exact for
+the products and arrays they name, and leave out what is small: norms, scalars, positions. Memory is what is kept, which
+is exact, and the largest working set, whose factors (`Working`) were fitted to what XLA's compiler for GPUs allocates.
+
+Legend: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary, T length; b tokens of a microbatch on a
+device and those it shares its activations with.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from llm_jax.config import LayerGroup, ModelConfig
+from llm_jax.errors import require
+from llm_jax.parallel import links
+from llm_jax.parallel.hardware import Target
+from llm_jax.parallel.links import Bounds, Collective
+from llm_jax.scaling import flops
+
+MARGIN = 0.9  # of the memory that a plan may fill: fragments, the network's buffers and the next batch need some
+DATA = ("replica", "data")
+MASTER = 4  # bytes of a master parameter, each of its two moments and its gradient
+# Matrix products over pairs of queries and keys that the attention kernels do, forwards and backwards. The model's own
+# are 2 and 4: the kernels for the gradients compute the scores, and the gradient of the weights, once each.
+ATTENTION_PRODUCTS = 2, 7
+
+
+class Working(NamedTuple):
+    """What is in memory at once in the fullest moment, beside what is kept: see `working_bytes`."""
+
+    wide: float = 3.5  # arrays [b, D] of one layer's backward pass
+    wide_again: float = 1.0  # and where its attention is computed once more
+    feed_forward: float = 3.0  # [b, F]
+    heads: float = 1.0  # [b, N H]
+    layer_weights: float = 1.0  # a layer's gathered weights
+    table_gradients: float = 2.0  # float32 gradients of the head: as they add up, and transposed
+    logits: float = 3.0  # float32 arrays of a chunk's logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a step trains on."""
+
+    rows: int  # sequences of the global batch
+    length: int  # tokens of each
+    microbatches: int = 1
+    chunk_size: int = 256  # tokens of each sequence whose logits exist at once
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.rows * self.length
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a device holds, computes and exchanges in a step."""
+
+    memory: Mapping[str, float]  # bytes by what they are for, in the fullest moment
+    collectives: tuple[Collective, ...]
+    flops: float
+    bounds: Bounds
+    budget: float  # bytes that a plan may fill
+
+    @property
+    def bytes(self) -> float:
+        """All memory together."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is within the budget."""
+        return self.bytes <= self.budget
+
+
+def estimate(model: ModelConfig, sizes: Mapping[str, int], target: Target, work: Workload) -> Estimate:
+    """The costs of a step of `model` on a mesh.
+
+    Args:
+      model: with its way of execution: `groups`, `remat`, `gather_tables`.
+      sizes: of the mesh's axes `replica`, `data` and `tensor`, which multiply to the target's devices.
+      target: what it runs on.
+      work: the batch.
+
+    Raises `UserError` where the batch does not divide over the mesh.
+    """
+    shares = sizes["replica"] * sizes["data"]
+    require(
+        work.rows % (shares * work.microbatches) == 0,
+        f"a batch of {work.rows} sequences does not divide into {work.microbatches} microbatches over {shares} "
+        f"data-parallel devices; choose a multiple of {shares * work.microbatches}",
+    )
+    plan = _Plan(model, dict(sizes), target, work)
+    collectives = tuple(collective for collective in plan.collectives() if collective.members > 1)
+    spent = plan.flops()
+    useful = flops.training_flops_per_token(model, work.length) * work.tokens / target.devices
+    return Estimate(
+        memory={name: size for name, size in plan.memory().items() if size},
+        collectives=collectives,
+        flops=spent,
+        bounds=links.bounds(collectives, spent, useful, target),
+        budget=MARGIN * target.hardware.memory,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """One way to run a step; sizes of arrays are of one device."""
+
+    model: ModelConfig
+    sizes: Mapping[str, int]
+    target: Target
+    work: Workload
+
+    @property
+    def tensor(self) -> int:
+        return self.sizes["tensor"]
+
+    @property
+    def shares(self) -> int:
+        """Over how many devices the batch is divided."""
+        return self.sizes["replica"] * self.sizes["data"]
+
+    @property
+    def tokens(self) -> int:
+        """b: of a microbatch, of the devices along `tensor` together."""
+        return self.work.tokens // (self.shares * self.work.microbatches)
+
+    @property
+    def compute(self) -> int:
+        """Bytes of a number that is computed with."""
+        return jnp.dtype(self.model.compute_dtype).itemsize
+
+    @property
+    def layer_weights(self) -> float:
+        """Parameters of a layer that a device computes with."""
+        non_embedding = flops.count(self.model).non_embedding - self.model.hidden_size
+        return non_embedding / self.model.num_layers / self.tensor
+
+    @property
+    def table(self) -> float:
+        """Parameters of the embedding, or of the head, that a device computes with."""
+        return self.model.vocab_size * self.model.hidden_size / self.tensor
+
+    @property
+    def head_itemsize(self) -> int:
+        """Bytes of a number of the head as it is gathered: a NormHead is normalised in float32."""
+        return MASTER if self.model.norm_head else self.compute
+
+    def memory(self) -> dict[str, float]:
+        """Bytes by what they are for."""
+        parameters = flops.count(self.model).total / self.target.devices
+        kept = sum(group.layers * self.kept_bytes(group) for group in self.model.layer_groups() if not group.offload)
+        layer, loss = self.working_bytes()
+        name, working = max(("of a layer's backward pass", layer), ("of the loss", loss), key=lambda part: part[1])
+        return {
+            "parameters": MASTER * parameters,
+            "moments of the optimiser": 2 * MASTER * parameters,
+            "gradients": MASTER * parameters * (2 if self.work.microbatches > 1 else 1),
+            "batch": 5 * 4 * self.work.tokens / self.shares,
+            "weights gathered for the step": self.early_bytes(),
+            "activations kept for the backward pass": kept,
+            f"working memory {name}": working,
+        }
+
+    def early_bytes(self) -> float:
+        """Of the weights that are whole, or whole within a group of hosts, during all of a step."""
+        parts = [(group.gather, group.layers * self.layer_weights) for group in self.model.layer_groups()]
+        tables = 1 if self.model.norm_head or self.model.tie_embeddings else 2  # a NormHead's is gathered where used
+        parts.append((self.model.gather_tables, tables * self.table))
+        divided = {"layer": 0.0, "step": 1.0, "group": 1.0 / self.sizes["data"]}
+        return sum(self.compute * weights * divided[gather] for gather, weights in parts)
+
+    def kept_bytes(self, group: LayerGroup) -> float:
+        """Of one layer's activations that wait for the backward pass.
+
+        The residual stream is divided over `tensor` along the sequence, heads and feed-forward are over it by nature;
+        what a norm gives to them is whole on each.
+        """
+        model, t, c = self.model, self.tensor, self.compute
+        D, F = model.hidden_size, model.ffn_size / t
+        queries, keys = model.num_heads * model.head_dim / t, model.num_kv_heads * model.head_dim / t
+        statistics = 4 * model.num_heads / t  # the log-sum-exp of the attention's scores
+        each = {
+            "full": c * D / t,
+            "save_attention": c * (D / t + queries) + statistics,
+            "dots": c * (2 * D / t + queries + 2 * keys + 2 * F),
+            # Norms keep their input and its normalised form in float32, and their output.
+            "none": 4 * MASTER * D / t + c * (2 * D / t + 2 * D + 2 * queries + 2 * keys + 3 * F) + statistics,
+        }
+        return self.tokens * each[group.remat]
+
+    def working_bytes(self) -> tuple[float, float]:
+        """Of the fullest moment of a layer's backward pass, and of the loss with the head's gradient."""
+        model, t, c, working = self.model, self.tensor, self.compute, Working()
+        gathered = any(group.gather != "step" for group in model.layer_groups())
+        layer = (MASTER + c * working.layer_weights * gathered) * self.layer_weights
+        again = any(group.remat == "full" for group in model.layer_groups())
+        widths = (working.wide + working.wide_again * again) * model.hidden_size
+        widths += working.feed_forward * model.ffn_size / t
+        widths += working.heads * model.num_heads * model.head_dim / t
+        rows = self.tokens / self.work.length * min(self.work.chunk_size, self.work.length)
+        loss = (working.table_gradients * MASTER + self.compute) * self.table
+        loss += working.logits * 4 * rows * model.vocab_size / t + 3 * c * self.tokens * model.hidden_size
+        return layer + c * self.tokens * widths, loss
+
+    def flops(self) -> float:
+        """Of all matrix products, those that are computed twice too."""
+        forward = flops.forward_flops(self.model, self.work.length)
+        attention = forward.scores / 2
+        first, back = ATTENTION_PRODUCTS
+        total = 3 * (forward.projections + forward.feed_forward + forward.head) + (first + back) * attention
+        again = {
+            # XLA leaves out what only the layer's output needs: the last of the three matrices of the feed-forward.
+            "save_attention": forward.projections + forward.feed_forward * 2 / 3,
+            "full": forward.projections + forward.feed_forward * 2 / 3 + first * attention,
+            "dots": first * attention,
+            "none": 0.0,
+        }
+        layers = self.model.num_layers
+        total += sum(group.layers / layers * again[group.remat] for group in self.model.layer_groups())
+        return total * self.work.tokens / self.target.devices
+
+    def collectives(self) -> Iterator[Collective]:
+        """All of a step."""
+        for group in self.model.layer_groups():
+            yield from self.layer_collectives(group)
+        yield from self.table_collectives()
+        if self.tensor > 1:
+            for group in self.model.layer_groups():
+                yield from self.tensor_collectives(group)
+
+    def layer_collectives(self, group: LayerGroup) -> Iterator[Collective]:
+        """Of a group's weights and their gradients."""
+        whole, times = self.compute * self.layer_weights, group.layers * self.work.microbatches
+        if group.remat in ("full", "save_attention"):  # all but the last matrix are used once more
+            last = self.model.ffn_size * self.model.hidden_size / self.tensor
+            uses = 3 - last / self.layer_weights
+        else:
+            uses = 2.0
+        if group.gather == "layer":
+            yield self.over(DATA, "all-gather", whole, times * uses, "layers' weights")
+        elif group.gather == "step":
+            yield self.over(DATA, "all-gather", whole, group.layers, "layers' weights")
+        else:
+            part = whole / self.sizes["data"]
+            yield self.over(("replica",), "all-gather", part, group.layers, "layers' weights")
+            yield self.over(("data",), "all-gather", whole, times * uses, "layers' weights")
+        yield self.over(DATA, "reduce-scatter", MASTER * self.layer_weights, times, "layers' gradients")
+
+    def table_collectives(self) -> Iterator[Collective]:
+        """Of the embedding and the head."""
+        model, count = self.model, self.work.microbatches
+        times = count if model.gather_tables == "layer" else 1
+        yield self.over(DATA, "all-gather", self.compute * self.table, times, "embedding")
+        if not (model.tie_embeddings and model.gather_tables == "step"):
+            once = 1 if model.gather_tables == "step" and not model.norm_head else count
+            yield self.over(DATA, "all-gather", self.head_itemsize * self.table, once, "head")
+        yield self.over(DATA, "all-reduce", MASTER * self.table, count, "head's gradient")
+        if self.tensor == 1:  # the activations' gradients go to the devices that have their part of the table
+            sent = self.compute * self.tokens * model.hidden_size
+            yield self.over(DATA, "all-to-all", sent, count, "embedding's gradient")
+            return
+        whole = self.tensor * self.table
+        yield self.over(("tensor",), "all-gather", self.compute * whole, count, "embedding")
+        yield self.over((*DATA, "tensor"), "all-reduce", MASTER * whole, count, "embedding's gradient")
+
+    def tensor_collectives(self, group: LayerGroup) -> Iterator[Collective]:
+        """Of activations, around each tensor-parallel region: gathered before it, summed and divided after it."""
+        stream = self.compute * self.tokens * self.model.hidden_size
+        times = group.layers * self.work.microbatches
+        again = group.remat in ("full", "save_attention")
+        saved = {"none": 0, "dots": 2}.get(group.remat, 2)  # norms are computed again, and gathered
+        yield self.over(("tensor",), "all-gather", stream, times * (4 + saved), "activations")
+        yield self.over(("tensor",), "reduce-scatter", stream, times * (4 + again), "activations")
+        if group is self.model.layer_groups()[-1]:
+            once = self.work.microbatches
+            yield self.over(("tensor",), "all-gather", stream, once, "activations")
+            size = MASTER * self.tokens * self.model.hidden_size
+            yield self.over(("tensor",), "all-reduce", size, once, "activations' gradients of the loss")
+
+    def over(self, axes: tuple[str, ...], kind: str, size: float, count: float, what: str) -> Collective:
+        """A collective of all devices along some axes."""
+        members = 1
+        for axis in axes:
+            members *= self.sizes[axis]
+        here = links.in_host(self.sizes, axes, self.target.hardware.host_devices)
+        return Collective(kind, tuple(axis for axis in axes if self.sizes[axis] > 1), size, members, here, count, what)
