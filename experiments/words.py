@@ -4,14 +4,15 @@
 
 Spelling words backwards, sorting and counting their letters, and continuing sequences of numbers. Stages, each of which
 is done once and continued by the same command: `start` makes the tasks and a small model, and fine-tunes it on answers
-until it solves some of the held-out tasks (config.target); `runs` takes this model on with each method and each seed,
-paid by exact answers alone, and judges it on held-out tasks; `report` makes the table and the figure.
+until it solves some of the held-out tasks (config.target), or takes a trained model as it is (config.base); `runs` goes
+on from there with each method and each seed, paid by exact answers alone, and judges what comes of it on held-out
+tasks; `report` makes the table and the figure.
 
 Runs may go side by side: first --stages=start, then processes with --stages=runs --only=ppo/0,grpo/0 and so on, and
 --stages=report in the end.
 
-Writes to --workdir: tasks/, start/ (a model), METHOD/seed_N (a model and result.json), and report.md, report.json,
-words.png.
+Writes to --workdir: tasks/, start/ (a model, unless it is config.base), METHOD/seed_N (a model and result.json), and
+report.md, report.json, words.png.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ from llm_jax.alignment.preferences import Pair
 from llm_jax.alignment.prompts import Prompt, PromptStream
 from llm_jax.alignment.rejection import Drawn
 from llm_jax.alignment.words import Task
-from llm_jax.alignment.words_config import TEMPLATE, TITLES, WordsConfig
+from llm_jax.alignment.words_config import TITLES, WordsConfig
 from llm_jax.config import CheckpointConfig, SamplingConfig
 from llm_jax.errors import require
 from llm_jax.evaluation import tables
@@ -81,11 +82,22 @@ def run(config: WordsConfig, workdir: Path, stages: Sequence[str] = STAGES, only
 
 
 def start(config: WordsConfig, workdir: Path) -> None:
-    """Make the tasks, and the model that solves about `config.target` of the held-out ones."""
+    """Make the tasks, and judge the model that all methods begin with."""
     if (workdir / START / RESULT).is_file():
         print(f"{workdir / START}: done earlier")
         return
     make_tasks(config, workdir / TASKS)
+    if config.base:
+        training = dataclasses.replace(config.ppo.training, model=config.base)
+        model = finetune.load(training, finetune.build_mesh(training))
+        (workdir / START).mkdir(exist_ok=True)
+        write_json(workdir / START / RESULT, judge(config, model, workdir))
+    else:
+        fine_tune(config, workdir)
+
+
+def fine_tune(config: WordsConfig, workdir: Path) -> None:
+    """A small model, fine-tuned until it solves about `config.target`; all of its checkpoints are kept."""
     make_model(config, workdir / RANDOM)
     steps, every = config.sft.training.steps, config.sft.training.checkpoint.every_steps
     settings = dataclasses.replace(
@@ -120,17 +132,20 @@ def make_tasks(config: WordsConfig, folder: Path) -> None:
     """Write the tasks to train on, those that the start is shown the answers of, and the held-out ones."""
     folder.mkdir(parents=True, exist_ok=True)
     train, heldout = words.make(words.read_words(config.words), config.kinds, config.holdout_fraction)
+    forms = {words.read(task.request)[:2]: task for task in train}
+    examples = list(forms.values())[: config.examples]
+    train = [task for task in train if task not in examples]
     limit = config.demonstrations or len(train)
     shown = [task for kind in config.kinds for task in [each for each in train if each.kind == kind][:limit]]
     for name, tasks in ((TRAIN, train), (f"sft_{TRAIN}", shown), (HELDOUT, heldout)):
         order = np.random.default_rng(0).permutation(len(tasks))  # of kinds, so that the first ones are of all
-        records = [{"kind": tasks[i].kind, "messages": _messages(tasks[i])} for i in order]
+        records = [{"kind": tasks[i].kind, "messages": _messages(*examples, tasks[i])} for i in order]
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     print(f"{len(train):,} tasks to train on, {len(heldout):,} held out")
 
 
-def _messages(task: Task) -> list[dict[str, str]]:
-    return [dataclasses.asdict(message) for message in words.conversation(task).messages]
+def _messages(*tasks: Task) -> list[dict[str, str]]:
+    return [dataclasses.asdict(message) for task in tasks for message in words.conversation(task).messages]
 
 
 def make_model(config: WordsConfig, folder: Path) -> None:
@@ -160,7 +175,7 @@ def do_run(config: WordsConfig, workdir: Path, method: str, seed: int) -> None:
 def data_of(config: WordsConfig, workdir: Path, model: Pretrained, at_once: int, seed: int) -> Data:
     """The tasks as prompts, paid by exact answers."""
     train, heldout = (read_prompts(config, workdir / TASKS / name, model) for name in (TRAIN, HELDOUT))
-    template = chat.choose(TEMPLATE, model.tokenizer)
+    template = chat.choose(config.template, model.tokenizer, model.chat_template)
     tokens = [[np.array(prompt.tokens, np.int32) for prompt in side] for side in (train, heldout)]
     stream = PromptStream(train, at_once, seed)
     return Data(stream, heldout, words.exact_match, model.tokenizer, template, fingerprint=finetune.fingerprint(tokens))
@@ -168,13 +183,18 @@ def data_of(config: WordsConfig, workdir: Path, model: Pretrained, at_once: int,
 
 def read_prompts(config: WordsConfig, path: Path, model: Pretrained) -> list[Prompt]:
     """The tasks of a file."""
-    settings = PromptDataConfig(path=str(path), template=TEMPLATE, max_tokens=config.ppo.rollout.max_prompt_tokens)
-    return prompts.load(settings, model.tokenizer, chat.choose(TEMPLATE, model.tokenizer)).train
+    template = chat.choose(config.template, model.tokenizer, model.chat_template)
+    settings = PromptDataConfig(path=str(path), max_tokens=config.ppo.rollout.max_prompt_tokens)
+    return prompts.load(settings, model.tokenizer, template).train
 
 
 def start_of(config: WordsConfig, workdir: Path) -> Start:
     """What all methods begin with."""
-    return Start(workdir / START, TEMPLATE, functools.partial(data_of, config, workdir))
+    return Start(
+        Path(config.base) if config.base else workdir / START,
+        config.template,
+        functools.partial(data_of, config, workdir),
+    )
 
 
 def take_on(config: WordsConfig, workdir: Path, method: str, folder: Path, seed: int, mesh: Mesh) -> bool:
@@ -204,7 +224,7 @@ def pairs_of(drawn: Drawn) -> list[Pair]:
 def judge(config: WordsConfig, model: Pretrained, workdir: Path) -> dict[str, dict[str, list[int]]]:
     """(solved, asked) by kind of task, of held-out ones: with one sample of each at temperature 1, and greedily."""
     asked = read_prompts(config, workdir / TASKS / HELDOUT, model)[: config.judged]
-    template = chat.choose(TEMPLATE, model.tokenizer)
+    template = chat.choose(config.template, model.tokenizer, model.chat_template)
     architecture, params = models.for_decoding(model.params, model.config)
     found: dict[str, dict[str, list[int]]] = {}
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
@@ -219,7 +239,7 @@ def judge(config: WordsConfig, model: Pretrained, workdir: Path) -> dict[str, di
                 each.finished == "stop" and template.reply_text(each.tokens) == prompt.answer
                 for prompt, each in zip(batch, drawn)
             ]
-        kinds = [prompt.messages[-1].content.split(":")[0].split(" ")[0] for prompt in asked]
+        kinds = [words.read(prompt.messages[-1].content)[0] for prompt in asked]
         found[name] = {
             kind: [sum(r for r, k in zip(right, kinds) if k == kind), kinds.count(kind)] for kind in config.kinds
         }

@@ -1,4 +1,6 @@
-"""Tasks about words and numbers with exact answers, for models that read bytes: an exact referee of what they learn.
+"""Tasks about words and numbers with exact answers: an exact referee of what models learn.
+
+All but one kind are for models that read bytes; "place" asks in a sentence, as models that have read much expect it.
 
 The words are those of the texts in Python's standard library. No word and no sequence is in both training and
 held-out tasks.
@@ -21,6 +23,9 @@ from llm_jax.tokenization.chat import Message
 
 WORD = re.compile(r"(?<![\w.'\"])[a-z]{4,8}(?![\w('\"=])")
 FIRSTS, STEPS, SHOWN = range(1, 201), range(1, 13), 3  # of sequences; and how many numbers are shown
+PLACES = {"first": 0, "second": 1, "third": 2, "last": -1}  # of LISTED words
+LISTED = 4
+QUESTION = re.compile(r"^What is the (\w+) word here\?")  # how a place is asked for
 
 
 class Task(NamedTuple):
@@ -83,6 +88,9 @@ def _task(kind: str, subject: str, others: Sequence[str]) -> Task:
         first, step = map(int, subject.split())
         said = " ".join(str(first + place * step) for place in range(SHOWN))
     request = f"{asked}: {said}"
+    if kind == "place":
+        words = [subject, *(others[text_hash(subject, seed) % len(others)] for seed in range(1, LISTED))]
+        request = f"What is the {list(PLACES)[text_hash(subject, LISTED) % len(PLACES)]} word here? {' '.join(words)}"
     return Task(kind, request, answer(request))
 
 
@@ -95,20 +103,34 @@ def _continue(said: str, numbers: str) -> str:
     return str(2 * shown[-1] - shown[-2])
 
 
-# What follows from the rest of a request's first word, and from what stands behind the colon.
+def _place(said: str, words: str) -> str:
+    return words.split()[PLACES[said]]
+
+
+# What follows from what is said beside the kind, and from what it is about; see `read`.
 KINDS: dict[str, Callable[[str, str], str]] = {
     "backwards": lambda said, word: word[::-1],
     "count": _count,
     "sort": lambda said, word: "".join(sorted(word)),
     "continue": _continue,
+    "place": _place,
 }
+
+
+def read(request: str) -> tuple[str, str, str]:
+    """(kind, what is said beside it, what it is about): ("count", "a", "banana pear") of "count a: banana pear".
+
+    Raises `UserError` for a text that `make` never writes.
+    """
+    before, colon, behind = QUESTION.sub(r"place \1:", request).partition(": ")
+    kind, _, said = before.partition(" ")
+    require(bool(colon) and kind in KINDS, f"no task about words: {request[:40]!r}")
+    return kind, said, behind
 
 
 def answer(request: str) -> str:
     """The right answer to a request that `make` wrote. Raises `UserError` for any other text."""
-    before, colon, behind = request.partition(": ")
-    kind, _, said = before.partition(" ")
-    require(bool(colon) and kind in KINDS, f"no task about words: {request[:40]!r}")
+    kind, said, behind = read(request)
     return KINDS[kind](said, behind)
 
 

@@ -26,6 +26,9 @@ class WordsConfig:
     words: int = 4000  # the most widespread of the standard library's
     kinds: tuple[str, ...] = tuple(KINDS)
     holdout_fraction: float = 0.1  # of the words, and of the sequences
+    examples: int = 0  # answered tasks of different forms, in front of every task
+    template: str = TEMPLATE  # as ChatDataConfig.template
+    base: str = ""  # a trained model that starts as it is; "" = one of `model`, fine-tuned by `sft` to `target`
     demonstrations: int = 0  # tasks of each kind whose answers the start is fine-tuned on; 0 = all
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     sft: SftConfig = dataclasses.field(default_factory=SftConfig)
@@ -41,7 +44,7 @@ class WordsConfig:
 
     def __post_init__(self) -> None:
         positive(self, "words", "judged", "max_new_tokens")
-        non_negative(self, "demonstrations")
+        non_negative(self, "demonstrations", "examples")
         require(0 < self.target < 1, f"WordsConfig.target={self.target} must be in (0, 1)")
         require(0 < self.holdout_fraction < 1, "WordsConfig.holdout_fraction must be in (0, 1)")
         for name in self.methods:

@@ -36,6 +36,8 @@ def test_the_standard_library_has_enough():
         ("count z: banana station", "0"),
         ("continue: 3 7 11", "15"),
         ("continue: 12 10 8", "6"),
+        ("What is the third word here? banana station apple pear", "apple"),
+        ("What is the last word here? banana station apple", "apple"),
     ],
 )
 def test_answers(request_text, answer):
@@ -58,18 +60,23 @@ def test_sides_share_no_word_and_no_sequence():
     drawn = [f"{first}{second}{third}e" for first in "abcdefgh" for second in "klmnopqr" for third in "aeiou"]
     train, heldout = words.make(drawn, list(words.KINDS), 0.2)
     learned, asked = (
-        {word for task in side for word in task.request.split(": ")[1].split()} for side in (train, heldout)
+        {word for task in side for word in words.read(task.request)[2].split()} for side in (train, heldout)
     )
     of_words = {word for word in asked if word.isalpha()}
     assert of_words and not of_words & learned
     sequences = {task.request for task in heldout if task.kind == "continue"}
     assert sequences and not sequences & {task.request for task in train}
     counts = collections.Counter(task.kind for task in [*train, *heldout])
-    assert counts == {"backwards": 320, "sort": 320, "count": 320, "continue": len(words.FIRSTS) * len(words.STEPS)}
+    assert counts == {
+        **dict.fromkeys(("backwards", "sort", "count", "place"), 320),
+        "continue": len(words.FIRSTS) * len(words.STEPS),
+    }
     assert 0.1 < len([t for t in heldout if t.kind == "sort"]) / 320 < 0.3
     assert words.make(drawn, list(words.KINDS), 0.2) == (train, heldout)
     counted = [int(task.answer) for task in train if task.kind == "count"]
     assert min(counted) >= 1 and max(counted) > 1
+    asked_for = collections.Counter(words.read(task.request)[1] for task in train if task.kind == "place")
+    assert set(asked_for) == {"first", "second", "third", "last"} and min(asked_for.values()) > 40
 
 
 def test_mistakes():
@@ -77,7 +84,7 @@ def test_mistakes():
         words.make(["banana"], ["srot"], 0.5)
     with pytest.raises(UserError, match="too few to hold 50% of them out"):
         words.make(["banana"], ["sort"], 0.5)
-    for text in ("reverse: a", "no task", "sort banana"):
+    for text in ("reverse: a", "no task", "sort banana", "What is the word here? banana"):
         with pytest.raises(UserError, match="no task about words"):
             words.answer(text)
 

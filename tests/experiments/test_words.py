@@ -7,7 +7,7 @@ import shutil
 import jax
 import pytest
 
-from configs.words import small
+from configs.words import small, smollm2
 from experiments import words as experiment
 from llm_jax import config as config_lib
 from llm_jax.alignment import finetune, words
@@ -18,6 +18,7 @@ from llm_jax.config import CheckpointConfig
 from llm_jax.errors import UserError
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.tokenization.chat import Message
+from tests.alignment import base_models
 
 TINY = config_lib.from_config_dict(WordsConfig, small.get_config("tiny"))
 ITERATIONS, ROUNDS = 20, 2
@@ -116,3 +117,32 @@ def test_pairs_are_the_right_answer_over_every_wrong_one():
 def test_the_full_study_compares_equal_numbers_of_samples():
     full = config_lib.from_config_dict(WordsConfig, small.get_config())
     assert {full.samples(method) for method in full.methods} == {51_200} and full.seeds == (0, 1, 2)
+
+
+def test_a_trained_model_starts_as_it_is(tmp_path):
+    base = base_models.make(tmp_path / "base", dataclasses.replace(base_models.MODEL, max_length=512))
+    full = config_lib.from_config_dict(WordsConfig, smollm2.get_config())
+    grpo = dataclasses.replace(
+        full.grpo,
+        training=dataclasses.replace(full.grpo.training, steps=1, microbatches=1),
+        rollout=dataclasses.replace(full.grpo.rollout, prompts=2, max_prompt_tokens=400),
+        minibatch_size=8,
+        eval_prompts=2,
+        prompts=dataclasses.replace(full.grpo.prompts, max_tokens=400),
+    )
+    tried = dataclasses.replace(full, template="llama2", base=str(base), words=200, grpo=grpo, ppo=grpo, judged=2)
+    tried = dataclasses.replace(tried, methods=("grpo",), seeds=(0,))
+    experiment.run(tried, tmp_path / "words")
+    assert not (tmp_path / "words" / "sft").exists()
+    found = json.loads((tmp_path / "words" / "report.json").read_text())
+    assert found["start"]["sampled"] == {"place": [0, 2]} and found["methods"]["grpo"][0]["greedy"]["place"][1] == 2
+    sides = {
+        name: [json.loads(line)["messages"] for line in (tmp_path / "words" / "tasks" / name).read_text().splitlines()]
+        for name in ("train.jsonl", "heldout.jsonl")
+    }
+    shown = {tuple(message["content"] for message in asked[:8]) for side in sides.values() for asked in side}
+    assert len(shown) == 1  # the same four examples in front of everything, of which each asks for another place
+    (examples,) = shown
+    assert {words.read(request)[1] for request in examples[::2]} == set(words.PLACES)
+    assert list(map(words.answer, examples[::2])) == list(examples[1::2])
+    assert not {asked[8]["content"] for asked in sides["train.jsonl"]} & set(examples)
