@@ -166,16 +166,23 @@ def throughput(config: TrainConfig) -> Throughput:
     return Throughput(tokens_per_step(config), flops, metrics.peak_flops())
 
 
-def first_state(config: TrainConfig, checkpointer: Checkpointer, mesh: Mesh) -> state.TrainState:
-    """The state of the newest checkpoint; without one, of step 0."""
+def first_state(config: TrainConfig, checkpointer: Checkpointer, mesh: Mesh) -> tuple[state.TrainState, int]:
+    """The state of the newest checkpoint that is whole, and its step; without one, of step 0."""
     optimizer = state.optimizer(config.model, config.optimizer)
     abstract = state.abstract_state(config.model, optimizer, mesh)
-    latest = checkpointer.latest_step()
-    if latest is None:
-        return state.init_state(config.model, optimizer, mesh, jax.random.key(config.seed))
-    if checkpointer.is_model_alone(latest):
-        return state.state_of(checkpointer.restore_params(abstract, latest), optimizer, abstract)
-    return checkpointer.restore(abstract, latest)
+
+    def read(step: int) -> state.TrainState:
+        if not checkpointer.is_model_alone(step):
+            return checkpointer.restore(abstract, step)
+        print("beginning with the model of the checkpoint in the run's folder")
+        return state.state_of(checkpointer.restore_params(abstract, step), optimizer, abstract)
+
+    found = checkpointer.newest(read)
+    if found is None:
+        return state.init_state(config.model, optimizer, mesh, jax.random.key(config.seed)), 0
+    if found[1] and distributed.is_first():
+        print(f"continuing from step {found[1]}")
+    return found
 
 
 def train(
@@ -185,14 +192,7 @@ def train(
     optimizer = state.optimizer(config.model, config.optimizer)
     update = language_model.compiled_update(config.model, config.loss, optimizer, config.microbatches)
     with open_checkpoints(config, workdir) as checkpointer:
-        start = checkpointer.latest_step()
-        if start is not None:
-            alone = checkpointer.is_model_alone(start)
-            print(
-                f"beginning with the model of the checkpoint in {workdir}" if alone else f"continuing from step {start}"
-            )
-        start = start or 0
-        current = first_state(config, checkpointer, mesh)
+        current, start = first_state(config, checkpointer, mesh)
         batches = loader.train_batches(
             config.data, start_step=start, process_index=jax.process_index(), process_count=jax.process_count()
         )
@@ -296,7 +296,12 @@ def _train_group(
     optimizer = state.optimizer(first.model, first.optimizer)
     with contextlib.ExitStack() as stack:
         checkpointers = [stack.enter_context(open_checkpoints(*run)) for run in zip(configs, workdirs)]
-        current = together.stack([first_state(*run, mesh) for run in zip(configs, checkpointers)])
+        states = [first_state(*run, mesh) for run in zip(configs, checkpointers)]
+        fallen = [str(workdir) for (_, step), workdir in zip(states, workdirs) if step != start]
+        require(
+            not fallen, f"the newest checkpoint of {', '.join(fallen)} was damaged: start again from the one before"
+        )
+        current = together.stack([one for one, _ in states])
         recorders = [
             stack.enter_context(metrics.Recorder(workdir, start, first.steps, shows=workdir == workdirs[0]))
             for workdir in workdirs

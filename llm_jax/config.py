@@ -277,11 +277,12 @@ class CheckpointConfig:
 
     every_steps: int = 1000
     keep_last: int = 3
-    keep_every_tokens: int = 0  # also keep one for every so many tokens seen; 0 = none
+    keep_every_tokens: int = 0  # also keep, and publish, one for every so many tokens seen; 0 = none
+    keep_published: int = 0  # only the last so many of those; 0 = all
 
     def __post_init__(self) -> None:
         positive(self, "every_steps", "keep_last")
-        non_negative(self, "keep_every_tokens")
+        non_negative(self, "keep_every_tokens", "keep_published")
 
 
 @dataclasses.dataclass(frozen=True)

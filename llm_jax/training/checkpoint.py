@@ -1,106 +1,259 @@
-"""Checkpoints through Orbax: asynchronous, atomic, self-describing, restored onto any mesh.
+"""Checkpoints through Orbax: asynchronous, atomic, self-describing, verified, restored onto any mesh.
 
-A checkpoint holds three items: `params`, `training` (the optimiser's state) and `config` (the model's configuration as
-JSON), so that a model can be loaded without its run.
+A checkpoint holds four items: `params`, `training` (the optimiser's state), `config` (the model's configuration as
+JSON, so that a model can be loaded without its run) and `integrity` (the fingerprint of every array). Every process of
+a job writes and reads its own shards, of which it alone needs to hold the whole.
 """
 
 import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
 from llm_jax import models
 from llm_jax.config import CheckpointConfig, ModelConfig, from_config_dict
 from llm_jax.errors import UserError, require
-from llm_jax.parallel import rules
+from llm_jax.parallel import distributed, rules
+from llm_jax.training.fingerprint import differing, fingerprints
 from llm_jax.training.state import TrainState
 
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 FOLDER = "checkpoints"
+PUBLISHED = "published"  # a folder for each: PUBLISHED/220B is a run's folder whose only checkpoint is that one
+DAMAGED = "damaged"  # where checkpoints that cannot be used are moved
+UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
+
+
+class DamagedError(UserError):
+    """A checkpoint that cannot be read, or that has other values than were written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Publication:
+    """Which checkpoints are published: the first at, or after, every so many tokens; a policy of Orbax's too."""
+
+    every_tokens: int  # 0 = none
+    tokens_per_step: int
+    every_steps: int  # that a checkpoint is written
+    keep: int  # 0 = all of them
+
+    def tokens(self, step: int) -> int:
+        """The multiple of `every_tokens` that a checkpoint is published for; 0 for one that is not."""
+        if not self.every_tokens or step % self.every_steps:
+            return 0
+        passed, before = (s * self.tokens_per_step // self.every_tokens for s in (step, step - self.every_steps))
+        return passed * self.every_tokens if passed > before else 0
+
+    def kept(self, steps: Iterable[int]) -> list[int]:
+        """Those of the steps that are published and stay so."""
+        return [step for step in sorted(steps) if self.tokens(step)][-self.keep :]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question of every checkpoint whether it stays."""
+        kept = self.kept(info.step for info in checkpoints)
+        return [info.step in kept for info in checkpoints]
 
 
 class Checkpointer:
     """The checkpoints of one run. Use as a context manager: leaving it waits for the last write."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig, model: ModelConfig, tokens_per_step: int) -> None:
-        policies: list[Any] = [checkpoint_managers.LatestN(config.keep_last)]
-        if config.keep_every_tokens:
-            interval_steps = max(1, round(config.keep_every_tokens / tokens_per_step))
-            interval_steps = -(-interval_steps // config.every_steps) * config.every_steps
-            policies.append(checkpoint_managers.EveryNSteps(interval_steps))
+        self._publication = Publication(
+            config.keep_every_tokens, tokens_per_step, config.every_steps, config.keep_published
+        )
+        policies = [checkpoint_managers.LatestN(config.keep_last), self._publication]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
         self.config = config
         self._model = model
+        self._workdir = workdir
         self._manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options)
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        if kind is None or jax.process_count() == 1:  # else the others may never come to the end of a write
+            self.wait()
+            self._manager.close()
 
     def save(self, state: TrainState, step: int) -> None:
         """Start writing the state; the copy is taken now, so the state may be donated at once. Saved steps are kept."""
         if step in self._manager.all_steps():
             return
+        training = {"step": state.step, "opt_state": state.opt_state}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
-                training=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+                training=ocp.args.StandardSave(training),
                 config=ocp.args.JsonSave(dataclasses.asdict(self._model)),
+                integrity=_integrity(params=state.params, training=training),
             ),
         )
+        self._publish(without=step)
 
     def wait(self) -> None:
         """Block until everything saved so far is whole on disk."""
         self._manager.wait_until_finished()
+        self._publish()
+
+    def _publish(self, without: int | None = None) -> None:
+        """Give the published checkpoints that are whole on disk their folders, and take those away that have gone."""
+        if not self._publication.every_tokens or not distributed.is_first():
+            return
+        steps = [step for step in self._publication.kept(self._manager.all_steps()) if step != without]
+        names = {_amount(self._publication.tokens(step)): step for step in steps}
+        for name, step in names.items():
+            _publish(self._workdir, name, step)
+        for folder in (self._workdir / PUBLISHED).glob("*"):
+            if folder.name not in names and not any(link.exists() for link in (folder / FOLDER).glob("*")):
+                shutil.rmtree(folder)
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint's step."""
         return self._manager.latest_step()
 
+    def newest(self, read: Callable[[int], T]) -> tuple[T, int] | None:
+        """What `read` makes of the newest checkpoint's step, and that step; None without a checkpoint.
+
+        Where that raises `DamagedError` and an earlier checkpoint does not, the later ones are moved to `DAMAGED`, with
+        a warning. Raises the first error if no checkpoint can be read.
+        """
+        found, damaged = _newest(self._manager.all_steps(), read)
+        for step, error in damaged.items():
+            logger.warning("%s: moved to %s", error, self._workdir / DAMAGED)
+            if distributed.is_first():
+                _move_away(self._step(step), self._workdir / DAMAGED)
+        if damaged:
+            distributed.wait_for_all("damaged checkpoints")
+            self._manager.reload()
+        return found
+
     def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """The state at `step`, in the layout of `abstract`. Raises `UserError` if it is another model's."""
-        _check_architecture(_read_config(self._manager, step), self._model, str(self._manager.directory))
-        restored = _restore(
-            self._manager,
-            step,
-            params=ocp.args.StandardRestore(abstract.params),
-            training=ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
-        )
-        training = restored["training"]
-        return TrainState(training["step"], restored["params"], training["opt_state"])
+        """The state at `step`, in the layout of `abstract`.
+
+        Raises `UserError` if it is another model's, and `DamagedError` if it is not what was written.
+        """
+        _check_architecture(_read_config(self._step(step)), self._model, str(self._manager.directory))
+        training = {"step": abstract.step, "opt_state": abstract.opt_state}
+        restored = _restore(self._step(step), params=abstract.params, training=training)
+        return TrainState(restored["training"]["step"], restored["params"], restored["training"]["opt_state"])
+
+    def _step(self, step: int) -> Path:
+        return Path(self._manager.directory) / str(step)
 
     def is_model_alone(self, step: int) -> bool:
         """Whether the checkpoint is of a model without an optimiser's state, as `save_model` writes it."""
-        return not (Path(self._manager.directory) / str(step) / "training").exists()
+        return not (self._step(step) / "training").exists()
 
     def restore_params(self, abstract: TrainState, step: int) -> Any:
         """The parameters at `step` alone, in the layout and the dtype of `abstract`."""
-        saved = dataclasses.replace(_read_config(self._manager, step), param_dtype=self._model.param_dtype)
+        saved = dataclasses.replace(_read_config(self._step(step)), param_dtype=self._model.param_dtype)
         _check_architecture(saved, self._model, str(self._manager.directory))
-        return _restore(self._manager, step, params=ocp.args.StandardRestore(abstract.params))["params"]
+        return _restore(self._step(step), params=abstract.params)["params"]
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
+def _newest(steps: Iterable[int], read: Callable[[int], T]) -> tuple[tuple[T, int] | None, dict[int, DamagedError]]:
+    """What is read of the newest checkpoint that can be, its step, and why later ones cannot."""
+    damaged: dict[int, DamagedError] = {}
+    for step in sorted(steps, reverse=True):
+        try:
+            return (read(step), step), damaged
+        except DamagedError as error:
+            damaged[step] = error
+    if damaged:
+        raise next(iter(damaged.values()))
+    return None, {}
+
+
+def _move_away(path: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    taken = len(list(folder.glob(f"{path.name}*")))
+    path.rename(folder / (f"{path.name}.{taken}" if taken else path.name))
+
+
+def _publish(workdir: Path, name: str, step: int) -> None:
+    """Make `PUBLISHED/name` a run's folder by links to what it consists of."""
+    folder = workdir / PUBLISHED / name
+    if folder.exists():
+        return
+    partial = folder.with_name(f"{name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / FOLDER).mkdir(parents=True)
+    (partial / FOLDER / str(step)).symlink_to(Path("..", "..", "..", FOLDER, str(step)))
+    for path in workdir.iterdir():
+        if path.is_file() and path.suffix != ".jsonl":
+            (partial / path.name).symlink_to(Path("..", "..", path.name))
+    partial.rename(folder)
+
+
+def _amount(tokens: int) -> str:
+    """A number of tokens as people say it: 220B."""
+    unit, letter = next(((unit, letter) for unit, letter in UNITS if tokens % unit == 0), (1, ""))
+    return f"{tokens // unit}{letter}"
+
+
+def _integrity(**items: Any) -> ocp.args.JsonSave:
+    return ocp.args.JsonSave({name: fingerprints(tree) for name, tree in items.items()})
+
+
+def _restore(folder: Path, **items: Any) -> dict[str, Any]:
+    """The items of a checkpoint in the layout of abstract trees, verified, or `DamagedError` in all processes."""
+    handler = ocp.StandardCheckpointHandler()
+
+    def read() -> tuple[dict[str, Any], Any]:
+        arrays = {
+            name: handler.restore(epath.Path(folder / name), args=ocp.args.StandardRestore(tree))
+            for name, tree in items.items()
+        }
+        known = (folder / "integrity").is_dir()  # not in checkpoints of earlier versions
+        return arrays, _json(folder / "integrity") if known else {}
+
+    arrays, noted = _together(folder, read)
+    changed = [
+        f"{name}/{path}" for name, tree in arrays.items() if name in noted for path in differing(tree, noted[name])
+    ]
+    if changed:
+        listed = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+        raise DamagedError(f"checkpoint {folder} is damaged: {listed} changed since it was written")
+    return arrays
+
+
+def _together(folder: Path, read: Callable[[], T]) -> T:
+    """What this process reads, if no process fails to: all must come to the same end."""
+    result: Any = None
+    problem = ""
     try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
+        result = read()
     except Exception as error:  # Orbax raises `Exception` itself for data that is cut short
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"checkpoint {manager.directory}/{step} cannot be read ({first_line}); if it is damaged, move that folder "
-            "away to continue from an earlier one"
-        ) from error
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        problem = problem if jax.process_count() == 1 else f"{distributed.name_of(jax.process_index())}: {problem}"
+    reason = next(filter(None, distributed.exchange("restore", problem)), "")
+    if reason:
+        raise DamagedError(
+            f"checkpoint {folder} cannot be read ({reason}); if it is damaged, move that folder away to continue from "
+            "an earlier one"
+        )
+    return result
 
 
-def _read_config(manager: ocp.CheckpointManager, step: int) -> ModelConfig:
-    return from_config_dict(ModelConfig, _restore(manager, step, config=ocp.args.JsonRestore())["config"], "checkpoint")
+def _read_config(folder: Path) -> ModelConfig:
+    return from_config_dict(ModelConfig, _together(folder, lambda: _json(folder / "config")), "checkpoint")
+
+
+def _json(folder: Path) -> Any:
+    return ocp.JsonCheckpointHandler().restore(epath.Path(folder))
 
 
 def _check_architecture(saved: ModelConfig, wanted: ModelConfig, where: str) -> None:
@@ -134,7 +287,7 @@ def replace_model(workdir: Path, config: ModelConfig, params: Any, step: int) ->
 
 def _model_alone(config: ModelConfig, params: Any) -> ocp.args.Composite:
     model = ocp.args.JsonSave(dataclasses.asdict(config))
-    return ocp.args.Composite(params=ocp.args.StandardSave(params), config=model)
+    return ocp.args.Composite(params=ocp.args.StandardSave(params), config=model, integrity=_integrity(params=params))
 
 
 def load_model(
@@ -144,7 +297,7 @@ def load_model(
 
     Args:
       workdir: the run's folder.
-      step: which checkpoint; None = the newest.
+      step: which checkpoint; None = the newest that is whole.
       mesh: where to put the parameters, sharded by their logical axes; None = the default device.
       **overrides: fields of `ModelConfig` that do not change the weights, e.g. `compute_dtype`.
 
@@ -156,11 +309,21 @@ def load_model(
     with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         steps = sorted(manager.all_steps())
         require(bool(steps), f"{folder} holds no whole checkpoint yet")
-        step = steps[-1] if step is None else step
-        require(step in steps, f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-        config = dataclasses.replace(_read_config(manager, step), **overrides)
-        target = ocp.args.StandardRestore(placed(config, mesh))
-        return config, _restore(manager, step, params=target)["params"], step
+        require(
+            step is None or step in steps,
+            f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}",
+        )
+
+    def read(step: int) -> tuple[ModelConfig, Any]:
+        config = dataclasses.replace(_read_config(folder / str(step)), **overrides)
+        return config, _restore(folder / str(step), params=placed(config, mesh))["params"]
+
+    found, damaged = _newest(steps if step is None else [step], read)
+    for error in damaged.values():
+        logger.warning("%s; taking the one before", error)
+    assert found is not None
+    (config, params), step = found
+    return config, params, step
 
 
 def placed(config: ModelConfig, mesh: Mesh | None) -> Any:

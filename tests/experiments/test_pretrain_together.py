@@ -185,7 +185,7 @@ def test_a_stop_during_the_last_evaluation_is_not_lost(dataset, tmp_path, monkey
         with pretrain.open_checkpoints(config, tmp_path / name) as checkpointer:
             if name != "c":  # a and b begin at step 5 of 6, c at 0
                 mesh = pretrain.mesh_lib.build(MeshConfig(), jax.local_devices()[:1])
-                checkpointer.save(pretrain.first_state(config, checkpointer, mesh), 5)
+                checkpointer.save(pretrain.first_state(config, checkpointer, mesh)[0], 5)
     evaluation = pretrain.heldout_evaluation
 
     def interrupted(*arguments, **options):

@@ -101,7 +101,7 @@ def test_any_error_of_the_reader_is_one_line(copy, monkeypatch):
     def fail(*_, **__):
         raise Exception("one\ntwo")
 
-    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", fail)
     with pytest.raises(UserError, match=r"checkpoint .*/7 cannot be read \(one\)"):
         checkpoint.load_model(copy)
 
@@ -112,14 +112,115 @@ def test_an_unfinished_checkpoint_is_not_seen(copy):
     assert checkpoint.load_model(copy)[2] == 7
 
 
-def test_keeps_the_last_ones_and_one_for_every_so_many_tokens(tmp_path):
+def save_steps(folder, steps, **changes):
     fresh = state.init_state(MODEL, OPTIMIZER, mesh_of(1, 1, 1), jax.random.key(0))
-    with open_checkpointer(tmp_path, every_steps=1, keep_last=2, keep_every_tokens=300) as checkpointer:
-        for step in range(1, 9):
-            checkpointer.save(fresh, step)
+    used = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape) if x.ndim else x, fresh.opt_state)
+    fresh = fresh._replace(opt_state=used)  # zeros would leave little to damage
+    with open_checkpointer(folder, every_steps=1, **changes) as checkpointer:
+        for step in steps:
+            checkpointer.save(fresh._replace(step=jax.numpy.int32(step)), step)
             checkpointer.wait()
-    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == [3, 6, 7, 8]
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_keeps_the_last_ones_and_publishes_one_for_every_so_many_tokens(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"a model file")
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    save_steps(tmp_path, range(1, 9), keep_last=2, keep_every_tokens=300)
+    assert names_in(tmp_path / "checkpoints") == ["3", "6", "7", "8"]
+    assert names_in(tmp_path / "published") == ["300", "600"]
+    assert names_in(tmp_path / "published/600") == ["checkpoints", "tokenizer.model"]
+    assert checkpoint.load_model(tmp_path / "published/300")[2] == 3
+    save_steps(tmp_path, range(9, 14), keep_last=1, keep_every_tokens=300, keep_published=2)
+    assert names_in(tmp_path / "checkpoints") == ["12", "13", "9"]
+    assert names_in(tmp_path / "published") == ["1200", "900"]
+    assert checkpoint.load_model(tmp_path / "published/1200")[2] == 12
+
+
+def test_the_first_checkpoint_after_a_number_of_tokens_is_published():
+    """4M tokens a step do not divide 220 billion: no drift over a whole run."""
+    publication = checkpoint.Publication(220 * 10**9, 4 * 2**20, 2000, keep=0)
+    steps = [step for step in range(2000, 640_000, 2000) if publication.tokens(step)]
+    want = [-(-k * 220 * 10**9 // (4 * 2**20 * 2000)) * 2000 for k in range(1, 13)]
+    assert steps[:12] == want
+    assert [publication.tokens(step) // 10**9 for step in steps[:3]] == [220, 440, 660]
+    assert publication.tokens(steps[0] + 1) == 0  # a run that was stopped there
+    assert publication.kept(steps) == steps
+    assert dataclasses.replace(publication, keep=2).kept(steps) == steps[-2:]
+
+
+def flip_a_bit(folder, step, item="params"):
+    """In the middle of the largest file of an item's data, which holds some array's values."""
+    files = [path for path in (folder / "checkpoints" / str(step) / item).rglob("*") if "/d/" in str(path)]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 4
+    largest.write_bytes(bytes(data))
+
+
+def cut_short(folder, step, item="params"):
+    for path in (folder / "checkpoints" / str(step) / item).rglob("*"):
+        if "/d/" in str(path):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_short])
+@pytest.mark.parametrize("item", ["params", "training"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog, damage, item):
+    save_steps(tmp_path, (1, 2, 3))
+    damage(tmp_path, 3, item)
+    abstract = state.abstract_state(MODEL, OPTIMIZER, mesh_of(1, 8, 1))
+    with open_checkpointer(tmp_path) as checkpointer:
+        restored, step = checkpointer.newest(lambda step: checkpointer.restore(abstract, step))
+        assert (step, int(restored.step)) == (2, 2)
+        assert checkpointer.latest_step() == 2
+        checkpointer.save(restored._replace(step=jax.numpy.int32(3)), 3)  # the same step can be written again
+        checkpointer.wait()
+        assert int(checkpointer.restore(abstract, 3).step) == 3
+    assert "checkpoints/3 " in caplog.text and f"moved to {tmp_path}/damaged" in caplog.text
+    assert names_in(tmp_path / "damaged") == ["3"]
+
+
+def test_without_a_good_one_before_it_a_damaged_checkpoint_stays_where_it_is(tmp_path):
+    save_steps(tmp_path, (1, 2))
+    for step in (1, 2):
+        flip_a_bit(tmp_path, step)
+    abstract = state.abstract_state(MODEL, OPTIMIZER, mesh_of(1, 1, 1))
+    with (
+        open_checkpointer(tmp_path) as checkpointer,
+        pytest.raises(
+            checkpoint.DamagedError, match=r"checkpoints/2 is damaged: params/.* changed since|cannot be read"
+        ),
+    ):
+        checkpointer.newest(lambda step: checkpointer.restore(abstract, step))
+    assert names_in(tmp_path / "checkpoints") == ["1", "2"] and not (tmp_path / "damaged").exists()
+
+
+def test_loading_a_model_takes_the_newest_that_is_whole(tmp_path, caplog):
+    save_steps(tmp_path, (1, 2))
+    flip_a_bit(tmp_path, 2)
+    assert checkpoint.load_model(tmp_path)[2] == 1
+    assert "taking the one before" in caplog.text
+    with pytest.raises(UserError, match="checkpoints/2"):
+        checkpoint.load_model(tmp_path, step=2)
+
+
+def test_values_that_changed_on_the_way_are_named(saved, tmp_path, monkeypatch):
+    """Storage that returns other values without an error."""
+    whole = ocp.StandardCheckpointHandler.restore
+
+    def wrong(*arguments, **named):
+        tree = whole(*arguments, **named)
+        if "head" in tree:
+            tree["head"]["kernel"] = tree["head"]["kernel"].at[3, 5].multiply(1.0000002)
+        return tree
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", wrong)
+    with pytest.raises(UserError, match=r"checkpoints/7 is damaged: params/head/kernel changed since it was written"):
+        checkpoint.load_model(saved[0])
 
 
 def test_saving_copies_before_donation(tmp_path):
