@@ -2,7 +2,7 @@
 
 Inside `jax.shard_map` a device holds its part of the batch and of the vocabulary; without a mesh its parts are all.
 
-Legend: B batch, T length, C chunk, R = B * C rows, X chunks, V vocabulary (a device's part of it).
+Legend: B batch, T length, D model, C chunk, R = B * C rows, X chunks, V vocabulary (a device's part of it).
 """
 
 import math
@@ -10,31 +10,40 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from llm_jax.errors import require
 from llm_jax.parallel.rules import RULES
 
 
 class Parts(NamedTuple):
-    """The mesh axes over which a device holds only a part of the batch and of the vocabulary; () without a mesh."""
+    """The mesh axes over which a device holds only a part of an array's dimension; () without a mesh."""
 
     batch: tuple[str, ...]
     vocabulary: tuple[str, ...]
+    features: tuple[str, ...]  # D of the unembedding's gradient, as the parameter's own; () where they do not divide it
+
+    @property
+    def gradients(self) -> tuple[P, P]:
+        """How the gradients of hidden states [B,T,D] and unembedding [V,D] lie."""
+        return P(self.batch), P(self.vocabulary, self.features or None)
 
 
-def mesh_parts(*, batch_size: int, vocab_size: int) -> Parts:
+def mesh_parts(hidden_BTD: jax.Array, unembedding_VD: jax.Array) -> Parts:
     """The axes of the mesh in context. Raises `UserError` where they are missing or do not divide the sizes."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return Parts((), ())
-    parts, sizes = Parts(RULES["batch"], RULES["vocab"]), dict(mesh.shape)
+        return Parts((), (), ())
+    (batch_size, _, D), vocab_size, sizes = hidden_BTD.shape, unembedding_VD.shape[0], dict(mesh.shape)
+    parts = Parts(RULES["batch"], RULES["vocab"], RULES["embed"])
     missing = [axis for axis in parts.batch + parts.vocabulary if axis not in sizes]
     require(not missing, f"loss: the mesh has axes {', '.join(sizes)}, but none named {', '.join(missing)}")
     for name, size, axes in (("batch", batch_size, parts.batch), ("vocabulary", vocab_size, parts.vocabulary)):
         ways = math.prod(sizes[axis] for axis in axes)
         where = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
         require(size % ways == 0, f"loss: a {name} of {size} does not divide by the mesh's {where}")
-    return parts
+    divides = D % math.prod(sizes[axis] for axis in parts.features) == 0
+    return parts if divides else parts._replace(features=())
 
 
 def split(x_BT: jax.Array, C: int) -> jax.Array:
@@ -49,6 +58,13 @@ def join(x_XR: jax.Array, B: int, T: int) -> jax.Array:
     """[X,R,...] back to [B,T,...], without what `split` padded."""
     X, R, *rest = x_XR.shape
     return jnp.moveaxis(x_XR.reshape(X, B, R // B, *rest), 0, 1).reshape(B, -1, *rest)[:, :T]
+
+
+def sum_gradient(dunembedding_VD: jax.Array, parts: Parts) -> jax.Array:
+    """The gradient of the unembedding over the whole batch, each device's share of its features."""
+    if not parts.features:
+        return jax.lax.psum(dunembedding_VD, parts.batch)
+    return jax.lax.psum_scatter(dunembedding_VD, parts.batch, scatter_dimension=1, tiled=True)
 
 
 def first_entry(vocab_size: int, parts: Parts) -> jax.Array | int:

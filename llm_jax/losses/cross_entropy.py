@@ -104,7 +104,7 @@ def _total(config: LossConfig, sums: Sums) -> jax.Array:
 
 def _on_mesh(config: LossConfig, differentiate: bool, arrays: tuple[jax.Array, ...]) -> tuple[Sums, Gradients | None]:
     """The sums of all chunks on the mesh in context: mapped over its devices' parts where there are several."""
-    parts = chunks.mesh_parts(batch_size=arrays[0].shape[0], vocab_size=arrays[1].shape[0])
+    parts = chunks.mesh_parts(*arrays[:2])
     sum_chunks = _loop_over_weighted if config.only_weighted else _scan_chunks
     if not parts.batch:
         return sum_chunks(config, differentiate, parts, *arrays)
@@ -112,7 +112,7 @@ def _on_mesh(config: LossConfig, differentiate: bool, arrays: tuple[jax.Array, .
     mapped = jax.shard_map(
         functools.partial(sum_chunks, config, differentiate, parts),
         in_specs=(batch, vocabulary, batch, batch),
-        out_specs=(P(), (batch, vocabulary) if differentiate else None),
+        out_specs=(P(), parts.gradients if differentiate else None),
         check_vma=False,  # both rules of the derivative are written out: nothing is transposed through the map
     )
     return mapped(*arrays)
@@ -150,7 +150,7 @@ def _scan_chunks(
     # Without the barrier XLA turns the product into one that comes out as [V,D], for which its CPU compiler transposes
     # a whole chunk of logits.
     dunembedding_VD = jax.lax.optimization_barrier(dunembedding_DV).T
-    return sums, (dhidden_BTD, jax.lax.psum(dunembedding_VD, parts.batch).astype(unembedding_VD.dtype))
+    return sums, (dhidden_BTD, chunks.sum_gradient(dunembedding_VD, parts).astype(unembedding_VD.dtype))
 
 
 def _loop_over_weighted(
@@ -192,7 +192,7 @@ def _loop_over_weighted(
     sums = jax.lax.psum(sums, parts.batch)
     if gradients is None:
         return sums, None
-    dunembedding_VD = jax.lax.psum(gradients[1].T, parts.batch).astype(unembedding_VD.dtype)
+    dunembedding_VD = chunks.sum_gradient(gradients[1].T, parts).astype(unembedding_VD.dtype)
     return sums, (gradients[0].reshape(B, T, D), dunembedding_VD)
 
 

@@ -81,7 +81,7 @@ def _logprobs(
 def _forward(
     settings: _Settings, hidden_BTD: jax.Array, unembedding_VD: jax.Array, targets_BT: jax.Array
 ) -> tuple[TokenLogprobs, tuple]:
-    parts = chunks.mesh_parts(batch_size=hidden_BTD.shape[0], vocab_size=unembedding_VD.shape[0])
+    parts = chunks.mesh_parts(hidden_BTD, unembedding_VD)
     run = functools.partial(_scan_forward, settings, parts)
     if parts.batch:
         batch, vocabulary = P(parts.batch), P(parts.vocabulary)
@@ -92,13 +92,13 @@ def _forward(
 
 def _backward(settings: _Settings, residuals: tuple, cotangents: TokenLogprobs) -> tuple[jax.Array, jax.Array, None]:
     hidden_BTD, unembedding_VD, targets_BT, rows = residuals
-    parts = chunks.mesh_parts(batch_size=hidden_BTD.shape[0], vocab_size=unembedding_VD.shape[0])
+    parts = chunks.mesh_parts(hidden_BTD, unembedding_VD)
     run = functools.partial(_scan_backward, settings, parts)
     if parts.batch:
         batch, vocabulary = P(parts.batch), P(parts.vocabulary)
         specs = (batch, vocabulary, batch, batch, batch)
         # Every device of the vocabulary has the whole cotangent of its tokens: both rules are written out for that.
-        run = jax.shard_map(run, in_specs=specs, out_specs=(batch, vocabulary), check_vma=False)
+        run = jax.shard_map(run, in_specs=specs, out_specs=parts.gradients, check_vma=False)
     return *run(hidden_BTD, unembedding_VD, targets_BT, rows, cotangents), None
 
 
@@ -142,7 +142,7 @@ def _scan_backward(
     split = jax.tree.map(lambda x: chunks.split(x, settings.chunk_size), arrays)
     dunembedding_DV, dhidden_XRD = jax.lax.scan(one, jnp.zeros(unembedding_VD.shape[::-1], jnp.float32), split)
     # Keeps XLA's CPU compiler from transposing a whole chunk of logits, as in the cross-entropy.
-    dunembedding_VD = jax.lax.psum(jax.lax.optimization_barrier(dunembedding_DV).T, parts.batch)
+    dunembedding_VD = chunks.sum_gradient(jax.lax.optimization_barrier(dunembedding_DV).T, parts)
     return chunks.join(dhidden_XRD, B, T), dunembedding_VD.astype(unembedding_VD.dtype)
 
 

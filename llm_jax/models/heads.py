@@ -38,9 +38,12 @@ class Head(nn.Module):
         kernel = self.param("kernel", initializer, (config.vocab_size, config.hidden_size), config.param_dtype)
         if isinstance(kernel, Quantized):  # quantising normalises the rows
             return quantized.gather(kernel, axes, jnp.dtype(config.compute_dtype))
-        dtype = jnp.dtype(jnp.float32 if config.norm_head else config.compute_dtype)
-        weight_VD = dense(kernel, axes, 1, dtype) if isinstance(kernel, Adapted) else gather(kernel, axes, dtype)
-        return normalize_rows(weight_VD).astype(config.compute_dtype) if config.norm_head else weight_VD
+        dtype = jnp.dtype(config.compute_dtype)
+        if isinstance(kernel, Adapted):
+            weight_VD = dense(kernel, axes, 1, jnp.dtype(jnp.float32) if config.norm_head else dtype)
+            return normalize_rows(weight_VD).astype(dtype) if config.norm_head else weight_VD
+        # Normalised on the shards, so that what moves is in the compute dtype.
+        return gather(normalize_rows(kernel) if config.norm_head else kernel, axes, dtype)
 
     def _transposed(self) -> jax.Array:
         config, axes = self.config, ("embed", "vocab")

@@ -150,7 +150,9 @@ def _lookup_backward(
 ) -> tuple[jax.Array, None]:
     del dtype
     table_VD, tokens_BT = residuals
-    zeros_VD = jnp.zeros(table_VD.shape, jnp.float32)
+    # Each device gets its features of all tokens, which are fewer numbers than a sum of whole tables would move.
+    tokens_BT, dx_BTD = constrain(tokens_BT, None, None), constrain(dx_BTD, None, None, axes[1])
+    zeros_VD = constrain(jnp.zeros(table_VD.shape, jnp.float32), *axes)
     dtable_VD = zeros_VD.at[tokens_BT].add(dx_BTD.astype(jnp.float32))
     return gradient_of(table_VD, dtable_VD, axes), None
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from llm_jax.errors import UserError
 from llm_jax.losses.cross_entropy import chunked_cross_entropy
 from llm_jax.parallel.mesh import AXES
 
-B, T, D, V = 8, 13, 6, 24
+B, T, D, V = 8, 13, 8, 24
 EVERYTHING = LossConfig(chunk_size=4, z_loss=0.02, max_z_loss=0.03)
 MESHES = ((1, 8, 1), (1, 2, 4), (2, 2, 2))
 
@@ -162,12 +163,14 @@ def test_the_gradient_of_a_mean_is_scaled():
     check((actual[0], *actual[1]), [x / weight for x in oracle(*inputs(), EVERYTHING)])
 
 
+@pytest.mark.parametrize("features", [D, D - 3], ids=["divided", "whole"])
 @pytest.mark.parametrize("shape", MESHES)
-def test_the_same_on_a_mesh(shape):
+def test_the_same_on_a_mesh(shape, features):
     mesh = jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3)
-    output, expected = loss_and_gradients(*inputs(), EVERYTHING)
+    arrays = [x[..., :features] for x in inputs()[:2]] + list(inputs()[2:])
+    output, expected = loss_and_gradients(*arrays, EVERYTHING)
     with jax.set_mesh(mesh):
-        sharded_output, actual = loss_and_gradients(*inputs(), EVERYTHING)
+        sharded_output, actual = loss_and_gradients(*arrays, EVERYTHING)
     check(actual, expected)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), sharded_output, output)
 
@@ -188,7 +191,8 @@ def test_ties_for_the_highest_logit_share_its_gradient_also_across_devices():
 
 
 def test_one_reduction_of_the_unembedding_gradient_after_the_chunks():
-    """On a mesh nothing as large as logits moves, and the gradient [V,D] is reduced once, outside the loop."""
+    """On a mesh nothing as large as logits moves, and the gradient [V,D] is reduced once, outside the loop: each
+    device gets its share of D, as it holds of the parameter."""
     mesh = jax.make_mesh((1, 4, 2), AXES, (AxisType.Auto,) * 3)
     batch, vocabulary = NamedSharding(mesh, P(("replica", "data"))), NamedSharding(mesh, P("tensor"))
 
@@ -198,10 +202,12 @@ def test_one_reduction_of_the_unembedding_gradient_after_the_chunks():
         )
 
     arrays, shardings = inputs(), (batch, vocabulary, batch, batch)
+    shares = NamedSharding(mesh, P("tensor", ("replica", "data")))
     with jax.set_mesh(mesh):
-        text = jax.jit(run, in_shardings=shardings, out_shardings=shardings[:2]).lower(*arrays).compile().as_text()
-    reduced = [line for line in text.splitlines() if "all-reduce(" in line and f"f32[{V // 2},{D}]" in line]
-    assert len(reduced) == 1 and "while" not in reduced[0]
+        text = jax.jit(run, in_shardings=shardings, out_shardings=(batch, shares)).lower(*arrays).compile().as_text()
+    reduced = [line for line in text.splitlines() if "reduce-scatter(" in line]
+    assert len(reduced) == 1 and f"f32[{V // 2},{D // 4}]" in reduced[0] and "while" not in reduced[0]
+    assert not re.search(rf"f32\[{V // 2},{D}\]\S* all-reduce", text)
     assert "all-gather" not in text and "all-to-all" not in text
 
 
