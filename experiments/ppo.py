@@ -64,11 +64,11 @@ def load(config: PpoConfig, model: Pretrained, scores: Reward, mesh: Mesh) -> Da
     found = prompts.load(config.prompts, model.tokenizer, template)
     if distributed.is_first():
         print(describe(found))
-    kept = weight_bytes(scores)
+    kept = [scores]
     if config.safety_reward:
         tagged = {prompt.messages for prompt in [*found.train, *found.heldout] if prompt.unsafe}
         safety = load_reward(config, "safety_reward", mesh)
-        kept += weight_bytes(safety)
+        kept.append(safety)
         scores = rewards.piecewise(safety, scores, threshold=config.safety_threshold, is_tagged=tagged.__contains__)
     stream = PromptStream(
         found.train,
@@ -85,7 +85,7 @@ def load(config: PpoConfig, model: Pretrained, scores: Reward, mesh: Mesh) -> Da
         template,
         pretraining(config.pretraining, model),
         fingerprint(found),
-        kept,
+        tuple(models.weight_bytes(each.params) for each in kept if isinstance(each, RewardModel)),
     )
 
 
@@ -115,18 +115,13 @@ def load_reward(config: PpoConfig | RejectionConfig, field: str, mesh: Mesh) -> 
     module, colon, function = name.partition(":")
     if not colon or Path(name).is_dir():
         model = reward.load(Path(name), mesh)
-        architecture, params = ppo_models.stored(model.config, model.params, config.reward_weights)
+        architecture, params = ppo_models.stored(model.config, model.params, config.reward_weights, config.offload)
         return dataclasses.replace(model, config=architecture, params=params)
     try:
         found: Reward = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--config.{field}={name}: {error}") from None
     return found
-
-
-def weight_bytes(scores: Reward) -> int:
-    """Of a reward model; a function has none."""
-    return models.weight_bytes(scores.params) if isinstance(scores, RewardModel) else 0
 
 
 def pretraining(wanted: PretrainingConfig, model: Pretrained) -> Callable[[int], Iterator[Batch]] | None:

@@ -31,7 +31,7 @@ from llm_jax.interop.pretrained import Pretrained
 from llm_jax.losses.weighted import LossOutput
 from llm_jax.models import lora
 from llm_jax.optim import schedules
-from llm_jax.parallel import distributed
+from llm_jax.parallel import distributed, shares
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.scaling.flops import training_flops_per_token
 from llm_jax.training import checkpoint, metrics, state, step
@@ -42,7 +42,7 @@ from llm_jax.training.step import LossFunction
 
 CONFIG, DATA, BEST, ADAPTERS = "config.json", "data.json", "best", "adapters"
 # What may change when a run is continued; everything else decides its numbers.
-CHANGEABLE = ("log_every", "eval_every", "keep_best", "attention", "remat")
+CHANGEABLE = ("log_every", "eval_every", "keep_best", "attention", "remat", "offload")
 CHANGEABLE_GROUPS = ("mesh", "checkpoint")
 
 
@@ -216,11 +216,13 @@ def _loop(
 def keeper(part: Part, model: Pretrained, workdir: Path) -> Callable[[TrainState, int, Mapping[str, float]], None]:
     """Keeps the model of the lowest held-out loss so far, those before the run was continued included."""
 
+    def earlier(step: int) -> list[float]:
+        return [record["loss"] for record in metrics.read(workdir, "heldout") if record["step"] < step]
+
     def evaluated(state: TrainState, step: int, values: Mapping[str, float]) -> None:
         if "loss" not in values:
             return
-        earlier = (record["loss"] for record in metrics.read(workdir, "heldout") if record["step"] < step)
-        if values["loss"] < min(earlier, default=math.inf):
+        if shares.from_first(lambda: values["loss"] < min(earlier(step), default=math.inf)):
             if distributed.is_first():
                 write_companions(model, workdir / BEST)
             checkpoint.replace_model(workdir / BEST, model.config, part.merge(state.params, *part.frozen), step)

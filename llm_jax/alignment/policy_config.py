@@ -232,7 +232,7 @@ class PpoConfig:
     # model beside them, as FineTuneConfig.quantize says.
     reference_weights: str = "float32"
     reward_weights: str = "float32"
-    offload_reference: bool = False  # to the host's memory while it is not used
+    offload: bool = False  # reference and reward models, to the host's memory while they are not used
     logprob_tolerance: float = 0.01  # largest difference between the sampler's and the trainer's log-probabilities
     eval_prompts: int = 64  # held-out ones
     samples: int = 4  # held-out prompts whose responses are written to samples.jsonl at every evaluation

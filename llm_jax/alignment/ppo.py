@@ -31,6 +31,7 @@ from llm_jax.alignment.rollout import Rollouts
 from llm_jax.data.batch import Batch
 from llm_jax.data.packing import permutation
 from llm_jax.optim import schedules
+from llm_jax.parallel import offload, shares
 from llm_jax.tokenization.chat import ChatTemplate
 from llm_jax.tokenization.tokenizer import Tokenizer
 from llm_jax.training import step
@@ -51,7 +52,7 @@ class Data(NamedTuple):
     template: ChatTemplate | None = None  # None = prompts are the beginnings of texts
     pretraining: Callable[[int], Iterator[Batch]] | None = None  # this process's rows from the i-th batch on
     fingerprint: str = ""  # of the prompts
-    reward_bytes: int = 0  # of reward models, for the estimate of memory
+    reward_bytes: tuple[int, ...] = ()  # of each reward model, for the estimate of memory
 
 
 class Observed(NamedTuple):
@@ -146,7 +147,7 @@ class Ppo:
         values = {name: float(value) for name, value in metrics.items()}
         self._check(values, iteration)
         measured = {**seen.measured, "seconds_update": time.perf_counter() - start}
-        return state, {**values, **describe_rollouts(seen.rollouts), **measured}
+        return state, {**values, **describe_rollouts(shares.all_rows(seen.rollouts)), **measured}
 
     def observe(
         self, state: PpoState, prompts: Sequence[Prompt], streams: Sequence[int] | np.ndarray, seed: int
@@ -172,34 +173,35 @@ class Ppo:
         (batch,) = self._on_mesh(rollouts.batch)
         judged = self._judge(state, batch)
         measured = {"seconds_rollout": rolled - start, "seconds_score": time.perf_counter() - rolled}
-        if jax.process_count() == 1:
-            measured["sampler_difference"] = rollout.check_logprobs(
-                rollouts, np.asarray(judged.logprobs), tolerance=self.config.logprob_tolerance
-            )
+        difference = rollout.check_logprobs(
+            rollouts,
+            shares.own_rows(shares.all_rows(judged.logprobs)),
+            tolerance=self.config.logprob_tolerance,
+        )
+        measured["sampler_difference"] = max(shares.gather(difference))
         return Observed(prompts, rollouts, responses, batch, scores_B, judged, measured)
 
     def evaluate(self, state: PpoState) -> tuple[dict[str, float], list[Sample]]:
         """What the policy does with the held-out prompts, and all of it to read: {} and [] where there are none.
 
-        Jobs of several processes evaluate nothing: none of them sees all responses.
+        Of every batch each process has its part; what they find is the same on all of them.
 
         "loss" is the negative of the mean score, as every run's is what falls where it gets better.
         """
         count, size = min(self.config.eval_prompts, len(self._data.heldout)), self.config.rollout.prompts
-        if jax.process_count() > 1:
-            return {}, []
-        prompts = self._data.heldout[:count]
-        seen = []
-        for first in range(0, count, size):
+        prompts, part = self._data.heldout[:count], size // jax.process_count()
+        own = []  # a table for each batch
+        for first in range(jax.process_index() * part, count + jax.process_index() * part, size):
             # The last batch is filled up with prompts that do not count, so that no other shape is compiled.
-            batch = list(itertools.islice(itertools.cycle(prompts), first, first + size))
+            batch = list(itertools.islice(itertools.cycle(prompts), first, first + part))
             with jax.set_mesh(self.mesh):
-                seen.append(self.observe(state, batch, range(first, first + size), int(state.seed) + HELDOUT))
-        if not seen:
+                seen = self.observe(state, batch, range(first, first + part), int(state.seed) + HELDOUT)
+                own.append(samples(seen))
+        if not own:
             return {}, []
-        table = [sample for each in seen for sample in samples(each)][
-            : count * self.config.rollout.sampling.num_samples
-        ]
+        batches = zip(*shares.gather(own))
+        table = [sample for parts in batches for part in parts for sample in part]
+        table = table[: count * self.config.rollout.sampling.num_samples]
         values = {name: float(np.mean([sample[name] for sample in table])) for name in ("score", "kl", "tokens")}
         values["score_error"] = float(np.std([sample["score"] for sample in table])) / math.sqrt(len(table))
         values["end_rate"] = float(np.mean([sample["ended"] for sample in table]))
@@ -212,7 +214,7 @@ class Ppo:
         groups = self._responses // self.config.minibatch_size * settings.microbatches
         options = (settings.temperature, settings.chunk_size, groups)
         own = _done(ppo_experience.logprobs_of(policy.config, *options)(_computed(policy, state.policy), batch))
-        others = _done(ppo_experience.logprobs_of(reference.config, *options)(reference.fetch(), batch))
+        others = _done(ppo_experience.logprobs_of(reference.config, *options)(offload.fetch(reference.params), batch))
         values_BT = jnp.zeros_like(own.logprobs_BT)
         if critic is not None and state.critic is not None:
             values_BT = _done(ppo_experience.values_of(critic.config, groups)(_computed(critic, state.critic), batch))
@@ -334,8 +336,9 @@ def describe_rollouts(rollouts: Rollouts) -> dict[str, float]:
 
 
 def samples(seen: Observed) -> list[Sample]:
-    """A line for every response: what was asked and said, and what came of it."""
+    """A line for every response of this process: what was asked and said, and what came of it."""
     kl_BT = (seen.judged.logprobs - seen.judged.reference) * seen.batch.loss_weights
+    kl_B = shares.own_rows(shares.all_rows(kl_BT.sum(axis=1)))
     asked = [seen.prompts[i] for i in seen.rollouts.prompt_B]
     return [
         {
@@ -347,5 +350,5 @@ def samples(seen: Observed) -> list[Sample]:
             "tokens": response.tokens,
             "ended": response.ended,
         }
-        for prompt, response, score, kl in zip(asked, seen.responses, seen.scores_B, np.asarray(kl_BT.sum(axis=1)))
+        for prompt, response, score, kl in zip(asked, seen.responses, seen.scores_B, kl_B)
     ]

@@ -4,6 +4,7 @@ B responses rolled out at once, M responses of a microbatch, T tokens of a row, 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,19 +15,27 @@ from llm_jax import models
 from llm_jax.alignment.policy_config import PpoConfig
 from llm_jax.alignment.ppo_models import Actors
 from llm_jax.config import ModelConfig
-from llm_jax.parallel import rules
+from llm_jax.parallel import offload, rules
 
 
-def estimate(config: PpoConfig, actors: Actors, reward_bytes: int, mesh: Mesh) -> str:
+def estimate(config: PpoConfig, actors: Actors, reward_bytes: Sequence[int], mesh: Mesh) -> str:
     """A line for each part, in bytes on each device; what is trained or cached is taken to divide over all of them."""
     parts = sizes(config, actors, reward_bytes, mesh)
     devices = mesh.size
+    shown = {**parts, "together": sum(parts.values()), **waiting(config, actors, reward_bytes)}
     lines = [f"memory on each of {devices} devices, about:" if devices > 1 else "memory, about:"]
-    lines += [f"  {name:<60}{_readable(size / devices):>10}" for name, size in parts.items()]
-    return "\n".join([*lines, f"  {'together':<60}{_readable(sum(parts.values()) / devices):>10}"])
+    return "\n".join([*lines, *(f"  {name:<60}{_readable(size / devices):>10}" for name, size in shown.items())])
 
 
-def sizes(config: PpoConfig, actors: Actors, reward_bytes: int, mesh: Mesh) -> dict[str, int]:
+def waiting(config: PpoConfig, actors: Actors, reward_bytes: Sequence[int]) -> dict[str, int]:
+    """Bytes of every model that waits in the host's memory."""
+    found = {"in the host's memory: reward models": sum(reward_bytes) if config.offload else 0}
+    if offload.is_on_host(actors.reference.params):
+        found["in the host's memory: reference"] = tree_bytes(actors.reference.params)
+    return {name: size for name, size in found.items() if size}
+
+
+def sizes(config: PpoConfig, actors: Actors, reward_bytes: Sequence[int], mesh: Mesh) -> dict[str, int]:
     """Bytes of every part, on all devices together.
 
     Exact for what is kept; of activations it counts the residual stream, the attention's and the feed-forward's inputs
@@ -39,14 +48,18 @@ def sizes(config: PpoConfig, actors: Actors, reward_bytes: int, mesh: Mesh) -> d
         "policy: frozen model under its adapters": tree_bytes(policy.frozen),
         "policy: gradients": tree_bytes(policy.abstract.params),
     }
-    if not policy.frozen and not reference.offloaded:
+    fetched = list(reward_bytes) if config.offload else []
+    if offload.is_on_host(reference.params):
+        fetched.append(tree_bytes(reference.params))
+    elif not policy.frozen:
         found["reference"] = tree_bytes(reference.params)
     if actors.critic is not None:
         found["critic: parameters and optimiser"] = tree_bytes(actors.critic.abstract)
         found["critic: gradients"] = tree_bytes(actors.critic.abstract.params)
         if actors.critic.frozen and not policy.frozen:
             found["critic: frozen model under its adapters"] = tree_bytes(actors.critic.frozen)
-    found["reward models"] = reward_bytes
+    found["reward models"] = 0 if config.offload else sum(reward_bytes)
+    found["what is fetched from the host, one at a time: the largest"] = max(fetched, default=0)
     model = actors.model
     copies = rules.axis_size(mesh, "batch")  # every device has them whole, but for the tensor axis
     found["rolling out: weights as decoding has them"] = copies * _decoding_bytes(model)

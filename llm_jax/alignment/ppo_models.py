@@ -19,21 +19,14 @@ from llm_jax.alignment.finetune import Part
 from llm_jax.alignment.policy_config import PpoConfig
 from llm_jax.config import LoraConfig, ModelConfig
 from llm_jax.interop.pretrained import Pretrained
+from llm_jax.parallel import offload
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """The frozen model that the policy is held near. If `offloaded`, it waits in the host's memory between uses."""
+class Reference(NamedTuple):
+    """The frozen model that the policy is held near."""
 
     config: ModelConfig
-    params: Any
-    offloaded: bool = False
-
-    def fetch(self) -> Any:
-        """The parameters where they can be computed with; what is fetched from the host is freed with the result."""
-        if not self.offloaded:
-            return self.params
-        return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), self.params)
+    params: Any  # to be fetched before they are used; see `parallel.offload`
 
 
 class Actors(NamedTuple):
@@ -87,19 +80,18 @@ def _training_of_critic(config: PpoConfig, adapters: LoraConfig) -> FineTuneConf
     )
 
 
-def stored(architecture: ModelConfig, params: Any, weights: str) -> tuple[ModelConfig, Any]:
+def stored(architecture: ModelConfig, params: Any, weights: str, offloaded: bool) -> tuple[ModelConfig, Any]:
     """A model to be used and not trained, with its weights kept as one of `policy_config.WEIGHTS`: given away."""
     if weights == "int8":
-        return models.quantize(params, architecture, "int8", donate=True)
-    if weights != architecture.param_dtype:
-        params = jax.tree.map(lambda x: x.astype(weights), params)
-    return dataclasses.replace(architecture, param_dtype=weights), params
+        architecture, params = models.quantize(params, architecture, "int8", donate=True)
+    else:
+        if weights != architecture.param_dtype:
+            params = jax.tree.map(lambda x: x.astype(weights), params)
+        architecture = dataclasses.replace(architecture, param_dtype=weights)
+    return architecture, offload.to_host(params) if offloaded else params
 
 
 def _frozen_copy(config: PpoConfig, model: Pretrained) -> Reference:
     """The policy as it begins, in the form and the memory that the config asks for."""
     copied = jax.tree.map(jnp.copy, model.params)
-    architecture, params = stored(model.config, copied, config.reference_weights)
-    if config.offload_reference:
-        params = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), params)
-    return Reference(architecture, params, config.offload_reference)
+    return Reference(*stored(model.config, copied, config.reference_weights, config.offload))

@@ -17,7 +17,7 @@ from llm_jax.alignment.policy_config import PpoConfig
 from llm_jax.alignment.ppo import Data, Ppo, Sample
 from llm_jax.alignment.ppo_state import PpoState
 from llm_jax.interop.pretrained import Pretrained
-from llm_jax.parallel import distributed
+from llm_jax.parallel import distributed, shares
 from llm_jax.training import checkpoint, metrics
 from llm_jax.training.checkpoint import Checkpointer
 from llm_jax.training.loop import DivergedError, StopSignal
@@ -84,8 +84,9 @@ def _loop(
 ) -> PpoState:
     """Iterate; the last state is checkpointed and returned."""
     training, step = run.config.training, start
-    metrics.keep_until(workdir / SAMPLES, start)
-    if not any(record["step"] == 0 for record in metrics.read(workdir, "heldout")):
+    if distributed.is_first():
+        metrics.keep_until(workdir / SAMPLES, start)
+    if shares.from_first(lambda: all(record["step"] for record in metrics.read(workdir, "heldout"))):
         _evaluate(run, state, 0, recorder, workdir)
     keep = finetune.keeper(run.actors.policy, model, workdir) if training.keep_best else None
     with StopSignal() as stop:

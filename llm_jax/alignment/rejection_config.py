@@ -43,6 +43,7 @@ class RejectionConfig:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)  # sampling.num_samples of each prompt
     reward: str = ""  # the run folder of a reward model, or MODULE:FUNCTION of prompts and responses
     reward_weights: str = "float32"  # how the reward model's are kept: a dtype, or int8
+    offload: bool = False  # the reward model, to the host's memory while it is not used
     rounds: int = 4
     batches: int = 8  # of rollout.prompts prompts, which a round draws
     # Which rounds' samples a prompt's best is taken of. all: every one so far. last: the newest, forgetting the others,

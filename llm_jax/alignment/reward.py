@@ -28,7 +28,7 @@ from llm_jax.interop import pretrained
 from llm_jax.interop.pretrained import Pretrained
 from llm_jax.losses.preference import reward_loss
 from llm_jax.losses.weighted import LossOutput
-from llm_jax.parallel import rules
+from llm_jax.parallel import offload, rules, shares
 from llm_jax.tokenization import chat
 from llm_jax.training import checkpoint
 from llm_jax.training.loop import place
@@ -98,10 +98,13 @@ def _score(params: Any, model: ModelConfig, batch: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """A trained reward model as a function of prompts and responses: a `rewards.Reward`."""
+    """A trained reward model as a function of prompts and responses: a `rewards.Reward`.
+
+    In a job of several processes all of them call it together, each with prompts and responses of its own.
+    """
 
     config: ModelConfig
-    params: Any
+    params: Any  # to be fetched before they are used; see `parallel.offload`
     encoder: ResponseEncoder
     mesh: Mesh
     offset: float = 0.0  # is subtracted: the mean over reference samples
@@ -113,16 +116,23 @@ class RewardModel:
 
         Raises `UserError` where one does not fit into a row, or the chat template refuses it.
         """
-        return self.score([self.encoder(prompt, said.text) for prompt, said in zip(prompts, responses, strict=True)])
+        own = [self.encoder(prompt, said.text) for prompt, said in zip(prompts, responses, strict=True)]
+        parts = shares.gather([sequence.tolist() for sequence in own])
+        rewards_B = self.score([np.array(sequence, np.int32) for part in parts for sequence in part])
+        first = sum(len(part) for part in parts[: jax.process_index()])
+        return rewards_B[first : first + len(own)]
 
     def score(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
-        """The centred reward of each encoded response, float32 [B]; see `ResponseEncoder`."""
-        shares = rules.axis_size(self.mesh, "batch")
-        rows = -(-self.batch_size // shares) * shares
-        rewards_B = np.zeros(len(sequences), np.float32)
+        """The centred reward of each encoded response, float32 [B]; see `ResponseEncoder`.
+
+        All processes of a job give the same responses.
+        """
+        parts = rules.axis_size(self.mesh, "batch")
+        rows = -(-self.batch_size // parts) * parts
+        rewards_B, params = np.zeros(len(sequences), np.float32), offload.fetch(self.params)
         with jax.set_mesh(self.mesh):
             for batch in response_batches(sequences, self.sequence_length or self.config.max_length, rows):
-                scored_BR = np.asarray(_score(self.params, self.config, place(batch, self.mesh)))
+                scored_BR = shares.all_rows(_score(params, self.config, place(shares.own_rows(batch), self.mesh)))
                 known = batch.places >= 0
                 rewards_B[batch.places[known]] = scored_BR[known]
         return rewards_B - np.float32(self.offset)

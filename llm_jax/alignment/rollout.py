@@ -127,7 +127,9 @@ def generation_layout(params: Any, config: ModelConfig) -> Iterator[tuple[ModelC
     given = {id(leaf) for leaf in jax.tree.leaves(params)}
     config, gathered = _gathered(params, config)
     ours = given.isdisjoint(id(leaf) for leaf in jax.tree.leaves(gathered))
-    config, laid_out = models.for_decoding(gathered, config, donate=ours)
+    mesh = _mesh_of(gathered)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():  # its devices may not be the caller's
+        config, laid_out = models.for_decoding(gathered, config, donate=ours)
     del gathered
     try:
         yield config, laid_out

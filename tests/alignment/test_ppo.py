@@ -157,7 +157,7 @@ def test_the_critic_learns_alone_at_first():
 
 def test_the_estimate_of_memory_is_what_the_state_takes(straight):
     run = ppo_runs.start(SETTINGS)
-    found = ppo_memory.sizes(SETTINGS, run.actors, 1000, run.mesh)
+    found = ppo_memory.sizes(SETTINGS, run.actors, (400, 600), run.mesh)
     state = straight[0]
     assert found["policy: parameters and optimiser"] == sum(leaf.nbytes for leaf in jax.tree.leaves(state.policy))
     assert found["critic: parameters and optimiser"] == sum(leaf.nbytes for leaf in jax.tree.leaves(state.critic))
@@ -165,10 +165,18 @@ def test_the_estimate_of_memory_is_what_the_state_takes(straight):
     assert found["policy: gradients"] == found["reference"] == 4 * parameters
     assert found["rolling out: keys and values"] == 4 * 2 * 32 * 12 * 2 * 2 * 8  # float32, k and v, rows, T, L, heads
     assert found["reward models"] == 1000
-    lines = ppo_memory.estimate(SETTINGS, run.actors, 1000, run.mesh).splitlines()
+    lines = ppo_memory.estimate(SETTINGS, run.actors, (400, 600), run.mesh).splitlines()
     assert len(lines) == len(found) + 2 and lines[-1].startswith("  together")
+    away = ppo_runs.settings(offload=True)
+    offloaded = ppo_runs.start(away)
+    smaller = ppo_memory.sizes(away, offloaded.actors, (400, 600), run.mesh)
+    assert sum(found.values()) - sum(smaller.values()) == 1000  # of two reward models and the reference, one at a time
+    waiting = ppo_memory.waiting(away, offloaded.actors, (400, 600))
+    assert waiting == {"in the host's memory: reward models": 1000, "in the host's memory: reference": 4 * parameters}
+    lines = ppo_memory.estimate(away, offloaded.actors, (400, 600), run.mesh).splitlines()
+    assert lines[-2].startswith("  in the host's memory: reward models")
     adapters = ppo_runs.start(ppo_runs.settings(lora=2))
-    shared = ppo_memory.sizes(SETTINGS, adapters.actors, 0, adapters.mesh)
+    shared = ppo_memory.sizes(SETTINGS, adapters.actors, (), adapters.mesh)
     assert "reference" not in shared and shared["policy: frozen model under its adapters"] == 4 * parameters
 
 

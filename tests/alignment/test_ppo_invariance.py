@@ -84,7 +84,7 @@ def test_adapters_share_the_model_with_reference_and_critic():
 @pytest.mark.parametrize(("weights", "most"), [("bfloat16", 1e-3), ("int8", 1e-2)])
 def test_a_smaller_reference_is_near(weights, most):
     """Offloaded too: it comes back where it is computed with."""
-    run = ppo_runs.start(ppo_runs.settings(reference_weights=weights, offload_reference=True))
+    run = ppo_runs.start(ppo_runs.settings(reference_weights=weights, offload=True))
     leaves = jax.tree.leaves(run.actors.reference.params)
     assert {leaf.sharding.memory_kind for leaf in leaves} == {"pinned_host"}
     record = ppo_runs.iterate(run, 1)[1][0]

@@ -2,11 +2,6 @@
 
 import dataclasses
 import functools
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +17,7 @@ from llm_jax.errors import UserError
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import rules
 from llm_jax.training.language_model import logprobs_function
+from tests.processes import run_together
 
 MODEL = ModelConfig(
     vocab_size=32, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, ffn_size=24, max_length=32,
@@ -295,24 +291,4 @@ assert [drawn.response_tokens(row) for row in range(6)] == responses[6 * index :
 
 @pytest.mark.slow
 def test_each_process_draws_for_its_own_prompts():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            env=os.environ | job | {"JAX_PROCESS_ID": str(index)},
-            cwd=Path(__file__).parents[2],
-            stderr=subprocess.PIPE,
-        )
-        for index in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()
+    run_together(["-c", WORKER])

@@ -19,6 +19,7 @@ from llm_jax.errors import UserError
 from llm_jax.interop import pretrained
 from llm_jax.training import metrics
 from tests.alignment import base_models
+from tests.processes import assert_same_numbers, run_together
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,22 @@ def test_resumed_is_as_straight_bit_for_bit(base, pairs, tmp_path, monkeypatch, 
         patch.setattr(library, "reference_logprobs", lambda *_: pytest.fail("the references are there"))
         dpo.run(config, tmp_path / "stopped")
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "stopped"), weights(tmp_path / "straight"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(base, pairs, trained, tmp_path):
+    """References, steps and held-out numbers; only samples are left out."""
+    config_lib.save(settings(base, pairs), tmp_path / "config.json")
+    run_together(["-m", "experiments.dpo", f"--config={tmp_path}/config.json", f"--workdir={tmp_path}/run"])
+    references = [np.load(folder / library.REFERENCES)["references"] for folder in (tmp_path / "run", trained)]
+    np.testing.assert_allclose(*references, atol=1e-4)
+    assert_same_numbers(tmp_path / "run", trained)
+    for part in ("", "best"):
+        jax.tree.map(
+            lambda found, expected: np.testing.assert_allclose(found, expected, atol=2e-4),
+            weights(tmp_path / "run" / part),
+            weights(trained / part),
+        )
 
 
 @pytest.mark.parametrize("quantize", ["none", pytest.param("int8", marks=pytest.mark.slow)])

@@ -13,11 +13,14 @@ from llm_jax import config as config_lib
 from llm_jax.alignment import finetune, reward
 from llm_jax.alignment.config import FineTuneConfig
 from llm_jax.alignment.policy_config import CriticConfig, PpoConfig, PromptDataConfig, RolloutConfig
+from llm_jax.alignment.rewards import Response
 from llm_jax.config import CheckpointConfig, MeshConfig, OptimizerConfig, SamplingConfig
 from llm_jax.errors import UserError
 from llm_jax.interop import pretrained
+from llm_jax.tokenization.chat import Message
 from llm_jax.training import checkpoint, metrics
 from tests.alignment import base_models
+from tests.processes import assert_same_numbers, run_together
 
 REWARD = f"{__name__}:length"
 
@@ -91,6 +94,39 @@ def test_rewards_and_critic_of_reward_models(base, asked, reward_model, tmp_path
     ppo.run(settings(base, asked, reward=name, reward_weights="int8", safety_reward=REWARD, critic=critic), tmp_path)
     assert "reward models" in capsys.readouterr().out
     assert [record["step"] for record in metrics.read(tmp_path, "train")] == [1, 2]
+
+
+def test_a_reward_model_that_waits_in_the_hosts_memory_says_the_same(base, asked, reward_model):
+    config = settings(base, asked, reward=str(reward_model), reward_weights="int8")
+    mesh = finetune.build_mesh(config.training)
+    asked_of, said = [(Message("user", "one"),)] * 2, [Response("two three", True, 3), Response("one", True, 2)]
+    found = {}
+    for offloaded, kind in ((False, "device"), (True, "pinned_host")):
+        model = ppo.load_reward(dataclasses.replace(config, offload=offloaded), "reward", mesh)
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(model.params)} == {kind}
+        found[offloaded] = model(asked_of, said)
+    np.testing.assert_array_equal(found[True], found[False])
+    assert found[True][0] != found[True][1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_as_one(base, asked, reward_model, tmp_path):
+    """Held-out prompts fill one batch and a part of another; one reward is a model's, whose rows they share, too."""
+    rollout = RolloutConfig(prompts=8, max_prompt_tokens=24, sampling=SamplingConfig(max_new_tokens=4, num_samples=2))
+    rewards = {"reward": str(reward_model), "safety_reward": REWARD}
+    config = settings(base, asked, rollout=rollout, eval_prompts=10, samples=6, **rewards)
+    ppo.run(config, tmp_path / "one")
+    config_lib.save(config, tmp_path / "config.json")
+    run_together(["-m", "experiments.ppo", f"--config={tmp_path}/config.json", f"--workdir={tmp_path}/two"])
+    assert_same_numbers(tmp_path / "two", tmp_path / "one")
+    one, two = ((tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("one", "two"))
+    assert len(one) == len(two) == 2 * 6 * 2
+    for expected, found in zip(map(json.loads, one), map(json.loads, two)):
+        for name in ("score", "kl"):
+            assert found.pop(name) == pytest.approx(expected.pop(name), abs=1e-4)
+        assert found == expected
+    one, two = (jax.device_get(pretrained.load(tmp_path / name).params) for name in ("one", "two"))
+    jax.tree.map(lambda found, expected: np.testing.assert_allclose(found, expected, atol=1e-4), two, one)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from llm_jax.errors import UserError
 from llm_jax.training import metrics
 from llm_jax.training.checkpoint import load_model, save_model
 from tests.data.conftest import ByteTokenizer, write_corpus
+from tests.processes import run_together
 
 
 @pytest.fixture(scope="module")
@@ -234,27 +234,7 @@ def test_sequences_longer_than_the_model_is_trained_for_are_refused(dataset):
 def test_two_processes_train_as_one(dataset, straight, tmp_path):
     """Two real processes of four devices each, joined by gloo, take the steps of one process of eight."""
     save(make_config(dataset), tmp_path / "wanted.json")
-    command = [sys.executable, "-m", "experiments.pretrain", f"--config={tmp_path}/wanted.json"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
-    }
-    processes = [
-        subprocess.Popen(
-            [*command, f"--workdir={tmp_path}/run"],
-            env=os.environ | job | {"JAX_PROCESS_ID": str(index)},
-            stderr=subprocess.PIPE,
-        )
-        for index in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()
+    run_together(["-m", "experiments.pretrain", f"--config={tmp_path}/wanted.json", f"--workdir={tmp_path}/run"])
     np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(straight), rtol=1e-5)
     for got, want in zip(params_of(tmp_path / "run"), params_of(straight), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4)
