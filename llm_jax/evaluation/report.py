@@ -184,16 +184,16 @@ img { max-width: 100%; display: block; margin: 1rem 0; }
 def render(report: Report, figures: Mapping[str, Path]) -> str:
     """The page: figures (caption -> PNG) are embedded, all text is escaped."""
     sections = (
-        f"<h1>{_escape(report.title)}</h1>",
-        f"<p>{_escape(_summary(report))}</p>",
+        f"<h1>{escape(report.title)}</h1>",
+        f"<p>{escape(_summary(report))}</p>",
         "<h2>Held-out bits per byte</h2>",
-        "".join(f"<p>{_escape(verdict(report.heldout, rival))}</p>" for rival in METHODS[1:]),
+        "".join(f"<p>{escape(verdict(report.heldout, rival))}</p>" for rival in METHODS[1:]),
         _heldout_table(report.heldout),
-        "".join(f'<p class="note">{_escape(note)}</p>' for note in METHOD_NOTES),
+        "".join(f'<p class="note">{escape(note)}</p>' for note in METHOD_NOTES),
         "<h2>Figures</h2>",
-        "".join(_image(caption, path) for caption, path in figures.items()),
+        "".join(image(caption, path) for caption, path in figures.items()),
         "<h2>What to expect</h2>",
-        f"<p>{_escape(expectation(report.run))}</p>",
+        f"<p>{escape(expectation(report.run))}</p>",
         "<h2>Samples</h2>",
         _samples(report.samples) or "<p>None were drawn.</p>",
         "<h2>The run</h2>",
@@ -201,8 +201,13 @@ def render(report: Report, figures: Mapping[str, Path]) -> str:
         "<h2>Commands</h2>",
         "".join(_stage(stage) for stage in report.stages) or "<p>Not recorded.</p>",
     )
+    return page(report.title, sections)
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """A whole page in the house style, of sections that are HTML."""
     body = "\n".join(sections)
-    head = f'<meta charset="utf-8"><title>{_escape(report.title)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
@@ -215,7 +220,8 @@ def _summary(report: Report) -> str:
     )
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text as HTML that shows it as it is."""
     return html.escape(text)
 
 
@@ -228,27 +234,28 @@ def _row(name: str, row: Heldout, methods: Sequence[str], css: str = "") -> str:
     best = min(figures.values())
     cells = "".join(_cell(f"{figures[method]:.3f}", figures[method] == best) for method in methods)
     return (
-        f'<tr class="{css}"><td>{_escape(name)}</td><td>{_escape(row.language)}</td>'
+        f'<tr class="{css}"><td>{escape(name)}</td><td>{escape(row.language)}</td>'
         f"{_cell(f'{row.documents:,}')}{_cell(f'{row.text_bytes / 1e3:,.1f}')}{cells}</tr>"
     )
 
 
 def _heldout_table(heldout: Mapping[str, Heldout]) -> str:
     methods = list(total(heldout).bits)
-    headings = "".join(f'<th class="number">{_escape(text)}</th>' for text in ("documents", "kB", *methods))
+    headings = "".join(f'<th class="number">{escape(text)}</th>' for text in ("documents", "kB", *methods))
     rows = "".join(_row(name, row, methods) for name, row in heldout.items())
     last = _row("all sources", total(heldout), methods, "total")
     return f"<table><tr><th>source</th><th>language</th>{headings}</tr>{rows}{last}</table>"
 
 
 def _facts_table(run: Run) -> str:
-    rows = (f"<tr><th>{_escape(name)}</th><td>{_escape(text)}</td></tr>" for name, text in facts(run).items())
+    rows = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in facts(run).items())
     return f"<table>{''.join(rows)}</table>"
 
 
-def _image(caption: str, path: Path) -> str:
+def image(caption: str, path: Path) -> str:
+    """A PNG file inside of a page."""
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{_escape(caption)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
 
 
 def _samples(samples: Sequence[Sample]) -> str:
@@ -256,11 +263,11 @@ def _samples(samples: Sequence[Sample]) -> str:
     parts, settings = [], ""
     for sample in samples:
         if sample.settings != settings:
-            parts.append(f'<p class="note">{_escape(sample.settings)}</p>')
+            parts.append(f'<p class="note">{escape(sample.settings)}</p>')
         settings = sample.settings
-        parts.append(f"<pre><b>{_escape(sample.prompt)}</b>{_escape(sample.completion)}</pre>")
+        parts.append(f"<pre><b>{escape(sample.prompt)}</b>{escape(sample.completion)}</pre>")
     return "".join(parts)
 
 
 def _stage(stage: Stage) -> str:
-    return f'<p class="note">{_escape(stage.name)}: {stage.seconds:,.0f} s</p><pre>{_escape(stage.command)}</pre>'
+    return f'<p class="note">{escape(stage.name)}: {stage.seconds:,.0f} s</p><pre>{escape(stage.command)}</pre>'

@@ -1,6 +1,7 @@
-"""Tables of text: as Markdown for a file, and as Rich tables for a terminal."""
+"""Tables of text: as Markdown for a file, as HTML for a page, and as Rich tables for a terminal."""
 
 import dataclasses
+import html
 from collections.abc import Sequence
 
 import rich.table
@@ -55,3 +56,15 @@ def as_rich(table: Table) -> Group:
     for row in table.rows:
         drawn.add_row(*map(Text, row))
     return Group(drawn, *map(Text, table.notes))
+
+
+def as_html(table: Table) -> str:
+    """The table under a heading of the second level, its notes below it, in the classes of `report.STYLE`."""
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        classes = (' class="number"' if heading in table.numbers else "" for heading in table.headings)
+        return "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in zip(classes, row))
+
+    rows = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in table.rows)
+    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in table.notes)
+    return f"<h2>{html.escape(table.title)}</h2><table><tr>{cells(table.headings, 'th')}</tr>{rows}</table>{notes}"

@@ -31,15 +31,15 @@ ATTENTION_PRODUCTS = 2, 7
 
 
 class Working(NamedTuple):
-    """What is in memory at once in the fullest moment, beside what is kept: see `working_bytes`."""
+    """How many arrays are in memory at once in the fullest moments of a step: see `working_bytes`."""
 
-    wide: float = 3.5  # arrays [b, D] of one layer's backward pass
+    wide: float = 3.5  # [b, D] in a layer's backward pass
     wide_again: float = 1.0  # and where its attention is computed once more
     feed_forward: float = 3.0  # [b, F]
     heads: float = 1.0  # [b, N H]
-    layer_weights: float = 1.0  # a layer's gathered weights
-    table_gradients: float = 2.0  # float32 gradients of the head: as they add up, and transposed
-    logits: float = 3.0  # float32 arrays of a chunk's logits
+    logits: float = 3.0  # float32, of a chunk
+    loss_wide: float = 3.0  # [b, D] in the loss
+    head_gradients: float = 2.0  # float32 [V, D]: as it was added up, and transposed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +156,8 @@ class _Plan:
         """Bytes by what they are for."""
         parameters = flops.count(self.model).total / self.target.devices
         kept = sum(group.layers * self.kept_bytes(group) for group in self.model.layer_groups() if not group.offload)
-        layer, loss = self.working_bytes()
-        name, working = max(("of a layer's backward pass", layer), ("of the loss", loss), key=lambda part: part[1])
+        moments = self.working_bytes(kept)
+        fullest = max(moments, key=lambda name: moments[name])
         return {
             "parameters": MASTER * parameters,
             "moments of the optimiser": 2 * MASTER * parameters,
@@ -165,7 +165,7 @@ class _Plan:
             "batch": 5 * 4 * self.work.tokens / self.shares,
             "weights gathered for the step": self.early_bytes(),
             "activations kept for the backward pass": kept,
-            f"working memory {name}": working,
+            f"working memory of {fullest}": moments[fullest],
         }
 
     def early_bytes(self) -> float:
@@ -195,19 +195,22 @@ class _Plan:
         }
         return self.tokens * each[group.remat]
 
-    def working_bytes(self) -> tuple[float, float]:
-        """Of the fullest moment of a layer's backward pass, and of the loss with the head's gradient."""
+    def working_bytes(self, kept: float) -> dict[str, float]:
+        """Beside `kept` activations, in the moments that may be the fullest: the head's gradient outlives those."""
         model, t, c, working = self.model, self.tensor, self.compute, Working()
-        gathered = any(group.gather != "step" for group in model.layer_groups())
-        layer = (MASTER + c * working.layer_weights * gathered) * self.layer_weights
+        early = all(group.gather == "step" for group in model.layer_groups())
+        weights = (MASTER + (0 if early else c)) * self.layer_weights
         again = any(group.remat == "full" for group in model.layer_groups())
         widths = (working.wide + working.wide_again * again) * model.hidden_size
-        widths += working.feed_forward * model.ffn_size / t
-        widths += working.heads * model.num_heads * model.head_dim / t
+        widths += (working.feed_forward * model.ffn_size + working.heads * model.num_heads * model.head_dim) / t
         rows = self.tokens / self.work.length * min(self.work.chunk_size, self.work.length)
-        loss = (working.table_gradients * MASTER + self.compute) * self.table
-        loss += working.logits * 4 * rows * model.vocab_size / t + 3 * c * self.tokens * model.hidden_size
-        return layer + c * self.tokens * widths, loss
+        chunks = working.logits * 4 * rows * model.vocab_size / t
+        chunks += working.loss_wide * c * self.tokens * model.hidden_size
+        return {
+            "a layer's backward pass": weights + c * self.tokens * widths,
+            "the loss": (MASTER + c) * self.table + chunks,
+            "the head's gradient": (working.head_gradients * MASTER + c) * self.table + chunks - kept,
+        }
 
     def flops(self) -> float:
         """Of all matrix products, those that are computed twice too."""
