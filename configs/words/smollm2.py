@@ -26,7 +26,7 @@ PROMPT_TOKENS, NEW_TOKENS = 152, 8
 
 
 def _optimizer(learning_rate: float) -> OptimizerConfig:
-    return OptimizerConfig(learning_rate=learning_rate, schedule="constant", warmup_steps=0, weight_decay=0.0, b2=0.99)
+    return OptimizerConfig(learning_rate=learning_rate, schedule="constant", warmup_steps=8, weight_decay=0.0, b2=0.99)
 
 
 def _policy(kind: str) -> PpoConfig:
@@ -38,7 +38,7 @@ def _policy(kind: str) -> PpoConfig:
             eval_every=10,
             keep_best=False,
             compute_dtype="bfloat16",
-            optimizer=_optimizer(5e-4),
+            optimizer=_optimizer(2e-4),
             lora=LoraConfig(rank=16),
             checkpoint=CheckpointConfig(every_steps=ITERATIONS, keep_last=1),
         ),
@@ -52,7 +52,7 @@ def _policy(kind: str) -> PpoConfig:
         minibatch_size=128,
         advantage=AdvantageConfig(kind=kind),
         kl=KlConfig(coefficient=0.01),
-        critic=CriticConfig(optimizer=_optimizer(1e-3)),
+        critic=CriticConfig(optimizer=_optimizer(4e-4)),
         logprob_tolerance=1.0,  # of bfloat16; ratios are the trainer's own
         eval_prompts=256,
     )
