@@ -147,11 +147,6 @@ class _Plan:
         """Parameters of the embedding, or of the head, that a device computes with."""
         return self.model.vocab_size * self.model.hidden_size / self.tensor
 
-    @property
-    def head_itemsize(self) -> int:
-        """Bytes of a number of the head as it is gathered: a NormHead is normalised in float32."""
-        return MASTER if self.model.norm_head else self.compute
-
     def memory(self) -> dict[str, float]:
         """Bytes by what they are for."""
         parameters = flops.count(self.model).total / self.target.devices
@@ -240,38 +235,33 @@ class _Plan:
 
     def layer_collectives(self, group: LayerGroup) -> Iterator[Collective]:
         """Of a group's weights and their gradients."""
-        whole, times = self.compute * self.layer_weights, group.layers * self.work.microbatches
-        if group.remat in ("full", "save_attention"):  # all but the last matrix are used once more
-            last = self.model.ffn_size * self.model.hidden_size / self.tensor
-            uses = 3 - last / self.layer_weights
-        else:
-            uses = 2.0
-        if group.gather == "layer":
-            yield self.over(DATA, "all-gather", whole, times * uses, "layers' weights")
-        elif group.gather == "step":
-            yield self.over(DATA, "all-gather", whole, group.layers, "layers' weights")
-        else:
-            part = whole / self.sizes["data"]
-            yield self.over(("replica",), "all-gather", part, group.layers, "layers' weights")
-            yield self.over(("data",), "all-gather", whole, times * uses, "layers' weights")
+        times, uses = group.layers * self.work.microbatches, 2.0
+        if group.remat in ("full", "save_attention"):  # all but the last matrix of the layer are used once more
+            uses += 1 - self.model.ffn_size * self.model.hidden_size / self.tensor / self.layer_weights
+        yield from self.gathers(group.gather, self.layer_weights, group.layers, times * uses, "layers' weights")
         yield self.over(DATA, "reduce-scatter", MASTER * self.layer_weights, times, "layers' gradients")
 
     def table_collectives(self) -> Iterator[Collective]:
         """Of the embedding and the head."""
         model, count = self.model, self.work.microbatches
-        times = count if model.gather_tables == "layer" else 1
-        yield self.over(DATA, "all-gather", self.compute * self.table, times, "embedding")
+        yield from self.gathers(model.gather_tables, self.table, 1, count, "embedding")
         if not (model.tie_embeddings and model.gather_tables == "step"):
-            once = 1 if model.gather_tables == "step" and not model.norm_head else count
-            yield self.over(DATA, "all-gather", self.head_itemsize * self.table, once, "head")
-        yield self.over(DATA, "all-reduce", MASTER * self.table, count, "head's gradient")
-        if self.tensor == 1:  # the activations' gradients go to the devices that have their part of the table
-            sent = self.compute * self.tokens * model.hidden_size
-            yield self.over(DATA, "all-to-all", sent, count, "embedding's gradient")
-            return
-        whole = self.tensor * self.table
-        yield self.over(("tensor",), "all-gather", self.compute * whole, count, "embedding")
-        yield self.over((*DATA, "tensor"), "all-reduce", MASTER * whole, count, "embedding's gradient")
+            yield from self.gathers("layer" if model.norm_head else model.gather_tables, self.table, 1, count, "head")
+        yield self.over(DATA, "reduce-scatter", MASTER * self.table, count, "head's gradient")
+        # The gradients of the embedded tokens go to the devices that have their features of the table.
+        stream = self.compute * self.tokens * model.hidden_size
+        yield self.over(DATA, "all-to-all", stream, count, "embedding's gradient")
+        yield self.over(("tensor",), "all-gather", stream, count, "embedding's gradient")
+        yield self.over(("tensor",), "all-gather", self.compute * self.table * self.tensor, count, "embedding")
+
+    def gathers(self, when: str, weights: float, once: float, uses: float, what: str) -> Iterator[Collective]:
+        """How weights become whole: before the step, where they are used, or half and half (`LayerGroup.gather`)."""
+        whole = self.compute * weights
+        if when == "group":
+            yield self.over(("replica",), "all-gather", whole / self.sizes["data"], once, what)
+            yield self.over(("data",), "all-gather", whole, uses, what)
+        else:
+            yield self.over(DATA, "all-gather", whole, once if when == "step" else uses, what)
 
     def tensor_collectives(self, group: LayerGroup) -> Iterator[Collective]:
         """Of activations, around each tensor-parallel region: gathered before it, summed and divided after it."""
