@@ -16,6 +16,7 @@ from llm_jax.evaluation.tables import Table
 
 Shares = Mapping[int, Proportion]  # of the replies at a turn, those that keep to the instruction; turns from 1 on
 FIRST_REPLY = INSTRUCTION + 2  # a part of `evaluation.attention_map`
+MOST_NAMES = 24  # of parts that a map has room to name
 
 
 def shares(obeyed: Sequence[Sequence[bool]]) -> dict[int, Proportion]:
@@ -70,10 +71,13 @@ def draw_attention(models: Mapping[str, Attention], path: Path) -> None:
         image = above.imshow(np.where(seen, largest, np.nan), aspect="auto", cmap="viridis", vmin=0, vmax=1)
         above.set_title(name, loc="left", fontsize=11)
         above.set_yticks(range(len(turns)), [str(turn) for turn in turns])
-        above.set_xticks(range(largest.shape[1]), part_names(largest.shape[1]), rotation=90, fontsize=7)
+        names = part_names(largest.shape[1])
+        shown = range(0, len(names), 1 if len(names) <= MOST_NAMES else 2)
+        above.set_xticks(shown, [names[part] for part in shown], rotation=90, fontsize=7)
         above.set_ylabel("reply")
         lower = below.imshow(100 * layers[name], aspect="auto", cmap="magma", vmin=0, vmax=100 * most, origin="lower")
-        below.set_xticks(range(len(turns)), [str(turn) for turn in turns])
+        counted = range(0, len(turns), 1 if len(names) <= MOST_NAMES else 2)
+        below.set_xticks(counted, [str(turns[reply]) for reply in counted])
         below.set_xlabel("reply")
         below.set_ylabel("layer")
         below.yaxis.set_major_locator(MaxNLocator(integer=True))
