@@ -1,6 +1,7 @@
-"""Eight simulated devices for every test, and one compilation cache for all of them."""
+"""Eight simulated devices for every test, one compilation cache for all of them, and a Ctrl-C that interrupts."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -10,6 +11,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as in a script's background job: tests and their children press it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -227,17 +227,24 @@ def test_a_damaged_record_of_slurm_jobs_is_one_line(tmp_path, monkeypatch, text)
 
 def test_ctrl_c_ends_the_processes(tmp_path):
     trial, after = make_trial(fake_runs.SLOW), make_trial(seed=1)
+    ended = threading.Event()
 
     def press() -> None:
-        while not (tmp_path / trial.name / "slow").exists():
+        deadline = time.monotonic() + 60
+        while not (tmp_path / trial.name / "slow").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
+        if not ended.wait(60):
+            (tmp_path / trial.name / "go").touch()  # nothing was interrupted: let it end, and the test fail
 
     presser = threading.Thread(target=press)
     presser.start()
-    with pytest.raises(KeyboardInterrupt):
-        launch_all([[trial], [after]], tmp_path, "processes", parallel=1)
-    presser.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch_all([[trial], [after]], tmp_path, "processes", parallel=1)
+    finally:
+        ended.set()
+        presser.join()
     pid = tries(trial, tmp_path)[0][0]
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
