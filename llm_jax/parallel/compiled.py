@@ -101,8 +101,9 @@ def read(text: str, sizes: Mapping[str, int], hosts: Sequence[int], visible_keys
         work = [_flops(module, instruction, shapes, visible_keys) for instruction in instructions]
         flops += times * sum(work)
         for found in _communication(module, name, work, sizes, hosts):
-            collective = found.collective._replace(count=found.collective.count * times)
-            communication.append(dataclasses.replace(found, collective=collective))
+            if found.collective.members > 1:
+                collective = found.collective._replace(count=times)
+                communication.append(dataclasses.replace(found, collective=collective))
     return CompiledStep(flops, tuple(communication))
 
 
