@@ -2,7 +2,7 @@
 
     python -m experiments.words --config=configs/words/small.py --workdir=runs/words
 
-A model of a million parameters that reads bytes, fine-tuned until it solves 45 % of the held-out tasks. `:tiny` is a
+A model of a million parameters that reads bytes, fine-tuned until it solves 40 % of the held-out tasks. `:tiny` is a
 tenth of it, with one kind of task, short words and few samples, to see on a laptop that all of it learns.
 """
 
@@ -69,7 +69,8 @@ def _policy(kind: str, iterations: int, rollout: RolloutConfig, learning_rate: f
         loss=PolicyLossConfig(),
         advantage=AdvantageConfig(kind=kind),
         kl=KlConfig(coefficient=0.01),
-        critic=CriticConfig(optimizer=_optimizer(2 * learning_rate)),
+        critic=CriticConfig(optimizer=_optimizer(4e-4)),
+        logprob_tolerance=0.05,  # accelerators multiply float32 with fewer digits
         eval_prompts=512,
         samples=4,
     )
@@ -87,19 +88,20 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
             holdout_fraction=0.1 if full else 0.25,
             kinds=("backwards", "count", "sort", "continue") if full else ("sort",),
             model=MODEL if full else TINY,
+            target=0.4 if full else 0.45,
             sft=SftConfig(
                 training=FineTuneConfig(
-                    steps=1500 if full else 300,
+                    steps=600 if full else 300,
                     eval_every=0,
                     keep_best=False,
                     optimizer=_optimizer(2e-3 if full else 4e-3, warmup=50),
-                    checkpoint=CheckpointConfig(every_steps=75 if full else 25),
+                    checkpoint=CheckpointConfig(every_steps=25),
                 ),
                 data=ChatDataConfig(template=TEMPLATE, sequence_length=256, batch_size=16 if full else 8),
                 samples=0,
             ),
-            ppo=_policy("gae", iterations, _rollout(64, 4, longest), 2e-4),
-            grpo=_policy("grpo", iterations, _rollout(32, 8, longest), 2e-4),
+            ppo=_policy("gae", iterations, _rollout(64, 4, longest), 5e-5 if full else 2e-4),
+            grpo=_policy("grpo", iterations, _rollout(32, 8, longest), 5e-5 if full else 2e-4),
             rejection=RejectionConfig(
                 training=FineTuneConfig(
                     epochs=2.0, eval_every=0, keep_best=False, optimizer=_optimizer(3e-4, warmup=5)
