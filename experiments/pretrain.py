@@ -30,7 +30,7 @@ from llm_jax.parallel import distributed
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.scaling.flops import training_flops_per_token
 from llm_jax.tokenization import tokenizer as tokenizers
-from llm_jax.training import language_model, metrics, state, step, together
+from llm_jax.training import language_model, metrics, state, step, supervised, together
 from llm_jax.training.checkpoint import Checkpointer
 from llm_jax.training.loop import Loop, StopSignal, Throughput
 
@@ -138,7 +138,8 @@ def run(config: TrainConfig, workdir: Path) -> None:
     require(config.data.dataset != "", "set --config.data.dataset to the folder that prepare_data wrote")
     distributed.initialize()
     mesh = mesh_lib.build(config.mesh)
-    step.check_batch(config.data.batch_size, config.microbatches, mesh)
+    microbatches = supervised.microbatches(config.data.batch_size, config.microbatches, mesh)
+    step.check_batch(config.data.batch_size, microbatches, mesh)
     info = loader.describe(config.data)
     check_dataset(config, info, workdir)
     check_workdir(config, workdir)
@@ -147,7 +148,7 @@ def run(config: TrainConfig, workdir: Path) -> None:
     record_start(config, info, workdir)
     if distributed.is_first():
         print(describe(config, info, mesh))
-    train(config, workdir, mesh, info, schedule)
+    train(dataclasses.replace(config, microbatches=microbatches), workdir, mesh, info, schedule)
 
 
 def open_checkpoints(config: TrainConfig, workdir: Path) -> Checkpointer:
@@ -177,12 +178,15 @@ def first_state(config: TrainConfig, checkpointer: Checkpointer, mesh: Mesh) -> 
         print("beginning with the model of the checkpoint in the run's folder")
         return state.state_of(checkpointer.restore_params(abstract, step), optimizer, abstract)
 
-    found = checkpointer.newest(read)
-    if found is None:
-        return state.init_state(config.model, optimizer, mesh, jax.random.key(config.seed)), 0
-    if found[1] and distributed.is_first():
-        print(f"continuing from step {found[1]}")
-    return found
+    current, start, source = supervised.first_state(
+        abstract,
+        checkpointer,
+        read,
+        lambda: state.init_state(config.model, optimizer, mesh, jax.random.key(config.seed)),
+    )
+    if start and distributed.is_first():
+        print(f"continuing from step {start} of {source}")
+    return current, start
 
 
 def train(

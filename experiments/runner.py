@@ -33,6 +33,7 @@ from llm_jax import config as config_lib
 from llm_jax.config import Config
 from llm_jax.errors import UserError, require
 from llm_jax.parallel import job as jobs
+from llm_jax.parallel import supervision
 from llm_jax.training.host_memory import keep_freed_memory
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -89,6 +90,7 @@ def main(
             return
         if save_config and first:
             _save_config(config, folder / "config.json")
+        supervision.signs()
         prepare_jax()
         run(config, folder)
     except KeyboardInterrupt:

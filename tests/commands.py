@@ -17,6 +17,11 @@ def parse(argv: list[str]) -> tuple[Any, Path]:
     Raises what the command would fail with: ImportError for an unknown experiment, UserError for a wrong argument.
     """
     name, arguments = argv[0], argv[1:]
+    if "--" in arguments:  # then comes a command of its own
+        at = arguments.index("--")
+        if arguments[at + 1 : at + 3] == ["python", "-m"]:
+            parse(arguments[at + 3 :])
+        arguments = arguments[:at]
     importlib.import_module(name)
     found: dict[str, Any] = {}
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from llm_jax.errors import UserError, require
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+HOST = "LLM_JAX_HOST"
 TPU_PORT = 8476
 # The names of: processes, this process's number, its number on its host, and how many there are on its host.
 VARIABLES = {
@@ -100,14 +101,14 @@ def _coordinator(launcher: str, environment: Mapping[str, str]) -> str:
     if launcher == "Slurm":
         job, step = (_number(environment, name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         host = first_host(environment.get("SLURM_STEP_NODELIST", "localhost"))
-        return f"{_address(host)}:{_port(job + 127 * step)}"
+        return f"{address(host)}:{port(job + 127 * step)}"
     uri = re.match(r"(\d+)\..*?tcp://([\d.]+)", environment.get("OMPI_MCA_orte_hnp_uri", ""))
     if launcher == "Open MPI" and uri:
-        return f"{uri[2]}:{_port(int(uri[1]) >> 12)}"
+        return f"{uri[2]}:{port(int(uri[1]) >> 12)}"
     raise UserError(f"{launcher} does not say where process 0 is: set {COORDINATOR}=HOST:PORT, a free port of its host")
 
 
-def _port(number: int) -> int:
+def port(number: int) -> int:
     """A port, the same for all processes of a job, in the range that is nobody's by rule."""
     return 61440 + number % 4096
 
@@ -120,7 +121,7 @@ def first_host(hosts: str) -> str:
     return match[1] + (match[2] or "")
 
 
-def _address(host: str) -> str:
+def address(host: str) -> str:
     """A host's name if it can be looked up, else the address that Slurm has for it."""
     try:
         socket.getaddrinfo(host, None)
@@ -136,5 +137,5 @@ def _address(host: str) -> str:
 
 
 def this_host() -> str:
-    """This host's name: Slurm's for it, where there is one, as nodes may share a machine."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
+    """This host's name: a supervisor's or Slurm's for it, where there is one, as hosts may share a machine."""
+    return os.environ.get(HOST) or os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]

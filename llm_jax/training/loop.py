@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from llm_jax.config import TrainConfig
 from llm_jax.errors import UserError
 from llm_jax.parallel import rules
+from llm_jax.training import supervised
 from llm_jax.training.metrics import FAILED
 from llm_jax.training.state import TrainState
 from llm_jax.training.step import Metrics, StepFunction
@@ -197,6 +198,7 @@ class Loop:
         """Train until the last step or a stop signal; either way the last state is checkpointed and returned."""
         pending: tuple[int, Metrics] | None = None
         step = start_step
+        worker = supervised.worker()
         with StopSignal() as stop, jax.set_mesh(self.mesh), Profiler(self.config, self.workdir) as profiler:
             while step < self.config.steps and not stop.agreed():
                 profiler.at(step)
@@ -207,12 +209,14 @@ class Loop:
                 if pending is not None:  # one step behind, so that the device always has work queued
                     self._check(*pending)
                 step, pending = step + 1, (step + 1, metrics)
-                due = self._due(step)
+                due = self._due(step) or (worker is not None and worker.due(step))
                 if due:
                     self._check(*pending)
                 self._count(step, time.perf_counter() - start)
                 if due:
                     self._report(state, step, metrics)
+                if worker:
+                    worker.stepped(state, step)
             if pending is not None:
                 self._check(*pending)
             self.checkpointer.save(state, step)

@@ -22,10 +22,13 @@ FAILED = "failed"  # the kind of the record that ends a diverged run
 
 
 def peak_flops() -> float | None:
-    """FLOP/s of all devices together: from the table, on a CPU as measured; None for a device not in the table."""
+    """FLOP/s of all devices together: from the table, on a CPU as the first process has measured its own.
+
+    None for a device that is not in the table.
+    """
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return gemm_flops()
+        return gemm_flops() if jax.process_index() == 0 else None
     peak = hardware.peak_of(device.device_kind)
     return peak * jax.device_count() if peak else None
 
