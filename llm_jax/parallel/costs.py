@@ -228,10 +228,8 @@ class _Plan:
         """All of a step."""
         for group in self.model.layer_groups():
             yield from self.layer_collectives(group)
+            yield from self.tensor_collectives(group)
         yield from self.table_collectives()
-        if self.tensor > 1:
-            for group in self.model.layer_groups():
-                yield from self.tensor_collectives(group)
 
     def layer_collectives(self, group: LayerGroup) -> Iterator[Collective]:
         """Of a group's weights and their gradients."""
@@ -253,6 +251,9 @@ class _Plan:
         yield self.over(DATA, "all-to-all", stream, count, "embedding's gradient")
         yield self.over(("tensor",), "all-gather", stream, count, "embedding's gradient")
         yield self.over(("tensor",), "all-gather", self.compute * self.table * self.tensor, count, "embedding")
+        yield self.over(("tensor",), "all-gather", stream, count, "hidden states of the loss")
+        wide = MASTER * self.tokens * model.hidden_size
+        yield self.over(("tensor",), "all-reduce", wide, count, "gradients of the loss's hidden states")
 
     def gathers(self, when: str, weights: float, once: float, uses: float, what: str) -> Iterator[Collective]:
         """How weights become whole: before the step, where they are used, or half and half (`LayerGroup.gather`)."""
@@ -267,15 +268,10 @@ class _Plan:
         """Of activations, around each tensor-parallel region: gathered before it, summed and divided after it."""
         stream = self.compute * self.tokens * self.model.hidden_size
         times = group.layers * self.work.microbatches
+        normed = 0 if group.remat == "none" else 2  # what the two norms give is computed again, and gathered
         again = group.remat in ("full", "save_attention")
-        saved = {"none": 0, "dots": 2}.get(group.remat, 2)  # norms are computed again, and gathered
-        yield self.over(("tensor",), "all-gather", stream, times * (4 + saved), "activations")
+        yield self.over(("tensor",), "all-gather", stream, times * (4 + normed), "activations")
         yield self.over(("tensor",), "reduce-scatter", stream, times * (4 + again), "activations")
-        if group is self.model.layer_groups()[-1]:
-            once = self.work.microbatches
-            yield self.over(("tensor",), "all-gather", stream, once, "activations")
-            size = MASTER * self.tokens * self.model.hidden_size
-            yield self.over(("tensor",), "all-reduce", size, once, "activations' gradients of the loss")
 
     def over(self, axes: tuple[str, ...], kind: str, size: float, count: float, what: str) -> Collective:
         """A collective of all devices along some axes."""
