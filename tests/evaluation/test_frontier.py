@@ -68,3 +68,22 @@ def test_the_table_and_the_figure(tmp_path):
     assert [row[4] for row in found.rows] == ["", "", "1.00"]
     frontier.draw(points, names, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 5000
+
+
+def line(*rows):
+    return [
+        Point("PPO", f"{kl:g}", Estimate(kl, 0), {"paid": Estimate(paid, 0.1), "other": Estimate(other, 0.1)})
+        for kl, paid, other in rows
+    ]
+
+
+def test_the_best_within_a_distance():
+    points = line((1, 1, 0), (3, 2.5, 0), (4, 2, 0), (9, 5, 0))
+    assert frontier.best_within(points, "paid", 4) is points[1] and frontier.best_within(points, "paid", 0.5) is None
+
+
+def test_over_optimisation_starts_where_what_is_not_paid_is_highest():
+    points = line((0, 0, 0), (2, 1, 1), (5, 2, 0.8), (9, 3, 0.2), (12, 3.5, 0.6))
+    assert frontier.turn(points, "paid", "other") == (points[1], points[3])
+    assert frontier.turn(points[:3], "paid", "other") is None  # 0.2 less, which is not two errors of the difference
+    assert frontier.turn(line((0, 3, 1), (2, 1, 0)), "paid", "other") is None  # both fall
