@@ -42,31 +42,36 @@ def run(config: DpoConfig, workdir: Path) -> None:
     train, tally = dpo.encode_pairs(data.train, model.tokenizer, template, length)
     heldout = dpo.encode_pairs(data.heldout, model.tokenizer, template, length)[0] if data.heldout else {}
     fingerprint = finetune.fingerprint([train, heldout])
-    finetune.check_folder(config, fingerprint, workdir)
-    if distributed.is_first():  # first of all, as what cannot be packed is refused here
+    asked = ask(data.heldout[: config.samples], model.tokenizer, template)
+    says = how_it_says(model.tokenizer, template)
+
+    def task_of(train: dpo.Encoded, heldout: dpo.Encoded) -> finetune.Task:
+        packed = dpo.packed(train, config.data)
+
+        def evaluate(architecture: ModelConfig, params: Any) -> dict[str, float]:
+            append_samples(workdir, asked, says, config.sampling, params, architecture, mesh)
+            return dpo.heldout_losses(params, architecture, heldout, config.data, config.loss, chunk_size, mesh)
+
+        return finetune.Task(
+            loss=lambda architecture: dpo.loss_function(architecture, config.loss, chunk_size),
+            batches=lambda start: packed.train_batches(
+                start_step=start, process_index=jax.process_index(), process_count=jax.process_count()
+            ),
+            evaluate=evaluate,
+            steps_per_epoch=packed.steps_per_epoch,
+            batch_size=config.data.batch_size,
+            sequence_length=length,
+            fingerprint=fingerprint,
+        )
+
+    # Whatever may be refused is, before the references, which take long.
+    finetune.check(config.training, model, task_of(train, heldout), workdir, mesh, config)
+    if distributed.is_first():
         print(reward_model.describe(data, dpo.packed(train, config.data), str(tally)))
     train, heldout = dpo.with_references(
         workdir, *reference(config.training, model), [train, heldout], config.data, chunk_size, mesh
     )
-    packed = dpo.packed(train, config.data)
-    asked = ask(data.heldout[: config.samples], model.tokenizer, template)
-    says = how_it_says(model.tokenizer, template)
-
-    def evaluate(architecture: ModelConfig, params: Any) -> dict[str, float]:
-        append_samples(workdir, asked, says, config.sampling, params, architecture, mesh)
-        return dpo.heldout_losses(params, architecture, heldout, config.data, config.loss, chunk_size, mesh)
-
-    task = finetune.Task(
-        loss=lambda architecture: dpo.loss_function(architecture, config.loss, chunk_size),
-        batches=lambda start: packed.train_batches(
-            start_step=start, process_index=jax.process_index(), process_count=jax.process_count()
-        ),
-        evaluate=evaluate,
-        steps_per_epoch=packed.steps_per_epoch,
-        batch_size=config.data.batch_size,
-        sequence_length=length,
-        fingerprint=fingerprint,
-    )
+    task = task_of(train, heldout)
     if finetune.train(config.training, model, task, workdir, mesh, config) and distributed.is_first():
         print(summary(workdir))
 

@@ -118,11 +118,9 @@ def train(config: FineTuneConfig, model: Pretrained, task: Task, workdir: Path, 
       whole: the experiment's config, which the run's folder keeps and with which it may be continued.
 
     Raises:
-      UserError: the folder holds another run, or the data has changed; and what the loop raises.
+      UserError: what `check` and the loop raise.
     """
-    check_folder(whole, task.fingerprint, workdir)
-    step.check_batch(task.batch_size, config.microbatches, mesh)
-    settings = _settings(config, model.config, task)
+    settings = check(config, model, task, workdir, mesh, whole)
     part = part_of(config, model, mesh)
     write_start(whole, model, task.fingerprint, workdir)
     with Checkpointer(workdir / part.folder, config.checkpoint, model.config, task.tokens_per_step) as checkpointer:
@@ -135,6 +133,19 @@ def train(config: FineTuneConfig, model: Pretrained, task: Task, workdir: Path, 
     if part.folder and finished:
         checkpoint.replace_model(workdir, model.config, part.merge(current.params, *part.frozen), settings.steps)
     return finished
+
+
+def check(config: FineTuneConfig, model: Pretrained, task: Task, workdir: Path, mesh: Mesh, whole: Any) -> TrainConfig:
+    """The run that `train` would begin or continue with the same arguments, as the loop takes it.
+
+    Raises `UserError` where the folder holds another run, the data has changed, or settings fit neither each other nor
+    model, data and mesh.
+    """
+    check_folder(whole, task.fingerprint, workdir)
+    step.check_batch(task.batch_size, config.microbatches, mesh)
+    settings = _settings(config, model.config, task)
+    schedules.learning_rate(settings.optimizer, settings.steps)  # refuses a warm-up that is too long
+    return settings
 
 
 def part_of(config: FineTuneConfig, model: Pretrained, mesh: Mesh) -> Part:

@@ -180,10 +180,13 @@ def test_the_config_of_the_documents():
         ({"data": PairDataConfig(sequence_length=64, batch_size=512)}, "lower PairDataConfig.batch_size"),
         ({"data": PairDataConfig(sequence_length=128, batch_size=8)}, "max_length=64"),
         ({"template": "chatml"}, "<|im_start|>"),
+        ({"training": {"optimizer": OptimizerConfig(warmup_steps=9)}}, "warmup_steps=9"),
+        ({"training": {"microbatches": 3}}, "batch_size=8 does not divide into 3 microbatches"),
     ],
-    ids=["path", "pairs", "batch", "length", "template"],
+    ids=["path", "pairs", "batch", "length", "template", "warm-up", "microbatches"],
 )
-def test_mistakes_are_one_line(base, pairs, tmp_path, changes, message):
+def test_mistakes_are_one_line_before_the_references(base, pairs, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(library, "reference_logprobs", lambda *_: pytest.fail("they take long"))
     with pytest.raises(UserError) as error:
         dpo.run(settings(base, pairs, **changes), tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
