@@ -6,7 +6,7 @@ with figures, and `plan.json`. It says whether the step fits the devices' memory
 
 A target is a kind of device and a number, such as a800x1024, h100x512 or v5px1024, or a TPU slice by its own name, such
 as v5p-2048 with its 1,024 chips. The mesh, the microbatches and `config.model.groups` are the config's, unless --choose
-is given: then the way with the best bound without overlap among those that fit.
+is given: then, among the ways that fit, the one that is fastest with half of the overlap that there may be.
 """
 
 import dataclasses

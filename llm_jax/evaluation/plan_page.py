@@ -27,10 +27,7 @@ def facts(plan: Plan) -> Table:
     """What is planned."""
     config, target = plan.config, plan.target
     parameters = flops.count(config.model).total
-    groups = ", ".join(
-        f"{group.layers} layers gathered by {group.gather}, remat {group.remat}{', offloaded' * group.offload}"
-        for group in config.model.layer_groups()
-    )
+    groups = planning.describe(config.model.layer_groups())
     hardware = target.hardware
     links = f"{hardware.link / GB:.0f} GB/s a device inside hosts"
     if hardware.network:
@@ -120,7 +117,7 @@ def draw_memory(plan: Plan, path: Path) -> None:
     bars: dict[str, Mapping[str, float]] = {"estimated": plan.estimate.memory}
     if plan.compiled:
         arguments = plan.compiled.arguments
-        bars["compiled"] = {"state and batch": arguments, "while it runs": plan.compiled.bytes - arguments}
+        bars["compiled"] = {"state and batch": arguments, "beside them, while it runs": plan.compiled.bytes - arguments}
     with figure(path, 9.0, 1.4 + 0.6 * len(bars), "Memory of a device") as axes:
         colours = iter([*SERIES, "#56B4E9", "#F0E442", "#000000"])
         for name, parts in bars.items():

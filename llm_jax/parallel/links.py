@@ -94,6 +94,11 @@ class Bounds:
         return max(self.compute, self.fast, self.slow)
 
     @property
+    def halfway(self) -> float:
+        """With half of the overlap that there may be: what plans are ranked by."""
+        return (self.serial + self.overlapped) / 2
+
+    @property
     def utilisation(self) -> tuple[float, float]:
         """Bounds of the model FLOPs utilisation: without overlap, and with all of it."""
         return self.useful / self.serial, self.useful / self.overlapped

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from llm_jax.config import GATHERS, REMAT_POLICIES, LayerGroup, MeshConfig, ModelConfig, TrainConfig
+from llm_jax.config import REMAT_POLICIES, LayerGroup, MeshConfig, ModelConfig, TrainConfig
 from llm_jax.errors import require
 from llm_jax.parallel import costs, links
 from llm_jax.parallel.compiled import CompiledStep
@@ -12,24 +12,23 @@ from llm_jax.parallel.costs import Estimate, Workload
 from llm_jax.parallel.hardware import Target
 from llm_jax.parallel.links import Bounds, Collective
 
-MOST_MICROBATCHES = 16
+MICROBATCHES = (1, 2, 4, 8, 16)
 GB = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A way to run a step, all layers alike, and what it costs."""
+    """A way to run a step, and what it costs."""
 
     sizes: Mapping[str, int]  # of the mesh's axes
     microbatches: int
-    gather: str
-    remat: str
+    groups: tuple[LayerGroup, ...]
+    tables: str  # when embedding and head are gathered
     estimate: Estimate
 
     def apply(self, config: TrainConfig) -> TrainConfig:
         """The run with this mesh and way of execution."""
-        group = LayerGroup(config.model.num_layers, self.gather, self.remat)
-        model = dataclasses.replace(config.model, groups=(group,), gather_tables=self.gather)
+        model = dataclasses.replace(config.model, groups=self.groups, gather_tables=self.tables)
         mesh = MeshConfig(self.sizes["replica"], self.sizes["data"], self.sizes["tensor"])
         return dataclasses.replace(config, model=model, mesh=mesh, microbatches=self.microbatches)
 
@@ -38,7 +37,15 @@ class Choice:
         """In a line."""
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1) or "one device"
         times = f", {self.microbatches} microbatches" if self.microbatches > 1 else ""
-        return f"{mesh}; gather by {self.gather}, remat {self.remat}{times}"
+        return f"{mesh}; {describe(self.groups)}{times}"
+
+
+def describe(groups: Sequence[LayerGroup]) -> str:
+    """How layers are executed, in words."""
+    return ", ".join(
+        f"{group.layers} layers gathered by {group.gather}, remat {group.remat}{', offloaded' * group.offload}"
+        for group in groups
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +97,26 @@ def workload(config: TrainConfig) -> Workload:
 def choices(model: ModelConfig, target: Target, work: Workload) -> Iterator[Choice]:
     """Every way to run a step in which all layers are alike, and that divides."""
     for sizes in meshes(model, target):
-        shares = sizes["replica"] * sizes["data"]
-        gathers = [gather for gather in GATHERS if gather != "group" or sizes["replica"] > 1]
-        if sizes["replica"] > 1:
-            gathers = ["group"]  # for the others a mesh with replicas is the one without
-        counts = [count for count in (2**i for i in range(5)) if count <= MOST_MICROBATCHES]
-        for microbatches, gather, remat in itertools.product(counts, gathers, REMAT_POLICIES):
-            if work.rows % (shares * microbatches) == 0:
-                group = LayerGroup(model.num_layers, gather, remat)
-                executed = dataclasses.replace(model, groups=(group,), gather_tables=gather)
-                part = dataclasses.replace(work, microbatches=microbatches)
-                yield Choice(sizes, microbatches, gather, remat, costs.estimate(executed, sizes, target, part))
+        # With replicas, the others are what they are on the mesh without.
+        gathers = ("group",) if sizes["replica"] > 1 else ("layer", "step")
+        for gather, remat in itertools.product(gathers, REMAT_POLICIES):
+            yield from ways(model, sizes, target, work, (LayerGroup(model.num_layers, gather, remat),), gather)
+
+
+def ways(
+    model: ModelConfig,
+    sizes: Mapping[str, int],
+    target: Target,
+    work: Workload,
+    groups: tuple[LayerGroup, ...],
+    tables: str,
+) -> Iterator[Choice]:
+    """A way to execute the layers, with every number of microbatches that divides the batch."""
+    executed = dataclasses.replace(model, groups=groups, gather_tables=tables)
+    for microbatches in MICROBATCHES:
+        if work.rows % (sizes["replica"] * sizes["data"] * microbatches) == 0:
+            part = dataclasses.replace(work, microbatches=microbatches)
+            yield Choice(sizes, microbatches, groups, tables, costs.estimate(executed, sizes, target, part))
 
 
 def meshes(model: ModelConfig, target: Target) -> Iterator[dict[str, int]]:
@@ -120,11 +136,10 @@ def divides(model: ModelConfig, tensor: int) -> bool:
 
 
 def best(found: Sequence[Choice], count: int) -> tuple[Choice, ...]:
-    """The best of those that fit: by the bound without overlap, then the one with it, then memory."""
+    """The best of those that fit: by the seconds with half of the overlap that there may be, then by memory."""
 
-    def order(choice: Choice) -> tuple[float, ...]:
-        serial, overlapped = choice.estimate.bounds.utilisation
-        return -round(serial, 3), -round(overlapped, 3), choice.estimate.bytes
+    def order(choice: Choice) -> tuple[float, float]:
+        return float(f"{choice.estimate.bounds.halfway:.3g}"), choice.estimate.bytes
 
     return tuple(sorted((choice for choice in found if choice.estimate.fits), key=order)[:count])
 
@@ -156,20 +171,20 @@ def verdict(plan: Plan) -> list[str]:
         f"At most {serial:.1%} of the peak without overlap of compute and communication, {overlapped:.1%} with all of "
         f"it; it then waits for {plan.bounds.limit}.",
     ]
-    better = [choice for choice in plan.alternatives if _is_better(choice, plan)]
-    if better:
-        serial, overlapped = better[0].estimate.bounds.utilisation
+    better = next((choice for choice in plan.alternatives if _is_better(choice, plan)), None)
+    if better is not None:
+        serial, overlapped = better.estimate.bounds.utilisation
         found.append(
-            f"Change: {better[0].summary} needs {better[0].estimate.bytes / GB:.1f} GB and may reach {serial:.1%} and "
-            f"{overlapped:.1%}."
+            f"Change: {better.summary} needs {better.estimate.bytes / GB:.1f} GB and may reach {serial:.1%} and "
+            f"{overlapped:.1%} (--choose plans it)."
         )
     elif plan.fits:
-        found.append("No other way to run it, with all layers alike, has a better bound without overlap.")
+        found.append("No other way to run it, with all layers alike, is better by its estimate.")
     return found
 
 
 def _is_better(choice: Choice, plan: Plan) -> bool:
-    return not plan.fits or choice.estimate.bounds.utilisation[0] > plan.estimate.bounds.utilisation[0] + 0.005
+    return not plan.fits or choice.estimate.bounds.halfway < 0.99 * plan.estimate.bounds.halfway
 
 
 def traffic(collectives: Sequence[Collective], target: Target) -> dict[tuple[str, str], tuple[float, float, float]]:
