@@ -85,9 +85,13 @@ def main(
             print(_help(run, name, config_class, default_config, workdir, full))
             return
         config, folder = parse(arguments, config_class, default_config, workdir)
-        first = jobs.index(os.environ) == 0
-        if not first and name not in TOGETHER:
-            return
+        job = jobs.find(os.environ)
+        first = job is None or job.index == 0
+        if job is not None and name not in TOGETHER:
+            if not first:
+                return
+            os.environ[jobs.ALONE] = "1"
+            print(f"{name} runs in one process: in this one, the first of {job.count}", file=sys.stderr)
         if save_config and first:
             _save_config(config, folder / "config.json")
         supervision.signs()

@@ -15,6 +15,7 @@ from llm_jax.errors import UserError, require
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HOST = "LLM_JAX_HOST"
+ALONE = "LLM_JAX_ALONE"  # set where one process of a job does the work by itself
 TPU_PORT = 8476
 # The names of: processes, this process's number, its number on its host, and how many there are on its host.
 VARIABLES = {
@@ -48,10 +49,12 @@ class Job:
 
 
 def find(environment: Mapping[str, str]) -> Job | None:
-    """The job that this process is one of; None for a process on its own.
+    """The job that this process is one of; None for a process on its own, and where `ALONE` is set.
 
     Raises `UserError` for variables that contradict each other, or where nobody says which process coordinates.
     """
+    if ALONE in environment:
+        return None
     for launcher, names in VARIABLES.items():
         count = _count(launcher, environment)
         if count > 1 or (count == 1 and launcher == "JAX's variables"):
@@ -61,12 +64,6 @@ def find(environment: Mapping[str, str]) -> Job | None:
         f"{COORDINATOR} is set, but neither {COUNT} and {INDEX} nor a launcher's variables say which process this is",
     )
     return None
-
-
-def index(environment: Mapping[str, str]) -> int:
-    """This process's number in its job; 0 for a process on its own."""
-    job = find(environment)
-    return job.index if job else 0
 
 
 def _count(launcher: str, environment: Mapping[str, str]) -> int:

@@ -252,3 +252,6 @@ def test_which_process_this_is_can_be_said_by_flags(config_file, monkeypatch):
 def test_what_one_process_does_alone_the_others_leave_to_the_first(config_file):
     done = command(config_file, "--coordinator=n1:7000", "--processes=4", "--process=2")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    joins = "    from llm_jax.parallel import distributed\n    distributed.initialize(1.0)\n"  # it waits
+    done = command(config_file, "--coordinator=127.0.0.1:7000", "--processes=4", "--process=0", body=joins)
+    assert done.stderr == "count runs in one process: in this one, the first of 4\n" and done.returncode == 0
