@@ -125,8 +125,11 @@ def meshes(model: ModelConfig, target: Target) -> Iterator[dict[str, int]]:
     for tensor in (size for size in range(1, host + 1) if host % size == 0 and divides(model, size)):
         shares = target.devices // tensor
         if model.hidden_size % shares == 0:
-            for data in (size for size in range(max(1, host // tensor), shares + 1) if shares % size == 0):
+            # A group of devices has at least a host, and two parts of the weights.
+            smallest = max(2, host // tensor)
+            for data in (size for size in range(smallest, shares) if shares % size == 0):
                 yield {"replica": shares // data, "data": data, "tensor": tensor}
+            yield {"replica": 1, "data": shares, "tensor": tensor}
 
 
 def divides(model: ModelConfig, tensor: int) -> bool:
