@@ -22,7 +22,6 @@ from llm_jax.parallel.hardware import Target
 from llm_jax.parallel.links import Bounds, Collective
 from llm_jax.scaling import flops
 
-MARGIN = 0.9  # of the memory that a plan may fill: fragments, the network's buffers and the next batch need some
 DATA = ("replica", "data")
 MASTER = 4  # bytes of a master parameter, each of its two moments and its gradient
 # Matrix products over pairs of queries and keys that the attention kernels do, forwards and backwards. The model's own
@@ -104,7 +103,7 @@ def estimate(model: ModelConfig, sizes: Mapping[str, int], target: Target, work:
         collectives=collectives,
         flops=spent,
         bounds=links.bounds(collectives, spent, useful, target),
-        budget=MARGIN * target.hardware.memory,
+        budget=target.hardware.usable * target.hardware.memory,
     )
 
 

@@ -28,6 +28,9 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
 }
 GIB = 2.0**30
+# JAX reserves three quarters of a GPU's memory unless it is told otherwise, and beyond 76 % XLA begins to compute things
+# again to save memory; the libraries for the network want some too. A TPU's program may have nearly all.
+GPU_SHARE, TPU_SHARE = 0.75, 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Hardware:
     name: str  # as in a target's name
     chip: str  # what the compilers are told that it is: a name in `absent.TARGETS`
     peak_flops: float  # dense bfloat16 FLOP/s
-    memory: float  # bytes of a device that a program may fill
+    memory: float  # bytes of a device
+    usable: float  # the share of them that a plan may fill
     host_devices: int
     link: float  # bytes/s of a device to the others of its host: NVLink; of a TPU, to its torus, over all of its axes
     network: float = 0.0  # bytes/s of a network card; 0 = there is none, the links reach every device
@@ -52,19 +56,19 @@ class Hardware:
 
 
 def _gpu(name: str, chip: str, peak: str, memory: float, link: float, network: float) -> Hardware:
-    return Hardware(name, chip, PEAK_FLOPS[peak], memory, 8, link, network, cards=8)
+    return Hardware(name, chip, PEAK_FLOPS[peak], memory, GPU_SHARE, 8, link, network, cards=8)
 
 
 HARDWARE = {
     hardware.name: hardware
     for hardware in (
-        # An A800 is an A100 with a third fewer NVLinks. Of 80 GB a driver and the libraries take about 1.
-        _gpu("a800", "a100", "A800", 84e9, 200e9, 25e9),
-        _gpu("a100", "a100", "A100", 84e9, 300e9, 25e9),
-        _gpu("h100", "h100", "H100", 84e9, 450e9, 50e9),
-        _gpu("h800", "h100", "H800", 84e9, 200e9, 50e9),
-        Hardware("v5p", "v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 4, 600e9, torus_axes=3, cores=2),
-        Hardware("v5e", "v5e", PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 4, 200e9, torus_axes=2),
+        # An A800 is an A100 with a third fewer NVLinks.
+        _gpu("a800", "a100", "A800", 85e9, 200e9, 25e9),
+        _gpu("a100", "a100", "A100", 85e9, 300e9, 25e9),
+        _gpu("h100", "h100", "H100", 85e9, 450e9, 50e9),
+        _gpu("h800", "h100", "H800", 85e9, 200e9, 50e9),
+        Hardware("v5p", "v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, TPU_SHARE, 4, 600e9, torus_axes=3, cores=2),
+        Hardware("v5e", "v5e", PEAK_FLOPS["TPU v5e"], 15.75 * GIB, TPU_SHARE, 4, 200e9, torus_axes=2),
     )
 }
 USUAL_COUNTS = tuple(2**power for power in range(3, 13))
