@@ -28,8 +28,8 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
 }
 GIB = 2.0**30
-# JAX reserves three quarters of a GPU's memory unless it is told otherwise, and beyond 76 % XLA begins to compute things
-# again to save memory; the libraries for the network want some too. A TPU's program may have nearly all.
+# JAX reserves three quarters of a GPU's memory unless it is told otherwise, and beyond 76 % XLA begins to compute
+# things again to save memory; the libraries for the network want some too. A TPU's program may have nearly all.
 GPU_SHARE, TPU_SHARE = 0.75, 0.9
 
 
