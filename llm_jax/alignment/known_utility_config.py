@@ -11,8 +11,8 @@ from llm_jax.errors import require
 TEMPLATE = "llama2"  # plain words and the end of a text: any tokenizer has room for it
 TITLES = {
     "llama2": "PPO as in LLaMA-2",
-    "llama2_ptx": "the same with PTX",
-    "helpfulness": "the same, paid for helpfulness alone",
+    "llama2_ptx": "LLaMA-2's with PTX",
+    "helpfulness": "LLaMA-2's, helpfulness alone",
     "small_beta": "helpfulness alone, small beta",
     "baichuan2": "PPO as in Baichuan-2",
     "qwen": "PPO as in Qwen",

@@ -107,12 +107,17 @@ def _by_prompt(values: np.ndarray) -> np.ndarray:
 
 def table(title: str, points: Sequence[Point], names: Mapping[str, str], notes: Sequence[str] = ()) -> Table:
     """A row for each point; `names` maps what is shown to its heading."""
-    headings = ("method", "setting", "KL (nats)", *names.values())
+    settings = any(each.setting for each in points)  # where there are none, there is no column for them
+    headings = ("method", *(["setting"] if settings else []), "KL (nats)", *names.values())
     rows = tuple(
-        (each.method, each.setting, _written(each.kl), *(_written(each.scores.get(name)) for name in names))
+        (
+            each.method,
+            *([each.setting] if settings else []),
+            *map(_written, (each.kl, *(each.scores.get(name) for name in names))),
+        )
         for each in points
     )
-    return Table(title, headings, rows, frozenset(headings[2:]), tuple(notes))
+    return Table(title, headings, rows, frozenset(headings) - {"method", "setting"}, tuple(notes))
 
 
 def _written(found: Estimate | None) -> str:
@@ -147,7 +152,7 @@ def _draw_line(axes: Axes, line: Sequence[Point], name: str, number: int) -> Non
         [each.scores[name].mean for each in line],
         xerr=[each.kl.error for each in line],
         yerr=[each.scores[name].error for each in line],
-        fmt=MARKS[number % len(MARKS)],
+        fmt=MARKS[(number + number // len(SERIES)) % len(MARKS)],  # no two of 36 have both colour and mark in common
         color=SERIES[number % len(SERIES)],
         markersize=4,
         linewidth=1,
