@@ -194,7 +194,7 @@ def train(
 ) -> None:
     """Restore or initialise the state, and run the loop."""
     optimizer = state.optimizer(config.model, config.optimizer)
-    update = language_model.compiled_update(config.model, config.loss, optimizer, config.microbatches)
+    update = language_model.compiled_update(config.model, config.loss, optimizer, config.microbatches, mesh)
     with open_checkpoints(config, workdir) as checkpointer:
         current, start = first_state(config, checkpointer, mesh)
         batches = loader.train_batches(

@@ -69,7 +69,7 @@ def lower(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     numbers = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((), np.asarray(x).dtype, sharding=whole), (jnp.uint32(0), schedule)
     )
-    update: Any = language_model.compiled_update(config.model, config.loss, optimizer, config.microbatches)
+    update: Any = language_model.compiled_update(config.model, config.loss, optimizer, config.microbatches, mesh)
     platform = mesh.devices.flat[0].platform
     with jax.set_mesh(mesh):
         lowered: jax.stages.Lowered = update.trace(abstract, batch, *numbers).lower(

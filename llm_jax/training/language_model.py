@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from llm_jax import models
 from llm_jax.config import LossConfig, ModelConfig
 from llm_jax.losses.cross_entropy import chunked_cross_entropy
 from llm_jax.losses.logprobs import TokenLogprobs, token_logprobs
 from llm_jax.losses.weighted import LossOutput
+from llm_jax.parallel import overlap
 from llm_jax.training import step
 from llm_jax.training.step import LossFunction, Update
 
@@ -68,9 +70,17 @@ def logprobs_function(
 
 @functools.lru_cache
 def compiled_update(
-    model: ModelConfig, loss: LossConfig, optimizer: optax.GradientTransformationExtraArgs, microbatches: int
+    model: ModelConfig,
+    loss: LossConfig,
+    optimizer: optax.GradientTransformationExtraArgs,
+    microbatches: int,
+    mesh: Mesh | None = None,
 ) -> Update:
-    """The update of pre-training, jitted once in a process, with the state donated; see `step.update_function`."""
+    """The update of pre-training, jitted once in a process, with the state donated; see `step.update_function`.
+
+    With the mesh that it will run on, it is compiled so that communication runs under compute there.
+    """
     once = functools.partial(models.gather_once, config=model)
     update = step.update_function(loss_function(model, loss), optimizer, microbatches, once)
-    return jax.jit(update, donate_argnums=0)
+    options = overlap.compiler_options(mesh, model) if mesh else {}
+    return jax.jit(update, donate_argnums=0, compiler_options=options or None)

@@ -1,0 +1,58 @@
+"""Options for overlap: only where something moves, by what a layer's weights weigh; and what they do to a real step."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax import models
+from llm_jax.config import DataConfig, LayerGroup, MeshConfig, ModelConfig, TrainConfig
+from llm_jax.parallel import compiled, hardware, overlap
+from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.training import ahead_of_time
+
+MODEL = ModelConfig(
+    vocab_size=4096,
+    hidden_size=1024,
+    num_layers=16,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=128,
+    ffn_size=2816,
+    max_length=1024,
+    compute_dtype="bfloat16",
+)
+
+
+def mesh_of(platform, **sizes):
+    devices = np.array([types.SimpleNamespace(platform=platform)] * int(np.prod(list(sizes.values()))))
+    return types.SimpleNamespace(devices=devices, size=devices.size, shape=sizes)
+
+
+def test_nothing_is_asked_where_nothing_moves():
+    assert overlap.compiler_options(mesh_lib.build(MeshConfig()), MODEL) == {}
+    assert overlap.compiler_options(mesh_of("gpu", replica=1, data=1, tensor=1), MODEL) == {}
+
+
+@pytest.mark.parametrize("model", [MODEL, dataclasses.replace(MODEL, qkv_bias=True, num_kv_heads=2)], ids=["", "bias"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_exactly_a_layers_weights_are_gathered_together(tensor, model):
+    options = overlap.compiler_options(mesh_of("gpu", replica=1, data=4, tensor=tensor), model)
+    layers = sum(leaf.size for leaf in jax.tree.leaves(models.abstract(model)["layers"]))
+    assert options["xla_gpu_all_gather_combine_threshold_bytes"] == 2 * layers // (model.num_layers * tensor)
+
+
+@pytest.mark.slow
+def test_a_step_for_absent_gpus_gathers_and_reduces_under_compute(tmp_path):
+    pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is not installed: `make aot`")
+    target = hardware.target("a800x16")
+    model = dataclasses.replace(MODEL, groups=(LayerGroup(MODEL.num_layers, "layer", "dots"),))
+    config = TrainConfig(model=model, mesh=MeshConfig(), data=DataConfig(sequence_length=1024, batch_size=64))
+    answer = ahead_of_time.compile_for(config, target, tmp_path)
+    step = compiled.read(answer.text, answer.sizes, answer.hosts, visible_keys=512.5)
+    assert step.hidden_share("all-gather") >= 0.8
+    assert step.hidden_share("reduce-scatter") >= 0.8
+    # What is summed whole are scalars: every gradient comes as a shard.
+    assert max(entry.size for entry in step.collectives if entry.kind == "all-reduce") < 1024
