@@ -366,7 +366,7 @@ def remarks_of(config: SteeringConfig, points: Sequence[Point], prompts: int) ->
             f"PPO, at no more than {allowed:.2f} nats: reward {said(reached.scores[PAID])} with {reached.setting} at "
             f"{said(reached.kl)} nats; the best of {WANTED_N}: {said(wanted[0].scores[PAID])}."
         )
-    for name in (REGRESSION, LEXICON):
+    for name in (REGRESSION, LEXICON, judging.LOGPROB, judging.DISTINCT):
         turned = frontier.turn([points[0], *ppo], PAID, name)
         if turned:
             peak, behind = turned

@@ -102,7 +102,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
                 samples=0,
                 logprob_tolerance=0.2,
             ),
-            ppo_betas=(0.02, 0.1, 0.2, 0.4),
+            ppo_betas=(0.0, 0.03, 0.1, 0.2, 0.4),
             rejection=RejectionConfig(
                 training=_training(4e-4 if full else 1e-3, epochs=2.0),
                 prompts=PromptDataConfig(max_tokens=PROMPT_TOKENS),
