@@ -159,7 +159,7 @@ class Supervisor:
             if any(faults.values()):
                 culprit = min((m for m in round_members if faults[m]), key=lambda m: CAUSES.index(faults[m]))
                 return FAULT, culprit, faults[culprit]
-            if all(one.status == 0 for one in round_members):
+            if all(one.has_ended_well() for one in round_members):
                 return asked or FINISHED, None, ""
             if time.monotonic() > min(stop_by, hung_by):
                 return FAULT, round_members[0], members.HUNG
@@ -167,7 +167,7 @@ class Supervisor:
                 self.status.say(f"{asked}: asking the processes to save and stop")
                 stop_by = time.monotonic() + self._config.stop_seconds
                 for one in round_members:
-                    one.tell("stop")
+                    one.stop()
             time.sleep(POLL_SECONDS)
 
     def _wanted(self, team: list[str]) -> str:

@@ -107,6 +107,7 @@ class Status:
         """Something went wrong."""
         fault.time = time.strftime("%Y-%m-%d %H:%M:%S")
         self.faults.append(fault)
+        self.state = "restarting"
         words = f" ({fault.last_words})" if fault.last_words and "never" not in fault.what else ""
         self.say(f"{fault.what}: process {fault.process} on {fault.host} after step {fault.step}{words}")
 

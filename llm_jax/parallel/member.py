@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ class Member:
         self._beats.unlink(missing_ok=True)
         self.beat = Beat()
         self.status: int | None = None  # the process's, once it has ended
+        self._asked = False  # to stop
         agent = hosts.command(host, [sys.executable, "-m", "llm_jax.parallel.agent", task.encode()])
         self._agent = subprocess.Popen(
             agent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("a"), text=True,
@@ -50,17 +52,28 @@ class Member:
             self._changed = time.monotonic()
         self.beat = beat
 
+    def has_ended_well(self) -> bool:
+        """Whether its process is done, or has been stopped: one that has only begun knows no other end than a kill."""
+        stopped = (-signal.SIGTERM, SIGNALS + signal.SIGTERM) if self._asked else ()
+        return self.status in (0, *stopped)
+
     def fault(self, start_seconds: float, frozen_seconds: float) -> str:
         """What is wrong with it; "" = nothing."""
+        if self.has_ended_well():
+            return ""
         if self.status is not None:
-            by_signal = self.status < 0 or self.status > SIGNALS
-            return "" if self.status == 0 else KILLED if by_signal else FAILED
+            return KILLED if self.status < 0 or self.status > SIGNALS else FAILED
         if self._agent.poll() is not None:
             return LOST
         silent = time.monotonic() - self._changed
         if not self.beat.count:
             return LATE if silent > start_seconds else ""
         return FROZEN if silent > frozen_seconds else ""
+
+    def stop(self) -> None:
+        """Ask the process to save and end."""
+        self._asked = True
+        self.tell("stop")
 
     def tell(self, order: str) -> None:
         """Send the agent an order; one that has gone does not hear it."""

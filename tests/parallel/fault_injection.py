@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,27 +39,32 @@ def environment() -> dict[str, str]:
 
 
 def training(config: Path, workdir: Path) -> list[str]:
+    """The command that is supervised."""
     return ["python", "-m", "tests.parallel.elastic_worker", f"--config={config}", f"--workdir={workdir}"]
+
+
+def run_alone(arguments: Sequence[str]) -> None:
+    """Run a training in one process, without a supervisor."""
+    subprocess.run([sys.executable, *arguments], env=environment(), cwd=ROOT, check=True, timeout=WAIT_SECONDS)
 
 
 class Supervised:
     """A supervisor on simulated hosts, and hands to harm them with."""
 
-    def __init__(self, config: Path, folder: Path, hosts: int, *flags: str) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, hosts: int, *flags: str) -> None:
         self.workdir, self._memory = folder / "run", folder / "memory"
         self._names = [f"n{i + 1}" for i in range(hosts)]
         self._list = folder / "hosts"
         self.list_hosts()
-        command = [sys.executable, "-m", "experiments.elastic", f"--workdir={self.workdir}"]
-        command += [f"--config.hosts={self._list}", f"--config.memory={self._memory}", *flags]
-        command += ["--", *training(config, self.workdir)]
+        arguments = [sys.executable, "-m", "experiments.elastic", f"--workdir={self.workdir}"]
+        arguments += [f"--config.hosts={self._list}", f"--config.memory={self._memory}", *flags, "--", *command]
         self._log = (folder / "supervisor.log").open("w")
-        self.process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=self._log, stderr=self._log)
+        self.process = subprocess.Popen(arguments, env=environment(), cwd=ROOT, stdout=self._log, stderr=self._log)
 
-    def list_hosts(self) -> None:
-        """Write the list of hosts, which makes all of them usable again."""
+    def list_hosts(self, count: int | None = None) -> None:
+        """Write the list of hosts, which makes all that are on it usable again."""
         partial = self._list.with_suffix(".partial")
-        partial.write_text("\n".join(self._names) + "\n")
+        partial.write_text("\n".join(self._names[:count]) + "\n")
         partial.replace(self._list)
 
     def status(self) -> dict:
@@ -94,17 +100,26 @@ class Supervised:
             assert self.process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
 
+    def pid(self, index: int) -> int:
+        """The process's id, as its signs of life say."""
+        path = self.workdir / f"elastic/beats/{index}.json"
+        self.wait_for(lambda status: path.exists())
+        return json.loads(path.read_text())["pid"]
+
     def harm(self, kind: str, index: int) -> None:
         """Do something bad to a process, or to its host with the copies that it keeps."""
-        status = self.status()
-        pid = json.loads((self.workdir / f"elastic/beats/{index}.json").read_text())["pid"]
+        status, pid = self.status(), self.pid(index)
         if kind == LOSE:
-            shutil.rmtree(self._memory / f"llm_jax-{status['run_id']}" / status["hosts"][index])
+            shutil.rmtree(self._memory / f"llm_jax-{status['run_id']}" / status["hosts"][index], ignore_errors=True)
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])  # its agent
         os.kill(pid, signal.SIGSTOP if kind == FREEZE else signal.SIGKILL)
 
-    def finish(self, seconds: float) -> None:
-        assert self.process.wait(seconds) == 0, Path(self._log.name).read_text()
+    def finish(self, seconds: float = WAIT_SECONDS, status: int = 0) -> str:
+        """Wait for the supervisor's end; what it has printed."""
+        ended = self.process.wait(seconds)
+        printed = Path(self._log.name).read_text()
+        assert ended == status, printed
+        return printed
 
     def end(self) -> None:
         if self.process.poll() is None:
@@ -114,9 +129,9 @@ class Supervised:
 
 
 @contextlib.contextmanager
-def supervised(config: Path, folder: Path, hosts: int, *flags: str):
-    """A supervised run that is ended with the block."""
-    run = Supervised(config, folder, hosts, *flags)
+def supervised(command: Sequence[str], folder: Path, hosts: int, *flags: str):
+    """A supervised run, in FOLDER/run, that is ended with the block."""
+    run = Supervised(command, folder, hosts, *flags)
     try:
         yield run
     finally:
@@ -198,10 +213,10 @@ def main(config: Path, folder: Path, faults: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     steps = json.loads(config.read_text())["steps"]
     straight = folder / "straight"
-    subprocess.run([sys.executable, *training(config, straight)[1:]], env=environment(), cwd=ROOT, check=True)
+    run_alone(training(config, straight)[1:])
     start = time.monotonic()
     flags = ("--config.sizes=(4,3,2)", "--config.frozen_seconds=10.0")
-    with supervised(config, folder, 4, *flags) as run:
+    with supervised(training(config, folder / "run"), folder, 4, *flags) as run:
         disturb(run, faults, seed)
         run.finish(1800)
     status = run.status()

@@ -1,0 +1,147 @@
+"""The supervisor against everything that can happen to a run; a counter stands for the training, and one real one."""
+
+import dataclasses
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from llm_jax.config import CheckpointConfig, save
+from llm_jax.errors import UserError
+from llm_jax.parallel.elastic_config import ElasticConfig
+from llm_jax.parallel.hosts import Hosts
+from tests.experiments.test_pretrain import dataset, make_config  # noqa: F401  (a fixture)
+from tests.parallel import fault_injection
+from tests.parallel.fault_injection import FREEZE, KILL, LOSE, supervised
+
+
+def counter(folder, steps=100, seconds=0.06, *failure):
+    return ["python", "-m", "tests.parallel.fake_training", str(folder), str(steps), str(seconds), *failure]
+
+
+def is_alive(pid):
+    """Whether a process runs; one that has ended may wait for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_finished_without_faults(tmp_path):
+    with supervised(counter(tmp_path, 5), tmp_path, 3) as run:
+        printed = run.finish(60)
+    status = run.status()
+    assert (status["state"], status["step"], status["rounds"], status["faults"]) == ("finished", 5, 1, [])
+    assert "start 1 with 3 processes on n1, n2, n3" in printed and "finished at step 5, after 0 faults" in printed
+    assert "step 5 of 3 processes" in (run.workdir / "elastic/logs/n1.log").read_text()
+    assert "<h1>finished: step 5, 3 processes</h1>" in (run.workdir / "elastic/status.html").read_text()
+
+
+def test_killed_frozen_and_lost(tmp_path):
+    """A killed process starts again where it was; a frozen or lost host is left out until the list is written anew."""
+    flags = "--config.frozen_seconds=2.0", "--config.sizes=(4,3,2)"
+    with supervised(counter(tmp_path, 10_000), tmp_path, 4, *flags) as run:
+        for count, (kind, index) in enumerate(((KILL, 1), (FREEZE, 2), (LOSE, 0)), 1):
+            run.wait_for_steps(3)
+            victim = run.pid(index)
+            run.harm(kind, index)
+            run.wait_for_faults(count)
+            run.wait_for(lambda status: status["state"] == "running")
+            assert not is_alive(victim)
+        run.wait_for_steps(3)
+        assert run.status()["hosts"] == ["n2", "n4"]
+        run.list_hosts()
+        run.wait_for(lambda status: status["hosts"] == ["n1", "n2", "n3", "n4"] and status["state"] == "running")
+        run.process.terminate()
+        assert "stopped at step" in run.finish(60)
+    faults = run.status()["faults"]
+    assert [fault["what"] for fault in faults] == ["process killed", "process frozen", "host lost"]
+    assert [fault["host"] for fault in faults] == ["n2", "n3", "n1"]
+    assert [(fault["processes"], fault["processes_after"]) for fault in faults] == [(4, 4), (4, 3), (3, 2)]
+    assert all(0 <= fault["lost_steps"] <= 30 and fault["downtime_seconds"] > 0 for fault in faults)
+    assert faults[1]["downtime_seconds"] > 2.0
+
+
+def test_hosts_that_come_and_go_are_no_faults(tmp_path):
+    with supervised(counter(tmp_path, 10_000), tmp_path, 3) as run:
+        run.wait_for_steps(2)
+        run.list_hosts(1)
+        run.wait_for(lambda status: status["hosts"] == ["n1"] and status["state"] == "running")
+        run.list_hosts(2)
+        run.wait_for(lambda status: status["hosts"] == ["n1", "n2"] and status["state"] == "running")
+        run.process.send_signal(signal.SIGUSR1)
+        assert "requeue at step" in run.finish(60)
+    assert run.status()["faults"] == []
+
+
+def test_the_same_failure_again_and_again_is_final(tmp_path):
+    with supervised(counter(tmp_path, 100, 0.06, "no such data"), tmp_path, 2, "--config.retries=2") as run:
+        printed = run.finish(60, status=1)
+    assert printed.endswith("error: n1: process failed, 2 times without a new step: error: no such data\n") or (
+        printed.endswith("error: n2: process failed, 2 times without a new step: error: no such data\n")
+    )
+    assert run.status()["state"].startswith("failed: ")
+    assert len(run.status()["faults"]) > 2  # the first made steps
+
+
+def test_processes_do_not_outlive_their_supervisor_which_goes_on_later(tmp_path):
+    with supervised(counter(tmp_path, 10_000), tmp_path, 2) as run:
+        run.wait_for_steps(2)
+        pids = [run.pid(index) for index in range(2)]
+        run.process.kill()
+        deadline = time.monotonic() + 20
+        while any(map(is_alive, pids)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(is_alive, pids))
+        before = run.status()
+    with supervised(counter(tmp_path, before["step"] + 20), tmp_path, 2) as run:
+        run.finish(60)
+    assert (run.status()["run_id"], run.status()["rounds"]) == (before["run_id"], before["rounds"] + 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hosts": "nowhere"}, "the list of hosts nowhere cannot be read: No such file"),
+        ({}, "name the hosts: --config.hosts=FILE, --config.processes=N for this machine, or run in sbatch"),
+    ],
+)
+def test_no_hosts(config, message, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    with pytest.raises(UserError, match=message):
+        Hosts(ElasticConfig(**config))
+
+
+def test_teams_are_of_sizes_that_the_run_divides_over(tmp_path):
+    (tmp_path / "hosts").write_text("a b c d e")
+    hosts = Hosts(ElasticConfig(hosts=str(tmp_path / "hosts"), sizes=(4, 2)))
+    assert hosts.team() == ["a", "b", "c", "d"] and hosts.most() == 4
+    hosts.lose("b")
+    assert hosts.team() == ["a", "c", "d", "e"]
+    hosts.lose("a")
+    assert hosts.team() == ["c", "d"]
+    hosts.lose("c")
+    hosts.lose("d")
+    assert hosts.team() == []
+    (tmp_path / "hosts").write_text("a b c d e")
+    hosts.refresh()
+    assert hosts.team() == ["a", "b", "c", "d"]
+
+
+def test_a_real_training_loses_a_host(dataset, tmp_path):  # noqa: F811
+    """Two processes, then one: every loss and every row as in an undisturbed run, from the lost host's neighbour."""
+    config = make_config(dataset, steps=15, eval_every=0, eval_batches=1, checkpoint=CheckpointConfig(every_steps=1000))
+    save(dataclasses.replace(config, microbatches=2), tmp_path / "wanted.json")
+    command = fault_injection.training(tmp_path / "wanted.json", tmp_path / "run")
+    with supervised(command, tmp_path, 2) as run:
+        run.wait_for_steps(4)
+        run.harm(LOSE, 1)
+        run.finish()
+    (fault,) = run.status()["faults"]
+    assert (fault["what"], fault["processes_after"], fault["restored_from"]) == ("host lost", 1, "the hosts' copies")
+    assert fault["lost_steps"] <= 2
+    straight = tmp_path / "straight"
+    arguments = fault_injection.training(tmp_path / "wanted.json", straight)[1:]
+    fault_injection.run_alone(arguments)
+    assert fault_injection.compare(15, run.workdir, straight)["largest_loss_difference"] < 1e-5
