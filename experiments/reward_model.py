@@ -77,9 +77,10 @@ def run(config: RewardConfig, workdir: Path) -> None:
     if finetune.train(config.training, model, task, workdir, mesh, config):
         trained = centre(config, train, workdir, mesh)
         texts = ratings.split(data.rated, config.preferences.holdout_fraction)[1]
-        if heldout and jax.process_count() == 1:
+        judged = reward_report.judge(trained, heldout, texts) if heldout else None
+        if judged and distributed.is_first():
             origin = Origin(config.training.model, models.count_parameters(trained.config), len(data.train))
-            reward_report.write(workdir, reward_report.judge(trained, heldout, texts), origin)
+            reward_report.write(workdir, judged, origin)
 
 
 def read(config: RewardConfig | DpoConfig) -> Data:
@@ -160,17 +161,25 @@ def centre(config: RewardConfig, train: Encoded, workdir: Path, mesh: Mesh) -> R
 
     Where it has learned which responses are safe, they stay: then 0 is where it takes either for as likely.
     """
-    reward.save_settings(workdir, config.template, config.data.pooling, 0.0)
-    model = reward.load(workdir, mesh)
+    _keep_settings(config, workdir, 0.0)
+    model, offset = reward.load(workdir, mesh), 0.0
     if config.loss.safety_coefficient and any(pair.safety_weights.any() for pairs in train.values() for pair in pairs):
-        print(f"{workdir} holds the reward model; sigmoid(reward) is the probability that a response is safe")
-        return model
-    reference = list(itertools.chain.from_iterable(train.values()))[: -(-config.reference_responses // 2)]
-    responses = [response for pair in reference for response in (pair.chosen, pair.rejected)]
-    offset = float(np.mean(model.score(responses), dtype=np.float64))
-    reward.save_settings(workdir, config.template, config.data.pooling, offset)
-    print(f"{workdir} holds the reward model; its rewards have mean 0 on {len(responses):,} training responses")
+        what = "sigmoid(reward) is the probability that a response is safe"
+    else:
+        reference = list(itertools.chain.from_iterable(train.values()))[: -(-config.reference_responses // 2)]
+        responses = [response for pair in reference for response in (pair.chosen, pair.rejected)]
+        offset = float(np.mean(model.score(responses), dtype=np.float64))
+        what = f"its rewards have mean 0 on {len(responses):,} training responses"
+        _keep_settings(config, workdir, offset)
+    if distributed.is_first():
+        print(f"{workdir} holds the reward model; {what}")
     return dataclasses.replace(model, offset=offset)
+
+
+def _keep_settings(config: RewardConfig, workdir: Path, offset: float) -> None:
+    if distributed.is_first():
+        reward.save_settings(workdir, config.template, config.data.pooling, offset)
+    distributed.wait_for_all("reward_settings")
 
 
 if __name__ == "__main__":

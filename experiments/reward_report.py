@@ -1,6 +1,5 @@
 """What a trained reward model is worth: scores of held-out pairs and texts, as tables, figures and files."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from llm_jax.evaluation import reward_figures, tables
 from llm_jax.evaluation import rewards as judging
 from llm_jax.evaluation.rewards import Accuracies, Correlation, Detection, PairScores, Proportion
 from llm_jax.evaluation.tables import Table
+from llm_jax.files import write_json, write_lines
 
 EVALUATION, REPORT, SCORES = "evaluation.json", "report.md", "scores.jsonl"
 LEAST_TEXTS = 20  # of a domain, for a correlation
@@ -97,13 +97,13 @@ def write(workdir: Path, judgement: Judgement, origin: Origin) -> None:
     for table in shown:
         console.print(tables.as_rich(table))
     (workdir / REPORT).write_text("\n".join(map(tables.as_markdown, shown)), encoding="utf-8")
-    (workdir / EVALUATION).write_text(json.dumps({**origin._asdict(), **_summary(judgement, rows)}, indent=2) + "\n")
     _write_scores(workdir / SCORES, judgement.pairs)
     reward_figures.accuracy_by_strength(accuracies, names, workdir / "accuracy.png")
     curves = {name: judging.calibration(scores.gaps_N) for name, scores in rows.items()}
     reward_figures.calibration(curves, workdir / "calibration.png")
     sides = judging.histogram({"chosen": every.chosen_N, "rejected": every.rejected_N})
     reward_figures.score_histogram(sides, workdir / "scores.png")
+    write_json(workdir / EVALUATION, {**origin._asdict(), **_summary(judgement, rows)})  # last: the rest is there
 
 
 def _tables(judgement: Judgement, rows: Mapping[str, PairScores], accuracies: Any) -> Any:
@@ -149,13 +149,11 @@ def _summary(judgement: Judgement, rows: Mapping[str, PairScores]) -> dict[str, 
 
 
 def _write_scores(path: Path, pairs: Mapping[str, PairScores]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for source, scores in pairs.items():
-            for chosen, rejected, strength in zip(scores.chosen_N, scores.rejected_N, scores.strengths_N):
-                record = {
-                    "source": source,
-                    "chosen": float(chosen),
-                    "rejected": float(rejected),
-                    "strength": int(strength),
-                }
-                file.write(json.dumps(record) + "\n")
+    write_lines(
+        path,
+        (
+            {"source": source, "chosen": float(chosen), "rejected": float(rejected), "strength": int(strength)}
+            for source, scores in pairs.items()
+            for chosen, rejected, strength in zip(scores.chosen_N, scores.rejected_N, scores.strengths_N)
+        ),
+    )

@@ -174,8 +174,10 @@ class Instruction:
         return all(constraint.obeys(reply) for constraint in self.constraints)
 
     def mended(self, reply: str) -> str:
-        """The reply, changed where it does not keep to a constraint. Raises `UserError` where no rule can do that."""
-        whole = self.obeys(reply)
+        """The reply, changed where it does not keep to a constraint; one that says nothing stays, as nothing is learned
+        from it. Raises `UserError` where no rule can do that.
+        """
+        whole = self.obeys(reply) or not any(map(str.isalnum, reply))
         for constraint in sorted(self.constraints, key=lambda each: KINDS.index(each.kind)):
             # What is short enough is shortened, too, where the others still have to add something.
             if not whole and (constraint.kind == "length" or not constraint.obeys(reply)):

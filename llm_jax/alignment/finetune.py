@@ -233,7 +233,7 @@ def keeper(part: Part, model: Pretrained, workdir: Path) -> Callable[[TrainState
     def evaluated(state: TrainState, step: int, values: Mapping[str, float]) -> None:
         if "loss" not in values:
             return
-        if shares.from_first(lambda: values["loss"] < min(earlier(step), default=math.inf)):
+        if shares.from_first(lambda: bool(values["loss"] < min(earlier(step), default=math.inf))):
             if distributed.is_first():
                 write_companions(model, workdir / BEST)
             checkpoint.replace_model(workdir / BEST, model.config, part.merge(state.params, *part.frozen), step)

@@ -61,6 +61,12 @@ def test_mended_replies_obey(pair, reply):
         assert instruction.mended(mended) == mended
 
 
+@pytest.mark.parametrize("reply", ["", " \n", "..."])
+def test_what_says_nothing_is_not_made_to_obey(reply):
+    for constraint in MENDABLE:
+        assert Instruction((constraint,), "").mended(reply) == reply
+
+
 def test_nobody_can_mend_a_language():
     with pytest.raises(UserError, match="'french'"):
         Instruction((CONSTRAINTS["french"],), "").mended("The cat")

@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from experiments import reward_model
+from experiments import reward_model, reward_report
+from llm_jax import config as config_lib
 from llm_jax.alignment import reward
 from llm_jax.alignment.config import FineTuneConfig, PreferenceConfig, RewardConfig, RewardDataConfig, RewardLossConfig
 from llm_jax.alignment.rewards import Response
@@ -16,6 +17,7 @@ from llm_jax.errors import UserError
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.tokenization.chat import Message
 from tests.alignment import base_models
+from tests.processes import assert_same_numbers, run_together
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,35 @@ def test_what_people_prefer_gets_the_higher_reward(trained):
     assert all(
         (trained / name).stat().st_size for name in ("report.md", "accuracy.png", "calibration.png", "scores.png")
     )
+
+
+def test_what_says_that_all_is_judged_is_written_last(base, pairs, tmp_path, monkeypatch):
+    """Stopped while it draws the last figure: the same command judges once more."""
+    training = dataclasses.replace(settings(base, pairs).training, steps=1, eval_every=0)
+    config = settings(base, pairs, training=training)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_report.reward_figures, "score_histogram", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reward_model.run(config, tmp_path)
+    assert not (tmp_path / "evaluation.json").exists()
+    reward_model.run(config, tmp_path)
+    assert (tmp_path / "evaluation.json").exists() and (tmp_path / "scores.png").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_judge_as_one(base, pairs, trained, tmp_path):
+    config_lib.save(settings(base, pairs), tmp_path / "config.json")
+    run_together(["-m", "experiments.reward_model", f"--config={tmp_path}/config.json", f"--workdir={tmp_path}/run"])
+    assert_same_numbers(tmp_path / "run", trained)
+    scores = [
+        [[line[side] for side in ("chosen", "rejected")] for line in map(json.loads, text.splitlines())]
+        for text in ((folder / "scores.jsonl").read_text() for folder in (tmp_path / "run", trained))
+    ]
+    np.testing.assert_allclose(*scores, atol=1e-2)
 
 
 def test_a_reward_model_is_trained_further(base, pairs, trained, tmp_path):
