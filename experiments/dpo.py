@@ -48,20 +48,21 @@ def run(config: DpoConfig, workdir: Path) -> None:
     def task_of(train: dpo.Encoded, heldout: dpo.Encoded) -> finetune.Task:
         packed = dpo.packed(train, config.data)
 
-        def evaluate(architecture: ModelConfig, params: Any) -> dict[str, float]:
-            append_samples(workdir, asked, says, config.sampling, params, architecture, mesh)
-            return dpo.heldout_losses(params, architecture, heldout, config.data, config.loss, chunk_size, mesh)
-
         return finetune.Task(
             loss=lambda architecture: dpo.loss_function(architecture, config.loss, chunk_size),
             batches=lambda start: packed.train_batches(
                 start_step=start, process_index=jax.process_index(), process_count=jax.process_count()
             ),
-            evaluate=evaluate,
+            evaluate=lambda architecture, params: dpo.heldout_losses(
+                params, architecture, heldout, config.data, config.loss, chunk_size, mesh
+            ),
             steps_per_epoch=packed.steps_per_epoch,
             batch_size=config.data.batch_size,
             sequence_length=length,
             fingerprint=fingerprint,
+            show=lambda architecture, params, step: append_samples(
+                workdir, step, asked, says, config.sampling, params, architecture, mesh
+            ),
         )
 
     # Whatever may be refused is, before the references, which take long.

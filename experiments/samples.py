@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from llm_jax.config import ModelConfig, SamplingConfig
 from llm_jax.sampling.generate import generate
+from llm_jax.training import metrics
 
 FILE = "samples.jsonl"
 
@@ -32,6 +33,7 @@ class Says(NamedTuple):
 
 def append_samples(
     workdir: Path,
+    step: int,
     asked: Sequence[Asked],
     says: Says,
     sampling: SamplingConfig,
@@ -39,10 +41,11 @@ def append_samples(
     model: ModelConfig,
     mesh: Mesh,
 ) -> None:
-    """Append what the model replies now; a job of several processes writes none.
+    """Append what the model replies after a step; a job of several processes writes none.
 
     Args:
         workdir: the run's folder.
+        step: what was written of it and of later ones, before the run was continued, is dropped.
         asked: nothing is written for nothing, or where there is no room for a reply.
         says: what a reply is.
         sampling: how replies are drawn, as many of each as its `num_samples`.
@@ -57,9 +60,11 @@ def append_samples(
     with jax.set_mesh(mesh):
         found = generate(params, model, [each.tokens for each in asked], drawn, stop_ids=says.stop_ids)
     repeated = (each for each in asked for _ in range(drawn.num_samples))
+    metrics.keep_until(workdir / FILE, step - 1)
     with (workdir / FILE).open("a", encoding="utf-8") as file:
         for each, generation in zip(repeated, found, strict=True):
             record = {
+                "step": step,
                 "record": each.record,
                 "asked": each.text,
                 "reply": says.text_of(generation.tokens),

@@ -85,19 +85,17 @@ def learn(
     if distributed.is_first():
         print(describe(data, batches))
 
-    def evaluate(architecture: ModelConfig, params: Any) -> dict[str, float]:
-        values = heldout_losses(config, architecture, params, data.heldout, mesh)
-        append_samples(workdir, asked, says, config.sampling, params, architecture, mesh)
-        return values
-
     task = finetune.Task(
         loss=lambda architecture: language_model.loss_function(architecture, config.training.loss),
         batches=lambda start: _train_batches(config, batches, start),
-        evaluate=evaluate,
+        evaluate=lambda architecture, params: heldout_losses(config, architecture, params, data.heldout, mesh),
         steps_per_epoch=batches.steps_per_epoch,
         batch_size=config.data.batch_size,
         sequence_length=config.data.sequence_length,
         fingerprint=finetune.fingerprint([data.train, data.heldout]),
+        show=lambda architecture, params, step: append_samples(
+            workdir, step, asked, says, config.sampling, params, architecture, mesh
+        ),
     )
     return finetune.train(config.training, model, task, workdir, mesh, config)
 

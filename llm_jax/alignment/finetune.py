@@ -44,6 +44,7 @@ CONFIG, DATA, BEST, ADAPTERS = "config.json", "data.json", "best", "adapters"
 # What may change when a run is continued; everything else decides its numbers.
 CHANGEABLE = ("log_every", "eval_every", "keep_best", "attention", "remat", "offload")
 CHANGEABLE_GROUPS = ("mesh", "checkpoint")
+Evaluated = Callable[[TrainState, int, Mapping[str, float]], None]  # is told of an evaluation after a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Task:
     batch_size: int
     sequence_length: int
     fingerprint: str  # of the data
+    show: Callable[[ModelConfig, Any, int], None] | None = None  # what a model says, when it is judged after a step
 
     @property
     def tokens_per_step(self) -> int:
@@ -220,11 +222,21 @@ def _loop(
         recorder=recorder,
         throughput=Throughput(task.tokens_per_step, flops, metrics.peak_flops()),
         workdir=workdir,
-        evaluated=keeper(part, model, workdir) if keep_best else None,
+        evaluated=_after_evaluation(part, task, keeper(part, model, workdir) if keep_best else None),
     )
 
 
-def keeper(part: Part, model: Pretrained, workdir: Path) -> Callable[[TrainState, int, Mapping[str, float]], None]:
+def _after_evaluation(part: Part, task: Task, keep: Evaluated | None) -> Evaluated:
+    def evaluated(state: TrainState, step: int, values: Mapping[str, float]) -> None:
+        if task.show is not None:
+            task.show(part.config, part.attach(state.params, *part.frozen), step)
+        if keep is not None:
+            keep(state, step, values)
+
+    return evaluated
+
+
+def keeper(part: Part, model: Pretrained, workdir: Path) -> Evaluated:
     """Keeps the model of the lowest held-out loss so far, those before the run was continued included."""
 
     def earlier(step: int) -> list[float]:

@@ -9,9 +9,10 @@ from configs.sft import papers
 from experiments import runner, samples, sft
 from llm_jax import config as config_lib
 from llm_jax.alignment.config import ChatDataConfig, FineTuneConfig, SftConfig
-from llm_jax.config import LoraConfig, OptimizerConfig, SamplingConfig
+from llm_jax.config import LoraConfig, MeshConfig, OptimizerConfig, SamplingConfig
 from llm_jax.errors import UserError
 from llm_jax.interop import pretrained
+from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.training import metrics
 from tests.alignment import base_models
 
@@ -52,9 +53,21 @@ def test_a_model_learns_to_reply_and_its_folder_can_be_used(base, talk, tmp_path
     losses = [record["loss/talk"] for record in metrics.read(tmp_path, "heldout")]
     assert losses[-1] < losses[0] - 0.5
     said = [json.loads(line) for line in (tmp_path / samples.FILE).read_text().splitlines()]
-    assert [sample["record"] for sample in said] == [said[0]["record"]] * 2
+    assert [(sample["step"], sample["record"]) for sample in said] == [(step, said[0]["record"]) for step in (3, 6)]
     loaded = pretrained.load(tmp_path / "best")
     assert loaded.config.architecture() == base_models.MODEL.architecture()
+
+
+def test_what_was_said_at_steps_that_are_done_again_is_said_once(base, tmp_path):
+    mesh = mesh_lib.build(MeshConfig())
+    model = pretrained.load(base, mesh=mesh)
+    asked, says = [samples.Asked("a:1", "one", [5])], samples.Says([], str)
+    for step, expected in ((3, [3]), (6, [3, 6]), (6, [3, 6]), (3, [3])):
+        samples.append_samples(
+            tmp_path, step, asked, says, SamplingConfig(max_new_tokens=1), model.params, model.config, mesh
+        )
+        said = (tmp_path / samples.FILE).read_text().splitlines()
+        assert [json.loads(line)["step"] for line in said] == expected
 
 
 def test_adapters(base, talk, tmp_path):
