@@ -56,7 +56,7 @@ class GhostAttentionConfig:
             values = getattr(self, field)
             require(
                 bool(values) and len(set(values)) == len(values),
-                f"GhostAttentionConfig.{field}={values} must be some different ones",
+                f"GhostAttentionConfig.{field}={values} must name at least one, and none of them twice",
             )
         require(min(self.seeds) >= 0, f"GhostAttentionConfig.seeds={self.seeds} must not be negative")
         both = set(self.constraints) & set(self.new_constraints)

@@ -91,7 +91,7 @@ class Llama2(ChatTemplate):
     def __post_init__(self) -> None:
         require(
             self.tokenizer.bos_id >= 0 and self.tokenizer.eos_id >= 0,
-            "the llama2 chat format needs a tokenizer with bos and eos tokens",
+            "the llama2 chat format needs a tokenizer with bos and eos tokens: name another chat template",
         )
 
     @property
@@ -133,12 +133,16 @@ class Baichuan2(ChatTemplate):
     sampling = SamplingConfig(temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05)
 
     def __post_init__(self) -> None:
-        require(self.tokenizer.eos_id >= 0, "the baichuan2 chat format needs a tokenizer with an eos token")
+        require(
+            self.tokenizer.eos_id >= 0,
+            "the baichuan2 chat format needs a tokenizer with an eos token: name another chat template",
+        )
         for token in (self.user_id, self.assistant_id):
             surface = self.tokenizer.decode_bytes([token]) if token < self.tokenizer.vocab_size else b"?"
             require(
                 not surface or surface.startswith(b"<reserved_"),
-                f"the baichuan2 chat format uses id {token} as a marker, which is not reserved in this tokenizer",
+                f"the baichuan2 chat format uses id {token} as a marker, which is not reserved in this tokenizer: name "
+                "another chat template, such as llama2",
             )
 
     @property
@@ -175,7 +179,10 @@ class ChatML(ChatTemplate):
 
     def __post_init__(self) -> None:
         for text in ("<|im_start|>", "<|im_end|>"):
-            require(text in self.tokenizer.special_ids, f"the chatml chat format needs a tokenizer with {text}")
+            require(
+                text in self.tokenizer.special_ids,
+                f"the chatml chat format needs a tokenizer with {text}: name another chat template, such as llama2",
+            )
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
