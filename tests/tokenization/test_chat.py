@@ -316,7 +316,7 @@ def test_mistakes(sentencepieces):
     Llama2(BYTE_FALLBACK).encode([USER, Message("assistant", "[INST]")], False)  # only a model's own words
     with pytest.raises(UserError, match=r"needs a tokenizer with <\|im_start\|>"):
         ChatML(BYTE_FALLBACK)
-    with pytest.raises(UserError, match="id 195 as a marker, which is not reserved .*: name another chat template"):
+    with pytest.raises(UserError, match=r"id 195 as a marker, which is not reserved .*: name another chat template"):
         Baichuan2(sentencepieces["llama2"])
     with pytest.raises(UserError, match="id 999 as a marker"):
         Baichuan2(sentencepieces["baichuan2"], 300, 999)
