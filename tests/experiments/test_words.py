@@ -119,7 +119,8 @@ def test_the_full_study_compares_equal_numbers_of_samples():
     assert {full.samples(method) for method in full.methods} == {51_200} and full.seeds == (0, 1, 2)
 
 
-def test_a_trained_model_starts_as_it_is(tmp_path):
+def test_a_trained_model_starts_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "JUDGED_AT_ONCE", 2)
     base = base_models.make(tmp_path / "base", dataclasses.replace(base_models.MODEL, max_length=512))
     full = config_lib.from_config_dict(WordsConfig, smollm2.get_config())
     grpo = dataclasses.replace(
