@@ -75,12 +75,8 @@ SHOWN = {
 TITLES = {"ppo": "PPO", "dpo": "DPO on pairs", "rejection": "rejection sampling"}
 AS_IT_WAS = "the start"
 WANTED_N, WANTED_TIMES = 16, 2.0  # as good as the best of so many, at no more than so many times its distance
-CHANGEABLE = (
-    "seeds",
-    "ppo_betas",
-    "dpo_betas",
-    "best_of",
-)  # between two calls with one --workdir: what is new is added
+# Between two calls with one --workdir: what is new is added.
+CHANGEABLE = ("seeds", "ppo_betas", "dpo_betas", "best_of")
 _STAGES, _ONLY = define_flags(STAGES, "ppo_0.1/0")
 
 

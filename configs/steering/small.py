@@ -71,7 +71,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     """The study, or with `:tiny` one of minutes."""
     require(size in ("full", "tiny"), f"no size {size!r} of steering reviews: full or tiny")
     full = size == "full"
-    rate = 1e-4 if full else 3e-4
+    rate = 6e-5 if full else 3e-4
     iterations = 80 if full else 64
     return config.to_config_dict(
         SteeringConfig(
@@ -104,7 +104,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
             ),
             ppo_betas=(0.0, 0.03, 0.1, 0.2, 0.4),
             rejection=RejectionConfig(
-                training=_training(4e-4 if full else 1e-3, epochs=2.0),
+                training=_training(2e-4 if full else 1e-3, epochs=2.0),
                 prompts=PromptDataConfig(max_tokens=PROMPT_TOKENS),
                 rollout=_rollout(64 if full else 32, 16),
                 rounds=4,
