@@ -160,11 +160,12 @@ def test_what_is_done_is_not_done_again(done, capsys):
     assert capsys.readouterr().out.count("done earlier") == 6
 
 
-def test_the_judged_prompts_begin_no_text_that_anything_learned_from(done):
+def test_the_judged_prompts_begin_texts_that_nothing_learned_from(done):
     study = steering.Study(CONFIG, done)
+    judged, others = ({each.text for each in side} for side in (study.texts.judged, study.texts.learned))
+    assert not judged & (others | {each.text for each in study.texts.referee})
     asked = {prompt.messages[-1].content for prompt in study.judged_prompts(study.load(done / "start").tokenizer)}
-    assert len(asked) == 32
-    assert not any(each.text.startswith(start) for start in asked for each in study.texts.learned)
+    assert len(asked) == 32 and all(any(text.startswith(start) for text in judged) for start in asked)
 
 
 def test_a_lexicon_of_english_words_judges_no_chinese_prompt(done):
