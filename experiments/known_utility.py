@@ -20,6 +20,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -324,7 +325,7 @@ def judge(
     settings = config.judging.sampled(num_samples=config.start_samples) if folder.name == START else config.judging
     found = judging.judge(model, begun, asked[: config.judged_prompts], referees, settings, template, mesh)
     judging.write(folder / JUDGED, found)
-    values = {"corpus_loss": corpus_loss(config, model, mesh), **more}
+    values: dict[str, Any] = {"corpus_loss": corpus_loss(config, model, mesh), **more}
     if is_diverse:
         values["self_bleu"] = self_bleus(config, workdir, model, asked, mesh)
     write_json(folder / RESULT, values)

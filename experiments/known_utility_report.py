@@ -133,9 +133,10 @@ def columns(folder: Path, requests: Sequence[Request], start: Columns | None) ->
         found[name], found[f"{name}_plain"] = _only(tagged_P, values), _only(~tagged_P, values)
     for name in (TRUE[0], MODELS[0]):
         found[name] = _only(~tagged_P, found[name])
-    for name in (*TRUE, *MODELS) if start is not None else ():
-        found[f"wins_{name}"] = 100 * win_rate.wins(found[name], start[name])
-        found[f"ties_{name}"] = 100 * win_rate.ties(found[name], start[name])
+    for name, theirs in (start or {}).items():
+        if name in (*TRUE, *MODELS):
+            found[f"wins_{name}"] = 100 * win_rate.wins(found[name], theirs)
+            found[f"ties_{name}"] = 100 * win_rate.ties(found[name], theirs)
     return found
 
 

@@ -43,19 +43,14 @@ PREFERENCES = PreferenceConfig(holdout_fraction=2 * HOLDOUT)
 TINY_METHODS = ("llama2", "helpfulness", "small_beta", "dpo", "rejection", "rejection_ppo")
 
 
-def _optimizer(learning_rate: float, warmup: int = 0) -> OptimizerConfig:
-    return OptimizerConfig(
-        learning_rate=learning_rate, schedule="cosine", final_fraction=0.1, warmup_steps=warmup, weight_decay=0.0
-    )
-
-
 def _rollout(prompts: int, samples: int) -> RolloutConfig:
     sampling = SamplingConfig(max_new_tokens=NEW_TOKENS, num_samples=samples)
     return RolloutConfig(prompts=prompts, max_prompt_tokens=PROMPT_TOKENS, sampling=sampling)
 
 
 def _training(learning_rate: float, epochs: float) -> FineTuneConfig:
-    return FineTuneConfig(epochs=epochs, eval_every=0, keep_best=False, optimizer=_optimizer(learning_rate, warmup=5))
+    optimizer = OptimizerConfig(learning_rate=learning_rate, final_fraction=0.1, warmup_steps=0, weight_decay=0.0)
+    return FineTuneConfig(epochs=epochs, eval_every=0, keep_best=False, warmup_fraction=0.05, optimizer=optimizer)
 
 
 def _ppo(paper: PpoConfig, size: str, *, iterations: int = 40, faster: float = 1.0) -> PpoConfig:
