@@ -340,5 +340,5 @@ def draw_diversity(found: Found, path: Path) -> None:
                         label=f"{TITLES.get(method, START)}, {kind} requests",
                     )
         axes.set_xlabel("temperature")
-        axes.set_ylabel("Self-BLEU of 8 samples")
+        axes.set_ylabel("Self-BLEU of the samples")
         legend_beside(axes)
