@@ -13,6 +13,7 @@ from llm_jax.parallel.links import Bounds
 from llm_jax.parallel.plan import GB, Plan
 from llm_jax.scaling import flops
 
+SHOWN_BYTES = 5e6  # less traffic has no line
 DEFINITIONS = (
     "Bounds of the model FLOPs utilisation: the model's own FLOPs (causal attention, nothing twice) at the peak, over "
     "the seconds of a step. Without overlap these are all FLOPs at the peak plus every collective at the pace of the "
@@ -65,7 +66,7 @@ def traffic(plan: Plan) -> Table:
         (source, kind, axes, f"{fast / GB:.2f}", f"{slow / GB:.2f}", f"{1e3 * seconds:.1f}")
         for source, collectives in sources
         for (kind, axes), (fast, slow, seconds) in planning.traffic(collectives, plan.target).items()
-        if fast + slow > 1e-3 * GB
+        if fast + slow > SHOWN_BYTES
     ]
     inside, between, alone = "GB inside hosts", "GB between hosts", "ms alone"
     notes = []
@@ -117,7 +118,7 @@ def draw_memory(plan: Plan, path: Path) -> None:
     bars: dict[str, Mapping[str, float]] = {"estimated": plan.estimate.memory}
     if plan.compiled:
         arguments = plan.compiled.arguments
-        bars["compiled"] = {"state and batch": arguments, "beside them, while it runs": plan.compiled.bytes - arguments}
+        bars["compiled"] = {"compiled: state, batch": arguments, "compiled: the step": plan.compiled.bytes - arguments}
     with figure(path, 9.0, 1.4 + 0.6 * len(bars), "Memory of a device") as axes:
         colours = iter([*SERIES, "#56B4E9", "#F0E442", "#000000"])
         for name, parts in bars.items():
