@@ -46,10 +46,12 @@ JOB_FLAGS = {
     "coordinator": (jobs.COORDINATOR, "HOST:PORT of process 0, with a free port"),
     "processes": (jobs.COUNT, "how many processes the job has"),
     "process": (jobs.INDEX, "which of them this is, from 0"),
+    "topology": (jobs.TOPOLOGY, "a file with a line `host switch pod` for each host, along which they are numbered"),
 }
 JOB_HELP = (
     "  --coordinator, --processes, --process  HOST:PORT of process 0, how many processes run this together, and which\n"
-    "             this is; not needed under srun, under Open MPI's mpirun or on a TPU slice"
+    "             this is; not needed under srun, under Open MPI's mpirun or on a TPU slice\n"
+    "  --topology  a file with a line `host switch pod` for each host: processes are numbered along the network"
 )
 
 

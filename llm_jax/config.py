@@ -21,6 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 POSITIONS = ("rope", "alibi")
 REMAT_POLICIES = ("none", "full", "dots", "save_attention")
 GATHERS = ("layer", "step", "group")
+KNOWN_SIZES = ("2b", "7b", "13b", "34b", "70b")  # of models for which `parallel.mesh` knows meshes
 # Fields of a `ModelConfig` that say how it is computed and not what.
 EXECUTION_FIELDS = ("attention", "remat", "scan_layers", "groups", "gather_tables")
 ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas_gpu", "pallas_tpu", "splash", "mosaic_gpu")
@@ -248,9 +249,11 @@ class MeshConfig:
     replica: int = 1
     data: int = -1
     tensor: int = 1
+    known: str = ""  # "7b": a mesh that serves models of about that size on the devices there are; "" = the three above
 
     def __post_init__(self) -> None:
         positive(self, "replica", "tensor")
+        one_of("MeshConfig.known", self.known, ("", *KNOWN_SIZES))
         require(self.data == -1 or self.data > 0, f"MeshConfig.data={self.data} must be positive, or -1 for the rest")
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -19,7 +20,7 @@ from jax._src import distributed as jax_distributed  # the key-value store and b
 
 from llm_jax.errors import UserError, require
 from llm_jax.parallel import job as jobs
-from llm_jax.parallel import meeting
+from llm_jax.parallel import meeting, topology
 from llm_jax.parallel.meeting import Member
 
 JOIN_SECONDS = 300.0  # for all processes of a job to come
@@ -36,7 +37,7 @@ def initialize(timeout_seconds: float = JOIN_SECONDS) -> None:
 
     See `llm_jax.parallel.job` for who may have started them. The first process prints which process is where, with
     which devices. Raises `UserError` naming processes that did not come within `timeout_seconds`, or that have other
-    versions or another time than the rest.
+    versions or another time than the rest, or that are on hosts that the topology file does not have.
     """
     job = jobs.find(os.environ)
     if job is None or jax.distributed.is_initialized():
@@ -44,11 +45,14 @@ def initialize(timeout_seconds: float = JOIN_SECONDS) -> None:
     global _members
     if job.coordinator:
         me = Member(job.index, job.count, jobs.this_host(), os.getpid(), versions())
-        _members = meeting.meet(job, me, timeout_seconds)
+        members = meeting.meet(job, me, timeout_seconds)
+        numbers = _along_the_network(members)
+        renumbered = (dataclasses.replace(member, index=index) for member, index in zip(members, numbers))
+        _members = tuple(sorted(renumbered, key=lambda member: member.index))
         jax.distributed.initialize(
             job.coordinator,
             job.count,
-            job.index,
+            numbers[job.index],
             job.local_devices(),
             cluster_detection_method="deactivate",
             initialization_timeout=int(timeout_seconds),
@@ -59,6 +63,14 @@ def initialize(timeout_seconds: float = JOIN_SECONDS) -> None:
     if is_first():
         print(f"{job.count} processes, started by {job.launcher}:")
         print("\n".join(device_map(jax.devices())), flush=True)
+
+
+def _along_the_network(members: Sequence[Member]) -> list[int]:
+    """The number that each process gets: the launcher's, unless a file states the network (`topology.py`)."""
+    file = os.environ.get(jobs.TOPOLOGY)
+    if not file:
+        return list(range(len(members)))
+    return topology.number([member.host for member in members], topology.read(Path(file)), Path(file))
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from llm_jax.errors import UserError, require
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HOST = "LLM_JAX_HOST"
+TOPOLOGY = "LLM_JAX_TOPOLOGY"  # a file that states the network: `topology.py`
 ALONE = "LLM_JAX_ALONE"  # set where one process of a job does the work by itself
 TPU_PORT = 8476
 # The names of: processes, this process's number, its number on its host, and how many there are on its host.
@@ -126,10 +127,10 @@ def address(host: str) -> str:
     except OSError:
         pass
     try:
-        answer = subprocess.run(["scontrol", "getaddrs", host], capture_output=True, text=True, timeout=30).stdout
+        answer = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
         return host
-    found = re.search(r":\s*\[?([\w.:]+?)\]?:\d+\s*$", answer)
+    found = re.search(r"NodeAddr=(\S+)", answer)
     return found[1] if found else host
 
 

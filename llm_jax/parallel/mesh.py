@@ -1,6 +1,14 @@
-"""Build the device mesh: `tensor` inside a host, `data` across the hosts of a group, `replica` across groups."""
+"""Build the device mesh: `tensor` inside a host, `data` across the hosts of a group, `replica` across groups.
 
+Processes are numbered along the network (`topology.py`), and slices of a TPU one after the other, so that the mesh's
+data axes, which follow the processes, have neighbours in the network next to each other, and groups of hosts are
+runs of them. `mesh_utils.create_hybrid_device_mesh` would place whole slices too, but inside of one it moves devices
+away from the rows of the batch that their process reads.
+"""
+
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,13 +18,37 @@ from llm_jax.config import MeshConfig
 from llm_jax.errors import UserError, require
 
 AXES = ("replica", "data", "tensor")
+# Meshes (replica, data, tensor) that plans prefer for models of a size (`plan.best`): 4M tokens a step, in sequences of
+# 4,096, on hosts of 8 A800 of 80 GB. With more replicas than one, weights are to be gathered by "group".
+KNOWN_GOOD: dict[str, dict[int, tuple[int, int, int]]] = {
+    "2b": {1: (1, 1, 1), 8: (1, 8, 1), 64: (1, 64, 1), 512: (1, 512, 1), 1024: (1, 1024, 1), 2048: (1, 1024, 2)},
+    "7b": {8: (1, 8, 1), 64: (1, 64, 1), 512: (1, 512, 1), 1024: (1, 1024, 1), 2048: (1, 1024, 2)},
+    "13b": {8: (1, 8, 1), 64: (1, 32, 2), 512: (1, 512, 1), 1024: (1, 1024, 1), 2048: (1, 1024, 2)},
+    "34b": {64: (8, 4, 2), 512: (8, 64, 1), 1024: (16, 64, 1), 2048: (1, 1024, 2)},
+    "70b": {64: (1, 64, 1), 512: (4, 64, 2), 1024: (8, 128, 1), 2048: (128, 8, 2)},
+}
+# The chips of a TPU's host, by their coordinates in blocks of 2 x 2, as a ring of neighbours.
+RING = {(0, 0): 0, (1, 0): 1, (1, 1): 2, (0, 1): 3}
+
+
+def _known(size: str, device_count: int) -> tuple[int, int, int]:
+    near = min(KNOWN_GOOD[size], key=lambda count: abs(math.log2(count / device_count)))
+    mesh = KNOWN_GOOD[size][near]
+    require(
+        near == device_count,
+        f"no mesh is known for {size} models on {device_count} devices (MeshConfig.known); the nearest is that for "
+        f"{near}: replica={mesh[0]} x data={mesh[1]} x tensor={mesh[2]}",
+    )
+    return mesh
 
 
 def shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
     """The (replica, data, tensor) sizes of a mesh over `device_count` devices.
 
-    Raises `UserError`, naming the nearest mesh that fits, when the sizes do not multiply to the device count.
+    Raises `UserError`, naming the nearest mesh that there is, when the sizes do not multiply to the device count.
     """
+    if config.known:
+        return _known(config.known, device_count)
     others = config.replica * config.tensor
     data = config.data if config.data > 0 else device_count // others
     if data * others == device_count:
@@ -39,9 +71,20 @@ def grid(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
     sizes = shape(config, len(devices))
     per_host = len(devices) // len({device.process_index for device in devices})
     require(
-        per_host % config.tensor == 0,
-        f"mesh tensor={config.tensor} does not divide the {per_host} devices of a host; choose a divisor of {per_host}",
+        per_host % sizes[2] == 0,
+        f"mesh tensor={sizes[2]} does not divide the {per_host} devices of a host; choose a divisor of {per_host}",
     )
-    # In the order of hosts, so that a host's rows of the global batch are those of its place along the data axes.
-    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    return np.array(ordered).reshape(sizes)
+    return np.array(sorted(devices, key=_place)).reshape(sizes)
+
+
+def _place(device: Any) -> tuple[int, ...]:
+    """What a device comes after in the mesh: other slices, other processes, and chips that are before it in the ring.
+
+    In the order of processes, so that a process's rows of the global batch are those of its place along the data axes.
+    """
+    coordinates = getattr(device, "coords", None)
+    ring: tuple[int, ...] = ()
+    if coordinates is not None:
+        x, y, *rest = coordinates
+        ring = (*rest, x // 2, y // 2, RING[x % 2, y % 2], getattr(device, "core_on_chip", 0))
+    return getattr(device, "slice_index", 0) or 0, device.process_index, *ring, device.id
