@@ -1,10 +1,17 @@
-"""A Slurm cluster of four nodes on this machine, without accounting, for as long as a `with` block lasts."""
+"""A Slurm cluster of four nodes on this machine, without accounting, for as long as a `with` block lasts.
+
+    python -m tests.scaling.slurm_cluster COMMAND ...
+
+runs a command, such as bash, on it, as root. Needs Debian's packages slurm-wlm and munge.
+"""
 
 import contextlib
 import os
 import shutil
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +25,7 @@ SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
@@ -113,3 +120,11 @@ def _wait(condition, what: str, seconds: float = 60) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not get ready in {seconds} s")
         time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    if missing():
+        sys.exit(f"error: {missing()}")
+    with tempfile.TemporaryDirectory() as temporary, cluster(Path(temporary)):
+        status = subprocess.run(sys.argv[1:]).returncode
+    sys.exit(status)
