@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from experiments import runner
 from llm_jax import models
-from llm_jax.alignment import finetune, ppo_models, ppo_run, prompts, reward, rewards
+from llm_jax.alignment import finetune, ppo_experience, ppo_models, ppo_run, prompts, reward, rewards
 from llm_jax.alignment.policy_config import PpoConfig, PretrainingConfig
 from llm_jax.alignment.ppo import Data
 from llm_jax.alignment.prompts import Prompt, PromptData, PromptStream
@@ -113,15 +113,20 @@ def load_reward(config: PpoConfig | RejectionConfig, field: str, mesh: Mesh) -> 
     name = getattr(config, field)
     require(name != "", f"set --config.{field} to the folder of a reward model, or to MODULE:FUNCTION")
     module, colon, function = name.partition(":")
-    if not colon or Path(name).is_dir():
+    require(
+        bool(colon) or Path(name).is_dir(),
+        f"--config.{field}={name}: there is no such folder of a reward model; a function is named MODULE:FUNCTION",
+    )
+    if Path(name).is_dir():
         model = reward.load(Path(name), mesh)
         architecture, params = ppo_models.stored(model.config, model.params, config.reward_weights, config.offload)
         return dataclasses.replace(model, config=architecture, params=params)
     try:
         found: Reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--config.{field}={name}: {error}") from None
-    return found
+    except Exception as error:  # the module is the user's, and may raise anything
+        raise UserError(f"--config.{field}={name}: {type(error).__name__}: {error}") from None
+    require(callable(found), f"--config.{field}={name}: that is {found!r}, no function")
+    return ppo_experience.checked(found)
 
 
 def pretraining(wanted: PretrainingConfig, model: Pretrained) -> Callable[[int], Iterator[Batch]] | None:

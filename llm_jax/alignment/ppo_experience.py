@@ -53,12 +53,16 @@ class Learnable(NamedTuple):
 def score(reward: Reward, prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
     """The rewards of responses, float32 [B], each to the prompt of the same index.
 
-    Raises `UserError` for what `rewards.score` refuses, for integers, whose fractions are lost already, and where the
-    reward raises something itself.
+    Raises `UserError` for what `rewards.score` and `checked` refuse.
     """
+    return rewards.score(checked(reward), prompts, responses)
+
+
+def checked(reward: Reward) -> Reward:
+    """The same, which raises `UserError` for integers, whose fractions are lost already, and for what it raises."""
     name = getattr(reward, "__name__", type(reward).__name__)
 
-    def checked(prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
+    def returned(prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
         try:
             values = np.asarray(reward(prompts, responses))
         except UserError:
@@ -71,8 +75,8 @@ def score(reward: Reward, prompts: Sequence[Prompt], responses: Sequence[Respons
         )
         return values
 
-    checked.__name__ = name
-    return rewards.score(checked, prompts, responses)
+    returned.__name__ = name
+    return returned
 
 
 def in_groups(function: Callable[[Any], Any], batch: Any, groups: int) -> Any:

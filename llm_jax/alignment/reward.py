@@ -147,7 +147,10 @@ def save_settings(workdir: Path, template: str, pooling: str, offset: float) -> 
 def load(path: Path, mesh: Mesh) -> RewardModel:
     """A reward model from the folder of the run that trained it. Raises `UserError` where it is none."""
     settings = path / SETTINGS
-    require(settings.is_file(), f"{path} holds no finished reward model: it has no {SETTINGS}")
+    require(
+        settings.is_file(),
+        f"{path} holds no finished reward model: experiments.reward_model writes {SETTINGS} at its end",
+    )
     model = pretrained.load(path, mesh=mesh)
     require(model.config.output == "reward", f"{path} holds a language model, no reward model")
     try:

@@ -53,7 +53,8 @@ def _check(name: str, values: np.ndarray, responses: Sequence[Response]) -> np.n
     """The values as float32 rewards of the responses; `UserError` where they cannot be."""
     require(
         values.shape == (len(responses),) and values.dtype.kind in "fiub",
-        f"the reward {name!r} returned {values.dtype} {values.shape} for {len(responses)} responses: one number each",
+        f"the reward {name!r} returned {values.dtype} of shape {values.shape} for {len(responses)} responses: it must "
+        "return one number for each",
     )
     with np.errstate(over="ignore"):  # which the next line finds
         rewards_B = values.astype(np.float32)

@@ -373,6 +373,6 @@ def check_logprobs(rollouts: Rollouts, logprobs_BT: np.ndarray, *, tolerance: fl
         largest <= tolerance,
         f"rollouts: at row {row}, place {place} the logprob was {rollouts.logprobs_BT[row, place]:.6g} when it was "
         f"drawn, and the trainer computes {np.asarray(logprobs_BT)[row, place]:.6g}: {largest:.2g} apart, where "
-        f"{tolerance:.2g} is allowed",
+        f"{tolerance:.2g} is allowed: if that is rounding, raise logprob_tolerance",
     )
     return largest

@@ -259,11 +259,14 @@ SAID = [Response("A", True, 2), Response("B", False, 3)]
     ("reward", "message"),
     [
         (lambda p, r: np.array([0.5, np.nan], np.float32), "is nan, no finite float32"),
-        (lambda p, r: np.array([0.5], np.float32), r"\(1,\) for 2 responses: one number each"),
+        (
+            lambda p, r: np.array([0.5], np.float32),
+            r"shape \(1,\) for 2 responses: it must return one number for each",
+        ),
         (lambda p, r: np.array([0, 1]), "returned int64, in which fractions would be lost: return float32"),
         (lambda p, r: [True, False], "returned bool"),
         (lambda p, r: 1 / 0, "raised ZeroDivisionError: division by zero"),
-        (lambda p, r: ["good", "bad"], "one number each"),
+        (lambda p, r: ["good", "bad"], "one number for each"),
     ],
 )
 def test_what_is_no_reward_is_refused(reward, message):

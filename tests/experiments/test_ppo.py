@@ -30,6 +30,10 @@ def length(prompts, responses):
     return np.array([response.tokens / 4 for response in responses], np.float32)
 
 
+def count(prompts, responses):
+    return [response.tokens for response in responses]
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return base_models.make(tmp_path_factory.mktemp("base") / "model")
@@ -133,9 +137,11 @@ def test_two_processes_train_and_evaluate_as_one(base, asked, reward_model, tmp_
     ("changes", "message"),
     [
         ({"reward": ""}, "set --config.reward to the folder of a reward model"),
-        ({"reward": "no.such:thing"}, "config.reward=no.such:thing: No module named 'no'"),
+        ({"reward": "no.such:thing"}, "config.reward=no.such:thing: ModuleNotFoundError: No module named 'no'"),
+        ({"reward": "configs.ppo.small:__name__"}, "that is 'configs.ppo.small', no function"),
+        ({"safety_reward": f"{__name__}:count"}, "the reward 'count' returned int64, in which fractions would be lost"),
         ({"reward": f"{__name__}:nothing"}, "has no attribute 'nothing'"),
-        ({"reward": "runs/nowhere"}, "holds no finished reward model"),
+        ({"reward": "runs/nowhere"}, "runs/nowhere: there is no such folder of a reward model"),
         ({"prompts": PromptDataConfig(template="none", max_tokens=24)}, "PromptDataConfig.path is not set"),
     ],
 )
