@@ -30,12 +30,18 @@ ATTENTION_PRODUCTS = 2, 7
 
 
 class Working(NamedTuple):
-    """How many arrays are in memory at once in the fullest moments of a step: see `working_bytes`."""
+    """How many arrays are in memory at once in the fullest moments of a step: see `working_bytes`.
 
-    wide: float = 3.5  # [b, D] in a layer's backward pass
+    With collectives under compute (`parallel.overlap`), weights are there earlier and gradients longer.
+    """
+
+    wide: float = 7.5  # [b, D] in a layer's backward pass
     wide_again: float = 1.0  # and where its attention is computed once more
     feed_forward: float = 3.0  # [b, F]
     heads: float = 1.0  # [b, N H]
+    weights: float = 2.5  # layers' weights, where they are gathered for each layer
+    gradients: float = 1.0  # layers' float32 gradients
+    gradients_alone: float = 4.0  # and where no gathers wait for the same links
     logits: float = 3.0  # float32, of a chunk
     loss_wide: float = 3.0  # [b, D] in the loss
     head_gradients: float = 2.0  # float32 [V, D]: as it was added up, and transposed
@@ -159,6 +165,7 @@ class _Plan:
             "batch": 5 * 4 * self.work.tokens / self.shares,
             "weights gathered for the step": self.early_bytes(),
             "activations kept for the backward pass": kept,
+            "copies in the loop over microbatches": self.copied_bytes(),
             f"working memory of {fullest}": moments[fullest],
         }
 
@@ -169,6 +176,15 @@ class _Plan:
         parts.append((self.model.gather_tables, tables * self.table))
         divided = {"layer": 0.0, "step": 1.0, "group": 1.0 / self.sizes["data"]}
         return sum(self.compute * weights * divided[gather] for gather, weights in parts)
+
+    def copied_bytes(self) -> float:
+        """Of what XLA holds twice in a loop over microbatches: early weights, layers' inputs, the head's gradient."""
+        if self.work.microbatches == 1:
+            return 0.0
+        again = sum(group.layers for group in self.model.layer_groups() if group.remat != "none")
+        inputs = self.compute * self.tokens * self.model.hidden_size / self.tensor * again
+        head = (Working().head_gradients * MASTER + self.compute) * self.table
+        return self.early_bytes() + inputs + head
 
     def kept_bytes(self, group: LayerGroup) -> float:
         """Of one layer's activations that wait for the backward pass.
@@ -193,7 +209,8 @@ class _Plan:
         """Beside `kept` activations, in the moments that may be the fullest: the head's gradient outlives those."""
         model, t, c, working = self.model, self.tensor, self.compute, Working()
         early = all(group.gather == "step" for group in model.layer_groups())
-        weights = (MASTER + (0 if early else c)) * self.layer_weights
+        gradients = working.gradients_alone if early else working.gradients
+        weights = (MASTER * gradients + (0 if early else c * working.weights)) * self.layer_weights
         again = any(group.remat == "full" for group in model.layer_groups())
         widths = (working.wide + working.wide_again * again) * model.hidden_size
         widths += (working.feed_forward * model.ffn_size + working.heads * model.num_heads * model.head_dim) / t

@@ -167,19 +167,24 @@ def test_state_and_batch_of_the_real_step():
 
 
 @pytest.mark.parametrize(
-    ("name", "gather", "remat", "tensor", "gigabytes"),
+    ("name", "gather", "remat", "tensor", "microbatches", "gigabytes"),
     [
-        # What XLA 0.10.2 allocates for the whole step on 1,024 A800, 4 x 2^20 tokens.
-        ("llama2_7b", "layer", "save_attention", 1, 3.91),
-        ("llama2_7b", "step", "none", 1, 40.50),
-        ("llama2_7b", "layer", "dots", 8, 13.57),
-        ("baichuan2_13b", "layer", "dots", 1, 21.84),
-        ("llama2_70b", "layer", "save_attention", 1, 17.17),
-        ("llama2_70b", "layer", "dots", 8, 60.64),
+        # What the XLA of jax 0.10.2 allocates for the step on 1,024 A800, 4,096 tokens of a microbatch for each device.
+        ("llama2_7b", "layer", "save_attention", 1, 1, 4.81),
+        ("llama2_7b", "layer", "full", 1, 4, 6.33),
+        ("llama2_7b", "step", "none", 1, 1, 42.92),
+        ("llama2_7b", "step", "none", 1, 4, 58.25),
+        ("llama2_7b", "layer", "dots", 8, 1, 13.56),
+        ("baichuan2_7b", "step", "none", 1, 1, 45.97),
+        ("baichuan2_13b", "step", "dots", 1, 1, 53.62),
+        ("baichuan2_13b", "layer", "save_attention", 8, 1, 7.38),
+        ("llama2_70b", "layer", "save_attention", 1, 1, 20.32),
+        ("llama2_70b", "layer", "dots", 8, 1, 60.99),
     ],
 )
-def test_memory_is_within_15_percent_of_the_compilers(name, gather, remat, tensor, gigabytes):
+def test_memory_is_within_15_percent_of_the_compilers(name, gather, remat, tensor, microbatches, gigabytes):
     model = dataclasses.replace(executed(presets.get(name), gather, remat), compute_dtype="bfloat16")
     target = hardware.target("a800x1024")
-    found = costs.estimate(model, sizes(1, 1024 // tensor, tensor), target, Workload(1024, 4096))
+    work = Workload(1024 * microbatches, 4096, microbatches)
+    found = costs.estimate(model, sizes(1, 1024 // tensor, tensor), target, work)
     assert found.bytes / 1e9 == pytest.approx(gigabytes, rel=0.15)
