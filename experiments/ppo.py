@@ -53,7 +53,7 @@ def load_critic(config: PpoConfig, mesh: Mesh) -> Pretrained | None:
     """What the critic begins as, if not as the policy."""
     if not config.critic.model:
         return None
-    return finetune.load(dataclasses.replace(config.training, model=config.critic.model), mesh)
+    return finetune.load(dataclasses.replace(config.training, model=config.critic.model), mesh, writes=False)
 
 
 def load(config: PpoConfig, model: Pretrained, scores: Reward, mesh: Mesh) -> Data:

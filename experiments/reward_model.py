@@ -54,7 +54,7 @@ def run(config: RewardConfig, workdir: Path) -> None:
     """Train, continuing from the newest checkpoint in `workdir`; at the end, centre the rewards and evaluate them."""
     data = read(config)
     mesh = finetune.build_mesh(config.training)
-    language_model = finetune.load(config.training, mesh)
+    language_model = finetune.load(config.training, mesh, writes=False)  # or a reward model, to train it further
     encoder = encoder_of(config, language_model)
     train, tally = reward_batch.encode_pairs(data.train, encoder, config.data.sequence_length)
     heldout: Encoded = {}

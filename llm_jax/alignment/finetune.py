@@ -74,8 +74,11 @@ def fingerprint(arrays: Any) -> str:
     return found.hexdigest()
 
 
-def load(config: FineTuneConfig, mesh: Mesh) -> Pretrained:
-    """The model that is trained further, its parameters in float32 on the mesh, with the run's settings."""
+def load(config: FineTuneConfig, mesh: Mesh, *, writes: bool = True) -> Pretrained:
+    """The model that is trained further, its parameters in float32 on the mesh, with the run's settings.
+
+    Raises `UserError` where there is none, and for a reward model, unless nothing is to be written by it.
+    """
     require(config.model != "", "set --config.training.model to the model to begin with: a folder, a file or a name")
     changed: dict[str, Any] = {
         "dropout_rate": config.dropout_rate,
@@ -86,7 +89,12 @@ def load(config: FineTuneConfig, mesh: Mesh) -> Pretrained:
     }
     if config.max_length:
         changed["max_length"] = config.max_length
-    return pretrained.load(config.model, mesh=mesh, dtype="float32", **changed)
+    model = pretrained.load(config.model, mesh=mesh, dtype="float32", **changed)
+    require(
+        not writes or model.config.output == "logits",
+        f"{config.model} is a reward model, which writes nothing: name a language model",
+    )
+    return model
 
 
 def build_mesh(config: FineTuneConfig) -> Mesh:

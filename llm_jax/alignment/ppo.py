@@ -71,11 +71,16 @@ class Ppo:
     """What the iterations of a run share: its models and data, and the programs that are compiled for them."""
 
     def __init__(self, config: PpoConfig, actors: Actors, data: Data, mesh: Mesh):
-        """Nothing is computed yet. Raises `UserError` for minibatches that microbatches or devices do not divide."""
+        """Nothing is computed yet.
+
+        Raises `UserError` for minibatches that microbatches or devices do not divide, and for prompts without room for
+        a response.
+        """
         self.config, self.actors, self.mesh = config, actors, mesh
         self._data = data
         training, microbatches = config.training, config.training.microbatches
         step.check_batch(config.minibatch_size, microbatches, mesh)
+        rollout.check([*data.prompts.prompts, *data.heldout], actors.model, config.rollout)
         self._responses = config.rollout.prompts * config.rollout.sampling.num_samples
         self._updates = config.epochs * (self._responses // config.minibatch_size)  # of an iteration
         self._shaping = Shaping(config.rewards, config.advantage, config.rollout.sampling.num_samples)
@@ -170,6 +175,7 @@ class Ppo:
         rolled = time.perf_counter()
         responses = rollout.responses(rollouts, prompts, data.tokenizer, data.template)
         scores_B = ppo_experience.score(data.reward, [prompts[i].messages for i in rollouts.prompt_B], responses)
+        ppo_experience.check_scale(self.config.rewards, scores_B)
         (batch,) = self._on_mesh(rollouts.batch)
         judged = self._judge(state, batch)
         measured = {"seconds_rollout": rolled - start, "seconds_score": time.perf_counter() - rolled}

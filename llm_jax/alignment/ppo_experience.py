@@ -79,6 +79,16 @@ def checked(reward: Reward) -> Reward:
     return returned
 
 
+def check_scale(config: RewardShapingConfig, scores_B: np.ndarray) -> None:
+    """Raise `UserError` where the logit is asked for of scores that are no probabilities."""
+    bad = scores_B[(scores_B < 0) | (scores_B > 1)] if config.logit else scores_B[:0]
+    require(
+        not len(bad),
+        f"RewardShapingConfig.logit=True is of probabilities, and the reward returned {bad[:1].tolist()}: set it to "
+        "False for rewards of reward models, which are logits already",
+    )
+
+
 def in_groups(function: Callable[[Any], Any], batch: Any, groups: int) -> Any:
     """`function` of a batch's rows, so many groups of them one after the other, so that it holds one group's arrays."""
     if groups == 1:

@@ -57,6 +57,7 @@ def train(
     """
     require(jax.process_count() == 1, "rejection sampling draws in one process: start it on one host, with its devices")
     whole = config if whole is None else whole
+    rollout.check([*data.prompts.prompts, *data.heldout], model.config, config.rollout)
     finetune.check_folder(whole, data.fingerprint, workdir)
     finetune.write_start(whole, model, data.fingerprint, workdir)
     begin: Pretrained | None = model

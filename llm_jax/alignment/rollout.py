@@ -97,7 +97,7 @@ def roll(
     Raises:
         UserError: a prompt is empty or longer than `settings.max_prompt_tokens`, or what `generate` refuses.
     """
-    _check(prompts, config, settings)
+    check(prompts, config, settings)
     given = check_streams(range(len(prompts)) if streams is None else streams, len(prompts))
     with contextlib.ExitStack() as stack:
         if models.is_stacked(params):
@@ -184,17 +184,18 @@ def _rows_of_data(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def _check(prompts: Sequence[Prompt], config: ModelConfig, settings: RolloutConfig) -> None:
+def check(prompts: Sequence[Prompt], config: ModelConfig, settings: RolloutConfig) -> None:
+    """Raise `UserError` where there are no prompts, or one of them cannot be answered."""
     require(len(prompts) > 0, "rollouts: there are no prompts")
-    for i, prompt in enumerate(prompts):
+    names = [f"prompt {i} ({prompt.record})" if prompt.record else f"prompt {i}" for i, prompt in enumerate(prompts)]
+    for prompt, where in zip(prompts, names):
         size, most = len(prompt.tokens), settings.max_prompt_tokens
-        where = f"prompt {i} ({prompt.record})" if prompt.record else f"prompt {i}"
         require(size > 0, f"{where} has no tokens: nothing comes before its response")
         require(
             size <= most,
             f"{where} has {size:,} tokens, more than RolloutConfig.max_prompt_tokens={most:,}: raise it",
         )
-    check_prompts([prompt.tokens for prompt in prompts], config, settings.sampling)
+    check_prompts([prompt.tokens for prompt in prompts], config, settings.sampling, names)
 
 
 class _Drawing:

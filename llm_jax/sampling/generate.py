@@ -118,20 +118,25 @@ def check_streams(streams: Iterable[int], prompts: int) -> np.ndarray:
     return np.array(given, np.uint32)
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, sampling: SamplingConfig) -> None:
-    """Raise `UserError` where a prompt leaves no room for the new tokens or holds what is no id of the model's."""
+def check_prompts(
+    prompts: Sequence[Sequence[int]], config: ModelConfig, sampling: SamplingConfig, names: Sequence[str] = ()
+) -> None:
+    """Raise `UserError` where a prompt leaves no room for the new tokens or holds what is no id of the model's.
+
+    `names` are what messages call the prompts; by default their numbers.
+    """
     room = sampling.max_context or config.max_length
-    for i, prompt in enumerate(prompts):
+    for prompt, name in zip(prompts, names or [f"prompt {i}" for i in range(len(prompts))], strict=True):
         total = len(prompt) + sampling.max_new_tokens
         require(
             total <= room,
-            f"prompt {i} has {len(prompt)} tokens: with {sampling.max_new_tokens} new ones it passes the room of "
+            f"{name} has {len(prompt)} tokens: with {sampling.max_new_tokens} new ones it passes the room of "
             f"{room}; shorten it, lower max_new_tokens or raise max_context (the model's max_length is "
             f"{config.max_length})",
         )
         outside = [token for token in prompt if not 0 <= token < config.vocab_size]
         require(
             not outside,
-            f"prompt {i} holds token {outside[0] if outside else ''}, the model's vocabulary is {config.vocab_size}: "
+            f"{name} holds token {outside[0] if outside else ''}, the model's vocabulary is {config.vocab_size}: "
             "was it encoded by another tokenizer?",
         )

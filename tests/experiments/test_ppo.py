@@ -12,7 +12,13 @@ from experiments import ppo, runner
 from llm_jax import config as config_lib
 from llm_jax.alignment import finetune, reward
 from llm_jax.alignment.config import FineTuneConfig
-from llm_jax.alignment.policy_config import CriticConfig, PpoConfig, PromptDataConfig, RolloutConfig
+from llm_jax.alignment.policy_config import (
+    CriticConfig,
+    PpoConfig,
+    PromptDataConfig,
+    RewardShapingConfig,
+    RolloutConfig,
+)
 from llm_jax.alignment.rewards import Response
 from llm_jax.config import CheckpointConfig, MeshConfig, OptimizerConfig, SamplingConfig
 from llm_jax.errors import UserError
@@ -32,6 +38,10 @@ def length(prompts, responses):
 
 def count(prompts, responses):
     return [response.tokens for response in responses]
+
+
+def hundreds(prompts, responses):
+    return np.full(len(responses), 100.0, np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +153,24 @@ def test_two_processes_train_and_evaluate_as_one(base, asked, reward_model, tmp_
         ({"reward": f"{__name__}:nothing"}, "has no attribute 'nothing'"),
         ({"reward": "runs/nowhere"}, "runs/nowhere: there is no such folder of a reward model"),
         ({"prompts": PromptDataConfig(template="none", max_tokens=24)}, "PromptDataConfig.path is not set"),
+        (
+            {"rollout": RolloutConfig(prompts=8, max_prompt_tokens=24, sampling=SamplingConfig(max_new_tokens=60))},
+            r"prompt \d+ \(prompts.jsonl:\d+\) has \d+ tokens: with 60 new ones it passes the room of 64",
+        ),
+        (
+            {"rewards": RewardShapingConfig(logit=True), "reward": f"{__name__}:hundreds"},
+            r"logit=True is of probabilities, and the reward returned \[100.0\]",
+        ),
     ],
 )
 def test_mistakes_take_a_line(base, asked, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         ppo.run(settings(base, asked, **changes), tmp_path)
+
+
+def test_a_reward_model_is_no_policy(asked, reward_model, tmp_path):
+    with pytest.raises(UserError, match="is a reward model, which writes nothing: name a language model"):
+        ppo.run(settings(reward_model, asked), tmp_path)
 
 
 def preset(name):
