@@ -33,7 +33,7 @@ def _policy(kind: str) -> PpoConfig:
     return PpoConfig(
         training=FineTuneConfig(
             steps=ITERATIONS,
-            microbatches=4,
+            microbatches=2,
             log_every=1,
             eval_every=10,
             keep_best=False,
