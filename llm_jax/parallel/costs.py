@@ -11,6 +11,7 @@ device and those it shares its activations with.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -39,9 +40,8 @@ class Working(NamedTuple):
     wide_again: float = 1.0  # and where its attention is computed once more
     feed_forward: float = 3.0  # [b, F]
     heads: float = 1.0  # [b, N H]
-    weights: float = 2.5  # layers' weights, where they are gathered for each layer
-    gradients: float = 1.0  # layers' float32 gradients
-    gradients_alone: float = 4.0  # and where no gathers wait for the same links
+    weights: Mapping[str, float] = MappingProxyType({"layer": 2.5, "group": 1.0, "step": 0.0})  # of layers
+    gradients: Mapping[str, float] = MappingProxyType({"layer": 1.0, "group": 1.0, "step": 4.0})  # float32, of layers
     logits: float = 3.0  # float32, of a chunk
     loss_wide: float = 3.0  # [b, D] in the loss
     head_gradients: float = 2.0  # float32 [V, D]: as it was added up, and transposed
@@ -199,7 +199,7 @@ class _Plan:
         each = {
             "full": c * D / t,
             "save_attention": c * (D / t + queries) + statistics,
-            "dots": c * (2 * D / t + queries + 2 * keys + 2 * F),
+            "dots": c * (2 * D / t + 2 * queries + 2 * keys + 2 * F) + statistics,
             # Norms keep their input and its normalised form in float32, and their output.
             "none": 4 * MASTER * D / t + c * (2 * D / t + 2 * D + 2 * queries + 2 * keys + 3 * F) + statistics,
         }
@@ -208,9 +208,8 @@ class _Plan:
     def working_bytes(self, kept: float) -> dict[str, float]:
         """Beside `kept` activations, in the moments that may be the fullest: the head's gradient outlives those."""
         model, t, c, working = self.model, self.tensor, self.compute, Working()
-        early = all(group.gather == "step" for group in model.layer_groups())
-        gradients = working.gradients_alone if early else working.gradients
-        weights = (MASTER * gradients + (0 if early else c * working.weights)) * self.layer_weights
+        gathers = [group.gather for group in model.layer_groups()]
+        weights = max(MASTER * working.gradients[when] + c * working.weights[when] for when in gathers)
         again = any(group.remat == "full" for group in model.layer_groups())
         widths = (working.wide + working.wide_again * again) * model.hidden_size
         widths += (working.feed_forward * model.ffn_size + working.heads * model.num_heads * model.head_dim) / t
@@ -218,7 +217,7 @@ class _Plan:
         chunks = working.logits * 4 * rows * model.vocab_size / t
         chunks += working.loss_wide * c * self.tokens * model.hidden_size
         return {
-            "a layer's backward pass": weights + c * self.tokens * widths,
+            "a layer's backward pass": weights * self.layer_weights + c * self.tokens * widths,
             "the loss": (MASTER + c) * self.table + chunks,
             "the head's gradient": (working.head_gradients * MASTER + c) * self.table + chunks - kept,
         }
@@ -233,7 +232,7 @@ class _Plan:
             # XLA leaves out what only the layer's output needs: the last of the three matrices of the feed-forward.
             "save_attention": forward.projections + forward.feed_forward * 2 / 3,
             "full": forward.projections + forward.feed_forward * 2 / 3 + first * attention,
-            "dots": first * attention,
+            "dots": 0.0,
             "none": 0.0,
         }
         layers = self.model.num_layers
