@@ -26,6 +26,10 @@ from llm_jax.parallel.rules import LogicalAxes
 Params = dict[str, Any]
 
 
+# What attention gives, and the log-sum-exp of its scores.
+ATTENTION = ("attention_out", "attention_lse")
+
+
 def _offload(*names: str) -> Callable:
     policy: Callable = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
@@ -36,15 +40,30 @@ def _offload(*names: str) -> Callable:
     return policy
 
 
+def _dots(products: Callable, attention: Callable) -> Callable:
+    """What matrix products give and, because it costs the most to compute again, what attention gives."""
+
+    def policy(primitive: Any, *args: Any, **params: Any) -> Any:
+        chosen = products if primitive is jax.lax.dot_general_p else attention
+        return chosen(primitive, *args, **params)
+
+    return policy
+
+
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "save_attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    "dots": _dots(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(*ATTENTION),
+    ),
+    "save_attention": jax.checkpoint_policies.save_only_these_names(*ATTENTION),
 }
 OFFLOAD_POLICIES = {  # the same, kept in the host's memory; with "full" that is each layer's input
     "full": _offload("layer_input"),
-    "dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
-    "save_attention": _offload("attention_out", "attention_lse"),
+    "dots": _dots(
+        jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"), _offload(*ATTENTION)
+    ),
+    "save_attention": _offload(*ATTENTION),
 }
 
 
