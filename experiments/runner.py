@@ -145,7 +145,7 @@ def parse(
         raise UserError(f"cannot read the command line: {_one_line(error)}") from None
     require(not positional, f"unexpected argument {positional[0] if positional else ''!r}: flags start with --")
     flags.FLAGS.mark_as_parsed()
-    given = {variable: values[flag].value for flag, (variable, _) in JOB_FLAGS.items() if values[flag].value}
+    given = {variable: str(values[flag].value) for flag, (variable, _) in JOB_FLAGS.items() if values[flag].value}
     os.environ.update(given)
     require(bool(values["workdir"].value), "--workdir is empty; name the folder to write to")
     folder = Path(str(values["workdir"].value))

@@ -213,7 +213,7 @@ def _split(layers: Any, groups: tuple[LayerGroup, ...]) -> list[Any]:
         return [layers]
     leaves, structure = jax.tree.flatten(layers)
     sizes = [group.layers for group in groups]
-    return [structure.unflatten(part) for part in zip(*(jax.lax.split(leaf, sizes) for leaf in leaves))]
+    return [jax.tree.unflatten(structure, part) for part in zip(*(jax.lax.split(leaf, sizes) for leaf in leaves))]
 
 
 def gather_once(params: Params, config: ModelConfig) -> Params:

@@ -26,7 +26,7 @@ class Collective(NamedTuple):
     size: float  # bytes: gathered, the array's whole; reduced, each device's whole summand; else what a device sends
     members: int  # devices in a group
     in_host: int  # of them in one host
-    count: float = 1.0  # times in a step
+    count: float = 1.0  # type: ignore[assignment]  # times in a step; of a tuple, nobody counts anything here
     what: str = ""  # of which arrays
 
 

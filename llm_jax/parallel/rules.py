@@ -46,7 +46,7 @@ def axis_size(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
     return size
 
 
-def shardings(axes_tree: Any, abstract_tree: Any, mesh: Mesh) -> Any:
+def shardings(axes_tree: Any, abstract_tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A `NamedSharding` for each parameter. Raises `UserError` naming the one whose dimension does not divide."""
 
     def one(path: jax.tree_util.KeyPath, array: Any, axes: LogicalAxes) -> NamedSharding:

@@ -51,9 +51,9 @@ def number(hosts: Sequence[str], places: Mapping[str, Place], path: Path) -> lis
     """
     missing = sorted({host for host in hosts if host not in places})
     require(not missing, f"the topology file {path} has no line `host switch pod` for {', '.join(missing)}: add it")
-    pods = [(places[host].pod,) for host in hosts]
-    switches = [(*pod, places[host].switch) for pod, host in zip(pods, hosts)]
-    whole = [(*switch, host) for switch, host in zip(switches, hosts)]
+    pods: list[tuple[str, ...]] = [(places[host].pod,) for host in hosts]
+    switches: list[tuple[str, ...]] = [(*pod, places[host].switch) for pod, host in zip(pods, hosts)]
+    whole: list[tuple[str, ...]] = [(*switch, host) for switch, host in zip(switches, hosts)]
 
     def key(process: int) -> tuple[int, ...]:
         return *(level.index(level[process]) for level in (pods, switches, whole)), process

@@ -86,7 +86,7 @@ def compile_on(config: TrainConfig, mesh: Mesh, options: Mapping[str, Any] | Non
     compiled = lowered.compile(compiler_options=dict(options) if options else None)
     memory: Any = compiled.memory_analysis()
     return Compiled(
-        text=compiled.as_text(),
+        text=compiled.as_text() or "",
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,

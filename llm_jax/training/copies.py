@@ -68,7 +68,7 @@ class Copies:
         folder = Path(self._own.copies)
         path = folder / f"{step}.{self._own.round}" / f"{self._own.process}.npz"
         contents = {"sizes": sizes, "pieces": [(p.array, p.start, p.values.shape, p.values.dtype.name) for p in pieces]}
-        arrays = {str(i): p.values.reshape(-1).view(np.uint8) for i, p in enumerate(pieces)}
+        arrays: dict[str, Any] = {str(i): p.values.reshape(-1).view(np.uint8) for i, p in enumerate(pieces)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with files.replacing(path) as partial, partial.open("wb") as file:
@@ -146,12 +146,12 @@ def _moves(mesh: Mesh, distance: int) -> dict[jax.Device, jax.Device]:
 def _from_neighbour(state: Any) -> Any:
     """The state with every shard moved to the next host."""
     leaves, structure = jax.tree.flatten(jax.block_until_ready(state))
-    return structure.unflatten(jax.block_until_ready(_shift(tuple(x.sharding for x in leaves))(leaves)))
+    return jax.tree.unflatten(structure, jax.block_until_ready(_shift(tuple(x.sharding for x in leaves))(leaves)))
 
 
 @functools.lru_cache
 def _shift(shardings: tuple[NamedSharding, ...]) -> Any:
-    mesh = shardings[0].mesh
+    mesh: Any = shardings[0].mesh  # of devices
     place = {device: i for i, device in enumerate(mesh.devices.ravel())}
     pairs = [(place[source], place[target]) for source, target in _moves(mesh, 1).items()]
     specs = [sharding.spec for sharding in shardings]
@@ -203,7 +203,7 @@ def _assemble(name: str, wanted: jax.ShapeDtypeStruct, available: Available) -> 
         with np.load(path) as file:
             return file[key].view(dtype).reshape(shape)
 
-    def block(index: tuple[slice, ...]) -> np.ndarray:
+    def block(index: Any) -> np.ndarray:  # a slice for each dimension
         bounds = [part.indices(size)[:2] for part, size in zip(index, wanted.shape)]
         result = np.empty([stop - start for start, stop in bounds], wanted.dtype)
         for start, (_, _, shape, _) in available[name].items():

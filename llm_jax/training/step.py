@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from llm_jax.errors import require
 from llm_jax.losses.weighted import LossOutput, WeightedSum
@@ -137,7 +137,7 @@ def build(
     return bind(update, seed_number(seed), schedule)
 
 
-def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, microbatches: int, mesh: Mesh | AbstractMesh) -> None:
     """Raise `UserError` unless every microbatch divides over the devices that share the batch."""
     shares = rules.axis_size(mesh, "batch")
     require(
