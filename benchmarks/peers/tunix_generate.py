@@ -27,7 +27,7 @@ class Ids:
         """Nothing: reading the text is not measured."""
         return ""
 
-    def bos_id(self) -> int:
+    def bos_id(self) -> int | None:
         """An id that no prompt holds."""
         return 1
 
@@ -40,9 +40,9 @@ class Ids:
         return self._unused_id
 
 
-def make_sampler(shape: Generation) -> sampler_lib.Sampler:
-    """A sampler of a model in float32."""
-    config = llama.ModelConfig(
+def model_config(shape: Generation) -> llama.ModelConfig:
+    """The model of a shape."""
+    return llama.ModelConfig(
         num_layers=shape.layers,
         vocab_size=shape.vocabulary,
         embed_dim=shape.hidden,
@@ -54,9 +54,13 @@ def make_sampler(shape: Generation) -> sampler_lib.Sampler:
         norm_eps=1e-5,
         weight_tying=shape.tied,
     )
+
+
+def make_sampler(shape: Generation) -> sampler_lib.Sampler:
+    """A sampler of a model in float32."""
     length = shape.prompt + shape.new_tokens + 8
     cache = sampler_lib.CacheConfig(length, shape.layers, shape.kv_heads, shape.head_dim)
-    return sampler_lib.Sampler(llama.Llama3(config, rngs=nnx.Rngs(0)), Ids(-1), cache)
+    return sampler_lib.Sampler(llama.Llama3(model_config(shape), rngs=nnx.Rngs(0)), Ids(-1), cache)
 
 
 def main(name: str) -> None:

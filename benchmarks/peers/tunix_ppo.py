@@ -24,7 +24,7 @@ from tunix.rl import algo_core, common, rl_cluster, utils
 from tunix.rl.ppo import ppo_learner
 from tunix.rl.rollout import base_rollout
 
-from benchmarks.peers import shapes
+from benchmarks.peers import shapes, tunix_generate
 from benchmarks.peers.ppo_setting import (
     CLIP,
     EPOCHS,
@@ -43,12 +43,8 @@ PARTS = ("rollout", "score", "update")
 ROLES = [rl_cluster.Role[name] for name in ("ACTOR", "CRITIC", "REFERENCE", "ROLLOUT")]
 
 
-class Ids:
-    """A tokenizer whose texts are ids with spaces between them; the model draws neither padding nor an end."""
-
-    def encode(self, text: str, **_: object) -> list[int]:
-        """The ids."""
-        return [int(word) for word in text.split()]
+class Ids(tunix_generate.Ids):
+    """Texts are ids, with nothing before them; the model draws neither padding nor an end."""
 
     def decode(self, ids: Any, **_: object) -> str:
         """The text."""
@@ -61,9 +57,8 @@ class Ids:
         """The first id after the vocabulary."""
         return SHAPE.vocabulary
 
-    def eos_id(self) -> int:
-        """What the model never draws."""
-        return -1
+
+TOKENIZER = Ids(-1)
 
 
 class Llama3(llama.Llama3):
@@ -77,27 +72,17 @@ class Llama3(llama.Llama3):
 
 def reward(prompts: Any, completions: list[str], **_: Any) -> list[float]:
     """The share of each response's tokens that are in the lower half of the vocabulary."""
-    return [float(np.mean([id < SHAPE.vocabulary // 2 for id in Ids().encode(each)])) for each in completions]
+    return [float(np.mean([id < SHAPE.vocabulary // 2 for id in TOKENIZER.encode(each)])) for each in completions]
 
 
 def make_learner(folder: str) -> ppo_learner.PPOLearner:
     """The learner of the model in a folder."""
     mesh = jax.sharding.Mesh([[jax.devices()[0]]], ("fsdp", "tp"))
-    config = llama.ModelConfig(
-        num_layers=SHAPE.layers,
-        vocab_size=SHAPE.vocabulary,
-        embed_dim=SHAPE.hidden,
-        hidden_dim=SHAPE.ffn,
-        num_heads=SHAPE.heads,
-        head_dim=SHAPE.head_dim,
-        num_kv_heads=SHAPE.kv_heads,
-        rope_theta=10_000,
-        norm_eps=1e-5,
-    )
     llama.Llama3 = Llama3
     with mesh:
         actor, reference = (
-            weights.create_model_from_safe_tensors(folder, config, mesh, dtype=jnp.float32) for _ in range(2)
+            weights.create_model_from_safe_tensors(folder, tunix_generate.model_config(SHAPE), mesh, dtype=jnp.float32)
+            for _ in range(2)
         )
         critic = utils.create_critic_model(actor)
         critic.lm_head.kernel[...] = jnp.zeros((SHAPE.hidden, 1))
@@ -126,7 +111,7 @@ def make_learner(folder: str) -> ppo_learner.PPOLearner:
         actor=actor,
         critic=critic,
         reference=reference,
-        tokenizer=Ids(),
+        tokenizer=TOKENIZER,
         cluster_config=rl_cluster.ClusterConfig(
             role_to_mesh=dict.fromkeys(ROLES, mesh), training_config=training, rollout_config=rollout
         ),
@@ -198,7 +183,7 @@ class Iterations:
 
     def batches(self) -> Iterator[dict[str, list[str]]]:
         """The prompts of an iteration, once they are asked for; by the next ones the iteration has ended."""
-        prompts = itertools.cycle(Ids().decode(ids) for ids in prompt_tokens())
+        prompts = itertools.cycle(TOKENIZER.decode(ids) for ids in prompt_tokens())
         while self._asked.get():
             yield {"prompts": list(itertools.islice(prompts, SHAPE.batch))}
             self._begin("")
