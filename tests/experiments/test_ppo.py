@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -20,10 +21,11 @@ from llm_jax.alignment.policy_config import (
     RolloutConfig,
 )
 from llm_jax.alignment.rewards import Response
-from llm_jax.config import CheckpointConfig, MeshConfig, OptimizerConfig, SamplingConfig
+from llm_jax.config import CheckpointConfig, MeshConfig, OptimizerConfig, SamplingConfig, TokenizerConfig
 from llm_jax.errors import UserError
 from llm_jax.interop import pretrained
 from llm_jax.tokenization.chat import Message
+from llm_jax.tokenization.train import train_on_texts
 from llm_jax.training import checkpoint, metrics
 from tests.alignment import base_models
 from tests.processes import assert_same_numbers, run_together
@@ -108,6 +110,24 @@ def test_rewards_and_critic_of_reward_models(base, asked, reward_model, tmp_path
     ppo.run(settings(base, asked, reward=name, reward_weights="int8", safety_reward=REWARD, critic=critic), tmp_path)
     assert "reward models" in capsys.readouterr().out
     assert [record["step"] for record in metrics.read(tmp_path, "train")] == [1, 2]
+
+
+def test_a_reward_model_of_another_tokenizer_reads_texts_and_is_no_critic(base, asked, reward_model, tmp_path):
+    other = shutil.copytree(reward_model, tmp_path / "other")
+    words = train_on_texts(["three two one, here and there\n"] * 9, TokenizerConfig(vocab_size=279))
+    (other / "tokenizer.model").write_bytes(words)
+    config = settings(base, asked, reward=str(other))
+    same, model = (
+        ppo.load_reward(each, "reward", finetune.build_mesh(config.training))
+        for each in (settings(base, asked, reward=str(reward_model)), config)
+    )
+    said = Response("three two", True, 3)
+    assert len(model.encoder((), said.text)) != len(same.encoder((), said.text))
+    tokenizer = model.encoder.tokenizer
+    ids = np.array([tokenizer.bos_id, *tokenizer.encode(said.text)], np.int32)
+    np.testing.assert_array_equal(model([()], [said]), model.score([ids]))
+    with pytest.raises(UserError, match="the critic has another tokenizer than the policy"):
+        ppo.run(dataclasses.replace(config, critic=CriticConfig(model=str(other))), tmp_path / "run")
 
 
 def test_a_reward_model_that_waits_in_the_hosts_memory_says_the_same(base, asked, reward_model):
