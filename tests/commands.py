@@ -1,6 +1,7 @@
 """Reading a command line as its experiment would, without running it: for tests of commands in docs and demos."""
 
 import importlib
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def parse(argv: list[str]) -> tuple[Any, Path]:
     def note(run: Any, config_class: Any, default_config: str, **options: Any) -> None:
         found.update(run=run, config_class=config_class, default=default_config, **options)
 
-    original, before = runner.main, sys.argv
+    original, before, environment = runner.main, sys.argv, dict(os.environ)
     known = set(flags.FLAGS)
     try:
         runner.main, sys.argv = note, [name]
@@ -41,6 +42,8 @@ def parse(argv: list[str]) -> tuple[Any, Path]:
         return runner.parse([name, *arguments], found["config_class"], found["default"], default_workdir)
     finally:
         runner.main, sys.argv = original, before
+        os.environ.clear()
+        os.environ.update(environment)
         sys.modules.setdefault(name, module)
         for flag in set(flags.FLAGS) - known:
             delattr(flags.FLAGS, flag)

@@ -34,7 +34,7 @@ from llm_jax.optim import schedules
 from llm_jax.parallel import distributed, shares
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.scaling.flops import training_flops_per_token
-from llm_jax.training import checkpoint, metrics, state, step
+from llm_jax.training import checkpoint, metrics, state, step, supervised
 from llm_jax.training.checkpoint import Checkpointer
 from llm_jax.training.loop import Loop, Throughput
 from llm_jax.training.state import Adapters, TrainState
@@ -134,8 +134,12 @@ def train(config: FineTuneConfig, model: Pretrained, task: Task, workdir: Path, 
     part = part_of(config, model, mesh)
     write_start(whole, model, task.fingerprint, workdir)
     with Checkpointer(workdir / part.folder, config.checkpoint, model.config, task.tokens_per_step) as checkpointer:
-        start = checkpointer.latest_step() or 0
-        current = checkpointer.restore(part.abstract, start) if start else part.first()
+        current, start, _ = supervised.first_state(
+            part.abstract,
+            checkpointer,
+            lambda step: checkpointer.restore(part.abstract, step) if step else part.first(),
+            part.first,
+        )
         with metrics.Recorder(workdir, start, settings.steps) as recorder:
             loop = _loop(settings, part, model, task, workdir, mesh, checkpointer, recorder, config.keep_best)
             current = loop.run(current, task.batches(start), start)
@@ -152,8 +156,9 @@ def check(config: FineTuneConfig, model: Pretrained, task: Task, workdir: Path, 
     model, data and mesh.
     """
     check_folder(whole, task.fingerprint, workdir)
-    step.check_batch(task.batch_size, config.microbatches, mesh)
-    settings = _settings(config, model.config, task)
+    microbatches = supervised.microbatches(task.batch_size, config.microbatches, mesh)
+    step.check_batch(task.batch_size, microbatches, mesh)
+    settings = dataclasses.replace(_settings(config, model.config, task), microbatches=microbatches)
     schedules.learning_rate(settings.optimizer, settings.steps)  # refuses a warm-up that is too long
     return settings
 

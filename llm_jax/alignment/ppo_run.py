@@ -58,8 +58,8 @@ def train(
     finetune.write_start(whole, model, data.fingerprint, workdir)
     folder = workdir / actors.policy.folder
     with Checkpointer(folder, training.checkpoint, model.config, tokens_per_step=1) as checkpointer:
-        start = checkpointer.latest_step() or 0
-        state = run.first() if not start else _restore(run, checkpointer, start)
+        found = checkpointer.newest(lambda step: _restore(run, checkpointer, step) if step else run.first())
+        state, start = found or (run.first(), 0)
         with metrics.Recorder(workdir, start, training.steps) as recorder:
             state = _loop(run, state, start, model, checkpointer, recorder, workdir)
     finished = int(state.iteration) == training.steps

@@ -78,9 +78,11 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        if self._writes:
-            self._progress.stop()
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        if not self._writes:
+            return
+        self._progress.stop()
+        if kind is None:  # on a full disk TensorBoard's thread has ended, and closing would wait for it for ever
             self._file.close()
             self._tensorboard.close()
 

@@ -138,8 +138,8 @@ def supervised(command: Sequence[str], folder: Path, hosts: int, *flags: str):
         run.end()
 
 
-def rows_taken(workdir: Path) -> dict[int, list[int]]:
-    """The rows that each step was taken with in the end, by step: what the last round that took it drew, in order."""
+def rows_drawn(workdir: Path) -> list[dict[int, list[int]]]:
+    """What the processes of each round drew together, by step: the rows in the order of the global batch."""
     rounds: dict[int, dict[int, dict[int, list[int]]]] = {}
     for path in (workdir / "rows").iterdir():
         number, process = map(int, path.name.split(".")[:2])
@@ -147,13 +147,25 @@ def rows_taken(workdir: Path) -> dict[int, list[int]]:
             with contextlib.suppress(ValueError):  # cut short by a kill
                 record = json.loads(line)
                 rounds.setdefault(number, {}).setdefault(record["step"], {})[process] = record["rows"]
+    return [
+        {step: [row for process in sorted(parts) for row in parts[process]] for step, parts in rounds[number].items()}
+        for number in sorted(rounds)
+    ]
+
+
+def rows_taken(workdir: Path) -> dict[int, list[int]]:
+    """The rows that each step was taken with in the end: those of the last round that took it."""
     taken: dict[int, list[int]] = {}
-    for number in sorted(rounds):
-        begun = min(rounds[number])
-        taken = {step: rows for step, rows in taken.items() if step < begun}
-        for step, parts in rounds[number].items():
-            taken[step] = [row for process in sorted(parts) for row in parts[process]]
+    for drawn in rows_drawn(workdir):
+        begun = min(drawn)
+        taken = {step: rows for step, rows in taken.items() if step < begun} | drawn
     return taken
+
+
+def begun_again(workdir: Path) -> int:
+    """How many steps were begun by more than one round: the work that was lost."""
+    steps = [step for drawn in rows_drawn(workdir) for step in drawn]
+    return len(steps) - len(set(steps))
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -232,8 +244,8 @@ def main(config: Path, folder: Path, faults: int, seed: int) -> None:
         "seconds": round(time.monotonic() - start),
         "median_downtime_seconds": float(np.median(downtimes)),
         "longest_downtime_seconds": max(downtimes),
-        "lost_steps": sum(lost),
-        "most_lost_steps": max(lost),
+        "whole_steps_lost": sum(lost),
+        "steps_begun_again": begun_again(run.workdir),
     }
     print(json.dumps(summary | compare(steps, run.workdir, straight)))
 
