@@ -330,6 +330,13 @@ def _set_up_logging() -> None:
     # What Orbax logs as an error, traceback and all, it also raises in the thread that waits for it.
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
+
+
+def _unraisable(report: Any) -> None:
+    """After a failed write Orbax's threads find their loop closed, which says nothing; anything else is shown."""
+    if str(report.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(report)
 
 
 def _experiment_name(run: Callable[..., object]) -> str:

@@ -30,6 +30,7 @@ POLL_SECONDS = 1.0  # between two looks at whether another process has failed
 FAREWELL_SECONDS = 4.0  # that a failed process stays, so that the others read why
 
 _members: tuple[Member, ...] = ()
+_failed = False  # whether this process itself is about to end with an error
 
 
 def initialize(timeout_seconds: float = JOIN_SECONDS) -> None:
@@ -139,6 +140,8 @@ def share_failure(message: str) -> None:
     """Tell the other processes why this one fails, which ends them with one line; does nothing in a job of one."""
     if not is_joined():
         return
+    global _failed
+    _failed = True
     index = jax_distributed.global_state.process_id
     with contextlib.suppress(RuntimeError):  # the first failure is the cause; those after it follow from it
         _client().key_value_set(FAILURE, f"{index}:{name_of(index)} failed: {message}")
@@ -165,7 +168,7 @@ def _watch(stop: threading.Event) -> None:
             index, _, message = _client().key_value_try_get(FAILURE).partition(":")
         except (RuntimeError, UserError):
             continue  # nobody has failed, or the job ends
-        if int(index) == own:
+        if int(index) == own or _failed:
             return
         sys.stdout.flush()
         print(f"error: {message}", file=sys.stderr, flush=True)
