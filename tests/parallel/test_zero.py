@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 
 import jax
@@ -17,6 +18,7 @@ from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import rules, zero
 from llm_jax.training import language_model, step
 from llm_jax.training.loop import place
+from tests.golden import make_collectives
 
 MESH = mesh_lib.build(MeshConfig(data=2, tensor=4))
 MODEL = ModelConfig(
@@ -77,6 +79,19 @@ def test_every_choice_gives_one_devices_loss_and_gradients(groups, mesh_sizes, a
     for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(alone[1])):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-4, err_msg=jax.tree_util.keystr(path))
         assert got.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("plan", make_collectives.PLANS)
+def test_the_collectives_are_those_that_the_plan_promises(plan):
+    """As the golden file says; and what is gathered once a step, as large as the parameters, whatever is gathered."""
+    found = make_collectives.collectives(plan)
+    assert found == json.loads(make_collectives.PATH.read_text())[plan]
+    parameters = models.count_parameters(make_collectives.MODEL) - make_collectives.MODEL.hidden_size  # the last norm's
+    if plan == "step 2x4x1":
+        used = json.loads(make_collectives.PATH.read_text())["group 2x4x1"]["all-gather over replica, data"][1]
+        assert found["all-gather over replica, data"][1] - used == 4 * parameters
+    if plan == "group 2x4x1":
+        assert found["all-gather over replica"][1] == 4 * parameters / 4
 
 
 def test_gather_casts_on_the_shard():
