@@ -25,7 +25,7 @@ from llm_jax.config import TrainConfig
 from llm_jax.errors import UserError, require
 from llm_jax.evaluation import plan_page, tables
 from llm_jax.files import replacing, write_json
-from llm_jax.parallel import compiled, costs, hardware, links, plan, rules
+from llm_jax.parallel import choose, compiled, costs, hardware, links, plan, rules
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel.hardware import Target
 from llm_jax.parallel.plan import Choice, Plan, Reading
@@ -43,7 +43,8 @@ def run(config: TrainConfig, workdir: Path) -> None:
     """Write and print the plan."""
     start = time.monotonic()
     target = hardware.target(TARGET.value, CARDS.value)
-    found = list(plan.choices(config.model, target, plan.workload(config)))
+    work = plan.workload(config)
+    found = choose.with_mixtures(list(plan.choices(config.model, target, work)), config.model, target, work)
     plan.check_fits(found, target)
     best = plan.best(found, SHOWN)
     config = best[0].apply(config) if CHOOSE.value else config

@@ -105,7 +105,7 @@ def alternatives(plan: Plan) -> Table:
         gigabytes = f"{choice.estimate.bytes / GB:.1f}"
         rows.append((choice.summary, gigabytes, f"{serial:.1%}", f"{overlapped:.1%}"))
     headings = ("way", "GB", "without overlap", "with all overlap")
-    return Table("The best that fit, all layers alike (estimated)", headings, tuple(rows), frozenset(headings[1:]))
+    return Table("The best that fit (estimated)", headings, tuple(rows), frozenset(headings[1:]))
 
 
 def all_tables(plan: Plan) -> list[Table]:

@@ -182,7 +182,7 @@ def verdict(plan: Plan) -> list[str]:
             f"{overlapped:.1%} (--choose plans it)."
         )
     elif plan.fits:
-        found.append("No other way to run it, with all layers alike, is better by its estimate.")
+        found.append("No other way to run it is better by its estimate.")
     return found
 
 

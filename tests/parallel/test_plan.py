@@ -96,7 +96,7 @@ def test_the_verdict_on_the_best_has_nothing_to_change():
     made = Plan(config, target, first.sizes, first.estimate, (first,))
     lines = plan.verdict(made)
     assert lines[0].startswith("Fits: ")
-    assert lines[2] == "No other way to run it, with all layers alike, is better by its estimate."
+    assert lines[2] == "No other way to run it is better by its estimate."
 
 
 def test_traffic_adds_up_by_kind_and_axes():
