@@ -1,6 +1,7 @@
 """The supervisor against everything that can happen to a run; a counter stands for the training, and one real one."""
 
 import dataclasses
+import json
 import signal
 import time
 from pathlib import Path
@@ -145,3 +146,20 @@ def test_a_real_training_loses_a_host(dataset, tmp_path):  # noqa: F811
     arguments = fault_injection.training(tmp_path / "wanted.json", straight)[1:]
     fault_injection.run_alone(arguments)
     assert fault_injection.compare(15, run.workdir, straight)["largest_loss_difference"] < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("faults", "steps"), [(3, 60), (20, 300)])
+def test_many_faults_in_one_run(dataset, tmp_path, capsys, faults, steps):  # noqa: F811
+    """Four, three, two processes and back to four: every loss and every row are those of an undisturbed run."""
+    config = make_config(dataset, steps=steps, eval_every=0, eval_batches=1)
+    model = dataclasses.replace(config.model, hidden_size=48, head_dim=12)
+    data = dataclasses.replace(config.data, batch_size=24)
+    rare = CheckpointConfig(every_steps=10**6)
+    save(dataclasses.replace(config, model=model, data=data, checkpoint=rare), tmp_path / "wanted.json")
+    fault_injection.main(tmp_path / "wanted.json", tmp_path / "runs", faults, seed=7)
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["faults"] >= faults
+    assert summary["largest_loss_difference"] < 1e-4
+    assert summary["steps_begun_again"] <= 2 * summary["faults"]
+    assert (tmp_path / "runs/overlay.png").stat().st_size > 1000
