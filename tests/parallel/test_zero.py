@@ -12,8 +12,18 @@ import pytest
 from jax.sharding import NamedSharding
 
 from llm_jax import models
-from llm_jax.config import LayerGroup, LossConfig, MeshConfig, ModelConfig
+from llm_jax.config import (
+    DataConfig,
+    LayerGroup,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    from_config_dict,
+    to_config_dict,
+)
 from llm_jax.data.batch import Batch
+from llm_jax.errors import UserError
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import rules, zero
 from llm_jax.training import language_model, step
@@ -79,6 +89,27 @@ def test_every_choice_gives_one_devices_loss_and_gradients(groups, mesh_sizes, a
     for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(alone[1])):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-4, err_msg=jax.tree_util.keystr(path))
         assert got.dtype == jnp.float32
+
+
+def test_groups_are_part_of_a_config_and_of_no_checkpoint():
+    model = dataclasses.replace(MODEL, groups=GROUPS["mixed"], gather_tables="step")
+    config = TrainConfig(model=model, data=DataConfig(sequence_length=16))
+    assert from_config_dict(TrainConfig, to_config_dict(config)) == config
+    assert model.architecture() == MODEL.architecture()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: dataclasses.replace(MODEL, groups=(LayerGroup(2),)), "groups hold 2 layers, num_layers=3"),
+        (lambda: LayerGroup(2, "steps"), "LayerGroup.gather='steps' is not one of layer, step, group; did you mean"),
+        (lambda: LayerGroup(2, offload=True), "LayerGroup.offload moves what remat keeps to the host: choose"),
+    ],
+    ids=["layers", "gather", "offload"],
+)
+def test_groups_that_cannot_be_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        change()
 
 
 @pytest.mark.parametrize("plan", make_collectives.PLANS)
