@@ -44,6 +44,7 @@ class Working(NamedTuple):
     gradients: Mapping[str, float] = MappingProxyType({"layer": 1.0, "group": 1.0, "step": 4.0})  # float32, of layers
     logits: float = 3.0  # float32, of a chunk
     loss_wide: float = 3.0  # [b, D] in the loss
+    kept_again: float = 0.4  # of what is kept, with several microbatches
     head_gradients: float = 2.0  # float32 [V, D]: as it was added up, and transposed
 
 
@@ -178,13 +179,20 @@ class _Plan:
         return sum(self.compute * weights * divided[gather] for gather, weights in parts)
 
     def copied_bytes(self) -> float:
-        """Of what XLA holds twice in a loop over microbatches: early weights, layers' inputs, the head's gradient."""
+        """Of what XLA holds twice in a loop over microbatches: early weights, the head's gradient, and of activations.
+
+        Of those it copies the layers' inputs or, where more is kept, a part.
+        """
         if self.work.microbatches == 1:
             return 0.0
-        again = sum(group.layers for group in self.model.layer_groups() if group.remat != "none")
-        inputs = self.compute * self.tokens * self.model.hidden_size / self.tensor * again
+        inputs = self.compute * self.tokens * self.model.hidden_size / self.tensor
+        again = sum(
+            group.layers * max(inputs, Working().kept_again * self.kept_bytes(group))
+            for group in self.model.layer_groups()
+            if group.remat != "none"
+        )
         head = (Working().head_gradients * MASTER + self.compute) * self.table
-        return self.early_bytes() + inputs + head
+        return self.early_bytes() + again + head
 
     def kept_bytes(self, group: LayerGroup) -> float:
         """Of one layer's activations that wait for the backward pass.

@@ -10,7 +10,7 @@ from llm_jax.models import presets
 from llm_jax.parallel import choose, costs, hardware, plan
 from llm_jax.parallel.costs import Workload
 
-TARGET = hardware.target("a800x64")
+TARGET = hardware.target("a800x32")
 WORK = Workload(1024, 4096)
 MODEL = dataclasses.replace(presets.get("llama2_13b"), compute_dtype="bfloat16")
 
@@ -70,5 +70,5 @@ def test_activations_leave_the_device_only_where_nothing_fits_without(mixed):
 def test_a_batch_that_fits_no_plan_is_said_to():
     target = tight(1e9)
     found = choose.with_mixtures(list(plan.choices(MODEL, target, WORK)), MODEL, target, WORK)
-    with pytest.raises(UserError, match=r"nothing fits a800x64: the least that a device needs is .* GB"):
+    with pytest.raises(UserError, match=r"nothing fits a800x32: the least that a device needs is .* GB"):
         plan.check_fits(found, target)
