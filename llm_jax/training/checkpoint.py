@@ -45,6 +45,7 @@ class Publication:
     tokens_per_step: int
     every_steps: int  # that a checkpoint is written
     keep: int  # 0 = all of them
+    folder: Path  # of those that are published
 
     def tokens(self, step: int) -> int:
         """The multiple of `every_tokens` that a checkpoint is published for; 0 for one that is not."""
@@ -54,8 +55,9 @@ class Publication:
         return passed * self.every_tokens if passed > before else 0
 
     def kept(self, steps: Iterable[int]) -> list[int]:
-        """Those of the steps that are published and stay so."""
-        return [step for step in sorted(steps) if self.tokens(step)][-self.keep :]
+        """Those of the steps that are published and stay so, also if it was under other settings than now."""
+        linked = {link.name for link in self.folder.glob(f"*/{FOLDER}/*")}
+        return [step for step in sorted(steps) if self.tokens(step) or str(step) in linked][-self.keep :]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Orbax's question of every checkpoint whether it stays."""
@@ -68,7 +70,7 @@ class Checkpointer:
 
     def __init__(self, workdir: Path, config: CheckpointConfig, model: ModelConfig, tokens_per_step: int) -> None:
         self._publication = Publication(
-            config.keep_every_tokens, tokens_per_step, config.every_steps, config.keep_published
+            config.keep_every_tokens, tokens_per_step, config.every_steps, config.keep_published, workdir / PUBLISHED
         )
         policies = [checkpoint_managers.LatestN(config.keep_last), self._publication]
         options = ocp.CheckpointManagerOptions(
@@ -110,10 +112,10 @@ class Checkpointer:
 
     def _publish(self, without: int | None = None) -> None:
         """Give the published checkpoints that are whole on disk their folders, and take those away that have gone."""
-        if not self._publication.every_tokens or not distributed.is_first():
+        if not distributed.is_first():
             return
         steps = [step for step in self._publication.kept(self._manager.all_steps()) if step != without]
-        names = {_amount(self._publication.tokens(step)): step for step in steps}
+        names = {_amount(tokens): step for step in steps if (tokens := self._publication.tokens(step))}
         for name, step in names.items():
             _publish(self._workdir, name, step)
         for folder in (self._workdir / PUBLISHED).glob("*"):

@@ -116,7 +116,7 @@ def save_steps(folder, steps, **changes):
     fresh = state.init_state(MODEL, OPTIMIZER, mesh_of(1, 1, 1), jax.random.key(0))
     used = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape) if x.ndim else x, fresh.opt_state)
     fresh = fresh._replace(opt_state=used)  # zeros would leave little to damage
-    with open_checkpointer(folder, every_steps=1, **changes) as checkpointer:
+    with open_checkpointer(folder, **{"every_steps": 1, **changes}) as checkpointer:
         for step in steps:
             checkpointer.save(fresh._replace(step=jax.numpy.int32(step)), step)
             checkpointer.wait()
@@ -140,9 +140,21 @@ def test_keeps_the_last_ones_and_publishes_one_for_every_so_many_tokens(tmp_path
     assert checkpoint.load_model(tmp_path / "published/1200")[2] == 12
 
 
-def test_the_first_checkpoint_after_a_number_of_tokens_is_published():
+@pytest.mark.parametrize("changed", [{"keep_every_tokens": 0}, {"keep_every_tokens": 10_000}, {"every_steps": 2}])
+def test_what_is_published_stays_when_a_run_goes_on_with_other_settings(tmp_path, changed):
+    save_steps(tmp_path, range(1, 5), keep_last=1, keep_every_tokens=300)
+    settings = {"keep_last": 1, "keep_every_tokens": 300, **changed}
+    save_steps(tmp_path, (5,), **settings)
+    assert names_in(tmp_path / "published") == ["300"]
+    assert checkpoint.load_model(tmp_path / "published/300")[2] == 3
+    save_steps(tmp_path, (9,), **{**settings, "keep_every_tokens": 900, "every_steps": 1, "keep_published": 1})
+    assert names_in(tmp_path / "published") == ["900"]  # that setting alone takes any away
+    assert names_in(tmp_path / "checkpoints") == ["9"]
+
+
+def test_the_first_checkpoint_after_a_number_of_tokens_is_published(tmp_path):
     """4M tokens a step do not divide 220 billion: no drift over a whole run."""
-    publication = checkpoint.Publication(220 * 10**9, 4 * 2**20, 2000, keep=0)
+    publication = checkpoint.Publication(220 * 10**9, 4 * 2**20, 2000, keep=0, folder=tmp_path)
     steps = [step for step in range(2000, 640_000, 2000) if publication.tokens(step)]
     want = [-(-k * 220 * 10**9 // (4 * 2**20 * 2000)) * 2000 for k in range(1, 13)]
     assert steps[:12] == want
