@@ -149,7 +149,7 @@ class Supervisor:
 
     def _watch(self, round_members: list[Member], team: list[str]) -> tuple[str, Member | None, str]:
         """Wait for the round's outcome: FINISHED, STOPPED, REQUEUE, CHANGED, or FAULT with whose and which it is."""
-        asked, stop_by, hung_by = "", math.inf, math.inf
+        asked, stop_by, hung_by = "", math.inf, time.monotonic() + self._config.hung_seconds
         while True:
             for one in round_members:
                 one.look()
@@ -162,7 +162,7 @@ class Supervisor:
             if all(one.has_ended_well() for one in round_members):
                 return asked or FINISHED, None, ""
             if time.monotonic() > min(stop_by, hung_by):
-                return FAULT, round_members[0], members.HUNG
+                return FAULT, min(round_members, key=lambda m: m.beat.step), members.HUNG
             if not asked and (asked := self._wanted(team)):
                 self.status.say(f"{asked}: asking the processes to save and stop")
                 stop_by = time.monotonic() + self._config.stop_seconds

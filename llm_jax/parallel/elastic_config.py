@@ -18,7 +18,7 @@ class ElasticConfig:
     copy_every: int = 1  # steps between two copies; 0 = none: a lost host costs the steps since the checkpoint
     start_seconds: float = 600.0  # until a process gives its first sign of life
     frozen_seconds: float = 60.0  # without a sign of life, after which a process is lost
-    hung_seconds: float = 3600.0  # without a step of any process, compilation and evaluation included
+    hung_seconds: float = 3600.0  # without a step of any process: restoring, compiling, evaluating included
     stop_seconds: float = 600.0  # to write a checkpoint after being asked to stop
     return_seconds: float = 0.0  # after which a lost host is tried again; 0 = when the list of hosts changes
     wait_seconds: float = 86_400.0  # for enough hosts

@@ -10,8 +10,11 @@ import pytest
 
 from llm_jax.config import CheckpointConfig, save
 from llm_jax.errors import UserError
+from llm_jax.parallel.elastic import FAULT, Supervisor
 from llm_jax.parallel.elastic_config import ElasticConfig
 from llm_jax.parallel.hosts import Hosts
+from llm_jax.parallel.member import HUNG
+from llm_jax.parallel.supervision import Beat
 from tests.experiments.test_pretrain import dataset, make_config  # noqa: F401  (a fixture)
 from tests.parallel import fault_injection
 from tests.parallel.fault_injection import FREEZE, KILL, LOSE, supervised
@@ -84,6 +87,35 @@ def test_the_same_failure_again_and_again_is_final(tmp_path):
     )
     assert run.status()["state"].startswith("failed: ")
     assert len(run.status()["faults"]) > 2  # the first made steps
+
+
+class Standing:
+    """A member whose process lives and takes no step."""
+
+    def __init__(self, step):
+        self.beat = Beat(count=1, step=step)
+        self.looks = 0
+
+    def look(self):
+        self.looks += 1
+        assert self.looks < 50, "the supervisor waits for ever"
+
+    def fault(self, start_seconds, frozen_seconds):
+        return ""
+
+    def has_ended_well(self):
+        return False
+
+
+@pytest.mark.parametrize("steps", [(-1, -1), (4, 3)], ids=["restoring", "training"])
+def test_without_a_step_the_member_that_is_least_far_is_at_fault(tmp_path, steps):
+    """Also where none has restored its state yet."""
+    (tmp_path / "hosts").write_text("n1 n2")
+    config = ElasticConfig(hosts=str(tmp_path / "hosts"), hung_seconds=0.3)
+    hung = [Standing(step) for step in steps]
+    outcome, culprit, what = Supervisor(config, ["train"], tmp_path)._watch(hung, ["n1", "n2"])
+    assert (outcome, what) == (FAULT, HUNG)
+    assert culprit is hung[steps.index(min(steps))]
 
 
 def test_processes_do_not_outlive_their_supervisor_which_goes_on_later(tmp_path):
