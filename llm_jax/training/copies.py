@@ -56,12 +56,12 @@ class Copies:
 
     def keep(self, state: Any, step: int) -> None:
         """Copy the shards of the state; they are written while training goes on. Every process must call this."""
+        if self._writing is not None:  # before the exchange, so that every host has the copy before this one whole
+            self._writing.result()
         pieces = list(_pieces(state, state, 0))
         if jax.process_count() > 1:
             pieces += list(_pieces(state, _from_neighbour(state), 1))
         sizes = {_name(path): x.size for path, x in jax.tree_util.tree_leaves_with_path(state)}
-        if self._writing is not None:
-            self._writing.result()
         self._writing = self._writer.submit(self._write, pieces, sizes, step)
 
     def _write(self, pieces: list[Piece], sizes: dict[str, int], step: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -80,6 +81,20 @@ def test_a_disk_that_is_full_costs_the_copy_alone(kept, caplog):
     writer.keep(jax.tree.map(jax.numpy.asarray, jax.device_put(want, mesh_sharding())), 20)
     writer._writing.result()
     assert "no copy of step 20 is kept in /dev/null/nowhere: Not a directory" in caplog.text
+
+
+def test_hosts_exchange_shards_only_when_the_copy_before_is_whole(kept, monkeypatch):
+    """Otherwise one that is lost while another is ahead of it may leave no step of which all have a copy."""
+    own, want = kept
+    writer = copies.Copies(dataclasses.replace(own, copies=f"{own.copies}-slow"))
+    placed = jax.tree.map(jax.numpy.asarray, jax.device_put(want, mesh_sharding()))
+    monkeypatch.setattr(writer, "_write", lambda *copy: time.sleep(0.5))
+    writer.keep(placed, 5)
+    exchanged = []
+    monkeypatch.setattr(copies.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(copies, "_from_neighbour", lambda state: exchanged.append(writer._writing.done()) or state)
+    writer.keep(placed, 10)
+    assert exchanged == [True]
 
 
 def mesh_sharding():
