@@ -7,6 +7,7 @@ is, to a file of its own: a thread does so even while a step or a compilation ta
 import dataclasses
 import functools
 import json
+import logging
 import os
 import threading
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import files
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "LLM_JAX_ASSIGNMENT"
 BEAT_SECONDS = 0.5
@@ -63,21 +66,26 @@ class Signs:
 
     def _live(self) -> None:
         while True:
-            self._write()
+            with self._lock:
+                self._write()
             time.sleep(BEAT_SECONDS)
 
     def tell(self, **fields: Any) -> None:
         """Change what is said."""
-        for name, value in fields.items():
-            setattr(self._beat, name, value)
-        if time.monotonic() - self._written > WRITE_SECONDS:
-            self._write()
+        with self._lock:
+            for name, value in fields.items():
+                setattr(self._beat, name, value)
+            if time.monotonic() - self._written > WRITE_SECONDS:
+                self._write()
 
     def _write(self) -> None:
-        with self._lock:
-            self._beat.count += 1
+        """Write what is said; where that fails, the next beat tries again. The caller holds the lock."""
+        self._beat.count += 1
+        self._written = time.monotonic()
+        try:
             files.write_json(self._path, dataclasses.asdict(self._beat))
-            self._written = time.monotonic()
+        except OSError as error:
+            logger.warning("no sign of life could be written to %s: %s", self._path, error.strerror)
 
 
 @functools.cache
