@@ -75,7 +75,8 @@ def with_compiled(made: Plan, workdir: Path) -> Plan:
         answer = ahead_of_time.compile_for(config, target, workdir / "compiled")
     except UserError as error:
         print(f"not compiled: {error}", file=sys.stderr)
-        return dataclasses.replace(made, not_compiled=f"Not compiled: {error}.")
+        too_large = isinstance(error, ahead_of_time.TooLargeError)
+        return dataclasses.replace(made, not_compiled=f"Not compiled: {error}.", too_large=too_large)
     length = config.data.sequence_length
     windows = config.model.window_sizes or (0,)
     keys = sum(mean_visible_keys(length, window) for window in windows) / len(windows)

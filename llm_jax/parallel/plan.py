@@ -71,6 +71,7 @@ class Plan:
     alternatives: tuple[Choice, ...]  # the best of those that fit, the best first
     compiled: Reading | None = None
     not_compiled: str = ""  # the reason
+    too_large: bool = False  # for the compiler, which refused the step for its memory
 
     @property
     def bytes(self) -> float:
@@ -84,8 +85,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the memory is within the budget."""
-        return self.bytes <= self.estimate.budget
+        """Whether the memory is within the budget, and the compiler has not refused it."""
+        return not self.too_large and self.bytes <= self.estimate.budget
 
 
 def workload(config: TrainConfig) -> Workload:
@@ -168,8 +169,10 @@ def verdict(plan: Plan) -> list[str]:
     budget, memory = plan.estimate.budget, plan.target.hardware.memory
     serial, overlapped = plan.bounds.utilisation
     whose = "as compiled" if plan.compiled else "estimated"
+    fits = "Fits" if plan.fits else "Does not fit"
+    refused = ", says the compiler, which refuses the step for its memory" if plan.too_large else ""
     found = [
-        f"{'Fits' if plan.fits else 'Does not fit'}: {plan.bytes / GB:.1f} GB a device, {whose}, of {memory / GB:.0f} "
+        f"{fits}{refused}: {plan.bytes / GB:.1f} GB a device, {whose}, of {memory / GB:.0f} "
         f"GB, of which {budget / GB:.0f} GB may be filled.",
         f"At most {serial:.1%} of the peak without overlap of compute and communication, {overlapped:.1%} with all of "
         f"it; it then waits for {plan.bounds.limit}.",
@@ -187,7 +190,9 @@ def verdict(plan: Plan) -> list[str]:
 
 
 def _is_better(choice: Choice, plan: Plan) -> bool:
-    return not plan.fits or choice.estimate.bounds.halfway < 0.99 * plan.estimate.bounds.halfway
+    if not plan.fits:
+        return choice.estimate.bytes < plan.estimate.bytes
+    return choice.estimate.bounds.halfway < 0.99 * plan.estimate.bounds.halfway
 
 
 def traffic(collectives: Sequence[Collective], target: Target) -> dict[tuple[str, str], tuple[float, float, float]]:

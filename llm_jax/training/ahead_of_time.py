@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llm_jax import config as config_lib
 from llm_jax.config import TrainConfig
 from llm_jax.data.batch import Batch
-from llm_jax.errors import UserError, require
+from llm_jax.errors import UserError
 from llm_jax.files import write_json
 from llm_jax.optim import schedules
 from llm_jax.parallel import absent, hardware, rules
@@ -35,6 +35,10 @@ LONGEST_SECONDS = 3600
 LOWERING = {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}
 BATCH_DTYPES = Batch("int32", "int32", "float32", "int32", "int32")  # type: ignore[arg-type]  # dtypes in its place
 CONFIG, REQUEST, TEXT, ANSWER = "config.json", "request.json", "step.hlo.txt", "compiled.json"
+
+
+class TooLargeError(UserError):
+    """A compiler that has refused a step for the memory that it needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,8 @@ def compile_on(config: TrainConfig, mesh: Mesh, options: Mapping[str, Any] | Non
 def compile_for(config: TrainConfig, target: Target, folder: Path) -> Compiled:
     """Compile the step for a target in a process of its own; what it reads and writes stays in `folder`.
 
-    Raises `UserError` where a compiler's package is not installed, and with the compiler's own words where it fails.
+    Raises `UserError` where a compiler's package is not installed, and with the compiler's own words where it fails:
+    `TooLargeError` if it is for memory.
     """
     environment = absent.environment(absent.TARGETS[target.hardware.chip])
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,8 +118,11 @@ def compile_for(config: TrainConfig, target: Target, folder: Path) -> Compiled:
     except subprocess.TimeoutExpired:
         raise UserError(f"compiling for {target.name} took longer than {LONGEST_SECONDS} s") from None
     lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-    reason = next((line for line in lines if "RESOURCE_EXHAUSTED" in line or "out of memory" in line), lines[-1])
-    require(done.returncode == 0, f"the compiler for {target.name} ended with status {done.returncode}: {reason[:500]}")
+    memory = next((line for line in lines if "RESOURCE_EXHAUSTED" in line or "out of memory" in line.lower()), "")
+    if done.returncode:
+        reason = (memory or lines[-1])[:500]
+        message = f"the compiler for {target.name} ended with status {done.returncode}: {reason}"
+        raise (TooLargeError if memory else UserError)(message)
     return read(folder)
 
 

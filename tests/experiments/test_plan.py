@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 
 import pytest
 
@@ -59,6 +60,23 @@ def test_a_missing_compiler_is_named_and_the_estimate_is_there(tmp_path, monkeyp
     assert "jax-cuda12-plugin and jax-cuda12-pjrt is not installed: `make aot`" in found["not_compiled"]
     assert "not compiled: jax-cuda12-plugin" in capsys.readouterr().err
     assert found["estimated"]["bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("line", "fits"),
+    [("XlaRuntimeError: RESOURCE_EXHAUSTED: 99 GB", False), ("Out of memory in HBM", False), ("no such option", True)],
+)
+def test_what_the_compiler_refuses_for_memory_does_not_fit(tmp_path, monkeypatch, line, fits):
+    monkeypatch.setattr(absent, "environment", lambda chip: {})
+    ended = subprocess.CompletedProcess([], 1, "", f"{line}\na last line\n")
+    monkeypatch.setattr(ahead_of_time.subprocess, "run", lambda *arguments, **options: ended)
+    found = make(tmp_path, "--choose")
+    assert found["fits"] is fits
+    assert found["verdict"][0].startswith("Fits: " if fits else "Does not fit, says the compiler, which refuses the")
+    assert (line in found["not_compiled"]) is not fits
+    changes = [sentence for sentence in found["verdict"] if sentence.startswith("Change: ")]
+    assert len(changes) == (not fits)
+    assert found["alternatives"][0]["way"] not in "".join(changes)  # which is what was refused
 
 
 @pytest.mark.parametrize(
