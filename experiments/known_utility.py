@@ -77,10 +77,11 @@ def run(config: KnownUtilityConfig, workdir: Path, stages: Sequence[str] = STAGE
     """Do the stages; `only` are the reward models and runs to be done now, as "llama2/0", () = all."""
     runs = [f"{method}/{seed}" for seed in config.seeds for method in sorted(config.methods, key=_comes_last)]
     check_names(stages, STAGES, only, [*REWARD_MODELS.values(), *runs])
+    needy = [method for method in config.methods if method in WITH_PTX and not config.corpus]
     require(
-        config.corpus != "" or "llama2_ptx" not in config.methods,
-        "llama2_ptx needs pre-training data: set --config.corpus to a dataset of prepare_data, or leave it out of "
-        "--config.methods",
+        not needy,
+        f"{', '.join(needy)} needs pre-training data: set --config.corpus to a dataset of prepare_data, or leave it "
+        "out of --config.methods",
     )
     check_workdir(config, workdir, CHANGEABLE)
     if "data" in stages:
@@ -286,7 +287,7 @@ def take_on(config: KnownUtilityConfig, workdir: Path, method: str, folder: Path
         origin = workdir / "rejection" / f"seed_{seed}"
         require((origin / RESULT).is_file(), f"{origin} is not finished, and {method} begins there: do that run first")
     pretraining = NO_PTX
-    if method in WITH_PTX and config.corpus:
+    if method in WITH_PTX:
         pretraining = PretrainingConfig(
             config.corpus, config.ptx_coefficient, config.corpus_length, config.corpus_batch_size
         )

@@ -101,11 +101,8 @@ def gather(config: KnownUtilityConfig, workdir: Path, requests: Sequence[Request
     """All runs that are done. Raises `UserError` where there is none."""
     start = columns(workdir / "start", requests, None)
     folders = {
-        method: [folder for seed in config.seeds if (folder := workdir / method / f"seed_{seed}", "result.json")]
+        method: [each for seed in config.seeds if ((each := workdir / method / f"seed_{seed}") / RESULT).is_file()]
         for method in config.methods
-    }
-    folders = {
-        method: [each for each in found if (each / "result.json").is_file()] for method, found in folders.items()
     }
     folders = {method: found for method, found in folders.items() if found}
     require(bool(folders), f"{workdir} has no finished run: do the stage `runs` first")

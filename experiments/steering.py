@@ -214,8 +214,10 @@ def correlate(study: Study) -> dict[str, dict[str, Correlation]]:
 def data_of(study: Study, model: Pretrained, at_once: int, seed: int) -> Data:
     """The first words of reviews as prompts, paid by the reward model."""
     longest = study.config.ppo.rollout.max_prompt_tokens
-    train = reviews.prompts_of(study.texts.referee, model.tokenizer, longest)
     heldout = study.judged_prompts(model.tokenizer)
+    judged = {prompt.messages for prompt in heldout}  # texts of two sides may begin alike
+    found = reviews.prompts_of(study.texts.referee, model.tokenizer, longest)
+    train = [prompt for prompt in found if prompt.messages not in judged]
     tokens = [[np.array(prompt.tokens, np.int32) for prompt in side] for side in (train, heldout)]
     return Data(
         PromptStream(train, at_once, seed),

@@ -9,7 +9,6 @@ B responses, T tokens of a row, M rows of a minibatch.
 
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from llm_jax.alignment.rewards import Response, Reward
 from llm_jax.alignment.rollout import Rollouts
 from llm_jax.data.batch import Batch
 from llm_jax.data.packing import permutation
+from llm_jax.evaluation.best_of import estimate
 from llm_jax.optim import schedules
 from llm_jax.parallel import offload, shares
 from llm_jax.tokenization.chat import ChatTemplate
@@ -209,7 +209,8 @@ class Ppo:
         table = [sample for parts in batches for part in parts for sample in part]
         table = table[: count * self.config.rollout.sampling.num_samples]
         values = {name: float(np.mean([sample[name] for sample in table])) for name in ("score", "kl", "tokens")}
-        values["score_error"] = float(np.std([sample["score"] for sample in table])) / math.sqrt(len(table))
+        scores_P = np.reshape([sample["score"] for sample in table], (count, -1)).mean(axis=1)
+        values["score_error"] = estimate(scores_P).error  # of prompts: samples of one are not independent
         values["end_rate"] = float(np.mean([sample["ended"] for sample in table]))
         values["loss"] = -values["score"]
         return values, table

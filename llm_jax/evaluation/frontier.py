@@ -52,14 +52,14 @@ def best_of_n(start: Columns, paid: str, counts: Sequence[int]) -> list[Point]:
     """What the best of n of the start's samples has, chosen by the paid reward, in expectation over n of the K samples.
 
     The KL divergence is at most log n - (n - 1) / n (Stiennon et al., 2020), which is what stands there. Columns [P]
-    are left out. Raises `UserError` for an n above K.
+    are left out, and prompts whose paid reward is NaN. Raises `UserError` for an n above K.
     """
     paid_PK = start[paid]
     samples = paid_PK.shape[1]
     require(max(counts) <= samples, f"the best of {max(counts)} cannot be told from {samples} samples")
     order_PK = np.argsort(paid_PK, axis=1, kind="stable")
     ranked = {
-        name: np.take_along_axis(values, order_PK, axis=1)
+        name: np.take_along_axis(np.where(np.isnan(paid_PK), np.nan, values), order_PK, axis=1)
         for name, values in start.items()
         if values.ndim == 2 and name != KL
     }

@@ -76,6 +76,7 @@ def test_demonstrations_do_what_is_asked():
     tagged = [each for each in shown if each.request.tagged]
     refused = [each for each in shown if utilities.is_refusal(each.response)]
     assert len(tagged) == 30 and 3 <= len(refused) <= 15 and all(each.request.tagged for each in refused)
+    assert 9 <= sum(each.request.tagged for each in shown[:75]) <= 21  # mixed, as who judges the first ones needs them
     for request, response in shown:
         if not utilities.is_refusal(response):
             assert utilities.length(request, response) == utilities.overlap(request, response) == 1

@@ -39,6 +39,16 @@ def test_the_best_of_n_is_that_of_all_draws():
         frontier.best_of_n(columns, "paid", (7,))
 
 
+def test_prompts_without_a_paid_reward_have_no_best_of_n():
+    columns = {
+        "kl": np.zeros((2, 2)),
+        "paid": np.array([[0.0, 1.0], [np.nan, np.nan]]),
+        "other": np.arange(4.0).reshape(2, 2),
+    }
+    (found,) = frontier.best_of_n(columns, "paid", (2,))
+    assert found.scores["other"].mean == 1.0
+
+
 def test_the_kl_of_the_best_of_n_over_many_equally_likely_samples_is_at_the_bound():
     count, n = 100_000, 16  # the i-th best is the best of n with probability ((i + 1)^n - i^n) / count^n
     edges = (np.arange(count + 1) / count) ** n

@@ -168,6 +168,15 @@ def test_the_judged_prompts_begin_texts_that_nothing_learned_from(done):
     assert len(asked) == 32 and all(any(text.startswith(start) for text in judged) for start in asked)
 
 
+def test_a_judged_prompt_that_another_text_begins_with_too_is_not_trained_on(done):
+    study = steering.Study(CONFIG, done)
+    model = study.load(done / "start")
+    study.texts = study.texts._replace(referee=[*study.texts.referee, *study.texts.judged])
+    data = steering.data_of(study, model, 64, 0)
+    seen = {prompt.messages for step in range(len(study.texts.referee) // 64) for prompt in data.prompts.batch(step)}
+    assert seen and not seen & {prompt.messages for prompt in data.heldout}
+
+
 def test_a_lexicon_of_english_words_judges_no_chinese_prompt(done):
     study = steering.Study(CONFIG, done)
     prompts = [Prompt((Message("user", said),), (1,)) for said in ["the film"] * 30 + ["电影"] * 2]
