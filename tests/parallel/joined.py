@@ -48,10 +48,12 @@ def restore_damaged(folder: Path) -> tuple[int, list[str]]:
         for step in (1, 2):
             checkpointer.save(fresh, step)
             checkpointer.wait()
-        if jax.process_index() == 1:
-            for path in (folder / "checkpoints/2/params/ocdbt.process_1/d").iterdir():
-                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        distributed.wait_for_all("damage")
+    distributed.wait_for_all("saved")
+    if jax.process_index() == 1:
+        for path in (folder / "checkpoints/2/params/ocdbt.process_1/d").iterdir():
+            path.write_bytes(b"")
+    distributed.wait_for_all("damage")
+    with checkpoint.Checkpointer(folder, CheckpointConfig(every_steps=1), MODEL, 1) as checkpointer:
         abstract = state.abstract_state(MODEL, optimizer, mesh)
         found = checkpointer.newest(lambda step: checkpointer.restore(abstract, step))
         assert found is not None
