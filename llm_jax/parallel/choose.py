@@ -9,13 +9,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from llm_jax.config import LayerGroup, ModelConfig
-from llm_jax.parallel import costs
-from llm_jax.parallel.costs import Estimate, Workload
+from llm_jax.parallel import plan
+from llm_jax.parallel.costs import Workload
 from llm_jax.parallel.hardware import Target
 from llm_jax.parallel.plan import Choice
-
-HOST_LINK = 25e9  # bytes/s of a device to the memory of its host: PCIe 4.0 with 16 lanes
-KEPT = "activations kept for the backward pass"  # in an estimate's memory
 
 
 def with_mixtures(found: Sequence[Choice], model: ModelConfig, target: Target, work: Workload) -> list[Choice]:
@@ -67,15 +64,7 @@ def _layers(choice: Choice, count: int) -> LayerGroup:
 def _choice(like: Choice, groups: tuple[LayerGroup, ...], model: ModelConfig, target: Target, work: Workload) -> Choice:
     """Another way to execute the layers in the same step."""
     part = dataclasses.replace(work, microbatches=like.microbatches)
-
-    def estimate(groups: tuple[LayerGroup, ...]) -> Estimate:
-        executed = dataclasses.replace(model, groups=groups, gather_tables=like.tables)
-        return costs.estimate(executed, like.sizes, target, part)
-
-    made, here = estimate(groups), estimate(tuple(dataclasses.replace(group, offload=False) for group in groups))
-    seconds = 2 * like.microbatches * (here.memory.get(KEPT, 0.0) - made.memory.get(KEPT, 0.0)) / HOST_LINK
-    bounds = dataclasses.replace(made.bounds, collectives=made.bounds.collectives + seconds)
-    return dataclasses.replace(like, groups=groups, estimate=dataclasses.replace(made, bounds=bounds))
+    return plan.way(model, like.sizes, target, part, groups, like.tables)
 
 
 def _offloaded(found: Sequence[Choice], model: ModelConfig, target: Target, work: Workload) -> Iterator[Choice]:

@@ -28,6 +28,7 @@ MASTER = 4  # bytes of a master parameter, each of its two moments and its gradi
 # Matrix products over pairs of queries and keys that the attention kernels do, forwards and backwards. The model's own
 # are 2 and 4: the kernels for the gradients compute the scores, and the gradient of the weights, once each.
 ATTENTION_PRODUCTS = 2, 7
+HOST_LINK = 25e9  # bytes/s of a device to the memory of its host: PCIe 4.0 with 16 lanes
 
 
 class Working(NamedTuple):
@@ -105,11 +106,12 @@ def estimate(model: ModelConfig, sizes: Mapping[str, int], target: Target, work:
     collectives = tuple(collective for collective in plan.collectives() if collective.members > 1)
     spent = plan.flops()
     useful = flops.training_flops_per_token(model, work.length) * work.tokens / target.devices
+    bounds = links.bounds(collectives, spent, useful, target)
     return Estimate(
         memory={name: size for name, size in plan.memory().items() if size},
         collectives=collectives,
         flops=spent,
-        bounds=links.bounds(collectives, spent, useful, target),
+        bounds=dataclasses.replace(bounds, collectives=bounds.collectives + plan.offload_seconds()),
         budget=target.hardware.usable * target.hardware.memory,
     )
 
@@ -156,7 +158,7 @@ class _Plan:
     def memory(self) -> dict[str, float]:
         """Bytes by what they are for."""
         parameters = flops.count(self.model).total / self.target.devices
-        kept = sum(group.layers * self.kept_bytes(group) for group in self.model.layer_groups() if not group.offload)
+        kept = self.waiting_bytes(offload=False)
         moments = self.working_bytes(kept)
         fullest = max(moments, key=lambda name: moments[name])
         return {
@@ -193,6 +195,15 @@ class _Plan:
         )
         head = (Working().head_gradients * MASTER + self.compute) * self.table
         return self.early_bytes() + again + head
+
+    def waiting_bytes(self, *, offload: bool) -> float:
+        """Of all activations that wait for the backward pass in the host's memory, or in the device's."""
+        groups = self.model.layer_groups()
+        return sum(group.layers * self.kept_bytes(group) for group in groups if group.offload is offload)
+
+    def offload_seconds(self) -> float:
+        """Of activations on their way to the host's memory and back, which nothing is taken to hide."""
+        return 2 * self.work.microbatches * self.waiting_bytes(offload=True) / HOST_LINK
 
     def kept_bytes(self, group: LayerGroup) -> float:
         """Of one layer's activations that wait for the backward pass.

@@ -80,7 +80,7 @@ class Bounds:
     compute: float  # all FLOPs at the peak
     fast: float  # all traffic inside hosts
     slow: float  # all traffic between hosts
-    collectives: float  # each at the pace of the link that limits it, one after the other
+    collectives: float  # each at the pace of the link that limits it, one after the other; and what goes to the host
     useful: float  # the model's own FLOPs at the peak: what utilisation counts
 
     @property

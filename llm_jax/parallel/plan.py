@@ -113,11 +113,23 @@ def ways(
     tables: str,
 ) -> Iterator[Choice]:
     """A way to execute the layers, with every number of microbatches that divides the batch."""
-    executed = dataclasses.replace(model, groups=groups, gather_tables=tables)
     for microbatches in MICROBATCHES:
         if work.rows % (sizes["replica"] * sizes["data"] * microbatches) == 0:
             part = dataclasses.replace(work, microbatches=microbatches)
-            yield Choice(sizes, microbatches, groups, tables, costs.estimate(executed, sizes, target, part))
+            yield way(model, sizes, target, part, groups, tables)
+
+
+def way(
+    model: ModelConfig,
+    sizes: Mapping[str, int],
+    target: Target,
+    work: Workload,
+    groups: tuple[LayerGroup, ...],
+    tables: str,
+) -> Choice:
+    """A way to execute the layers, with this number of microbatches."""
+    executed = dataclasses.replace(model, groups=groups, gather_tables=tables)
+    return Choice(sizes, work.microbatches, groups, tables, costs.estimate(executed, sizes, target, work))
 
 
 def meshes(model: ModelConfig, target: Target) -> Iterator[dict[str, int]]:

@@ -85,8 +85,14 @@ def test_memory_by_hand():
 def test_what_is_offloaded_takes_no_memory():
     group = LayerGroup(3, "layer", "full", offload=True)
     offloaded = dataclasses.replace(SMALL, groups=(group,))
-    memory = costs.estimate(offloaded, sizes(1, 8, 1), EIGHT, Workload(32, 32)).memory
-    assert "activations kept for the backward pass" not in memory
+    found, here = (
+        costs.estimate(model, sizes(1, 8, 1), EIGHT, Workload(32, 32))
+        for model in (offloaded, dataclasses.replace(SMALL, groups=(dataclasses.replace(group, offload=False),)))
+    )
+    kept = "activations kept for the backward pass"
+    assert kept not in found.memory
+    trip = 2 * here.memory[kept] / costs.HOST_LINK  # to the host's memory and back
+    assert found.bounds.serial - here.bounds.serial == pytest.approx(trip, rel=1e-6) and trip > 0
 
 
 def test_groups_of_layers_add_up():
