@@ -17,8 +17,6 @@ and replies.jsonl), and report.md, report.json, obedience.png, attention.png.
 
 import dataclasses
 import json
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +27,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import runner, sft
-from experiments.stages import check_names, check_workdir, define_flags
+from experiments.stages import (
+    check_finished,
+    check_names,
+    check_workdir,
+    command_of,
+    define_flags,
+    is_done,
+    write_tables,
+)
 from llm_jax.alignment import constraints, finetune, ghost_attention, instructions, questions
 from llm_jax.alignment.config import SftConfig
 from llm_jax.alignment.constraints import CONSTRAINTS, Instruction
@@ -39,7 +45,7 @@ from llm_jax.alignment.sft import choose_template
 from llm_jax.alignment.speaker import Speaker
 from llm_jax.config import SamplingConfig
 from llm_jax.errors import require
-from llm_jax.evaluation import attention_map, obedience, tables
+from llm_jax.evaluation import attention_map, obedience
 from llm_jax.evaluation.attention_map import Attention
 from llm_jax.evaluation.obedience import Shares
 from llm_jax.evaluation.rewards import Proportion
@@ -181,12 +187,10 @@ def sample(config: GhostAttentionConfig, speaker: Speaker) -> tuple[list[Told], 
 def do_run(config: GhostAttentionConfig, workdir: Path, name: str, seed: int) -> None:
     """Train a variant, or take the model as it was, and judge it: once."""
     folder = workdir / name / f"seed_{seed}"
-    if (folder / OBEDIENCE).is_file():
-        print(f"{folder}: done earlier")
+    if is_done(folder / OBEDIENCE):
         return
     if name in VARIANTS:
-        finished = sft.run(run_config(config, workdir, name, seed), folder)
-        require(finished, f"{folder} stopped before its end: run the same command again to continue")
+        check_finished(sft.run(run_config(config, workdir, name, seed), folder), folder)
     judge(config, folder if name in VARIANTS else config.training.model, folder, name, seed)
 
 
@@ -261,10 +265,8 @@ def report(config: GhostAttentionConfig, workdir: Path) -> None:
     ]
     made.append(yield_table(json.loads((workdir / DIALOGUES / YIELD).read_text())))
     attention = attend(config, workdir) if config.mapped_dialogues else {}
-    command = shlex.join(["python", "-m", "experiments.ghost_attention", *sys.argv[1:]])
+    command = command_of("ghost_attention")
     note = "The first message alone gives the instruction. Mean ± standard error over seeds; of one, Wilson's interval."
-    text = "\n".join(["# Ghost Attention", "", f"`{command}`", "", note, "", *map(tables.as_markdown, made)])
-    (workdir / "report.md").write_text(text, encoding="utf-8")
     curves = {TITLES[name]: [run[ALL] for run in runs] for name, runs in found.items()}
     obedience.draw(curves, workdir / "obedience.png")
     values: dict[str, Any] = {
@@ -277,8 +279,7 @@ def report(config: GhostAttentionConfig, workdir: Path) -> None:
     write_json(workdir / "report.json", values)
     if attention:
         obedience.draw_attention({TITLES[n]: each for n, each in attention.items()}, workdir / "attention.png")
-    for table in made:
-        Console().print(tables.as_rich(table))
+    write_tables(workdir, "Ghost Attention", command, made, note)
     print(f"{workdir / 'report.md'}: these tables; obedience.png and attention.png: the figures")
 
 

@@ -30,8 +30,8 @@ from rich.progress import track
 
 from experiments import known_utility_report, methods, ppo, pretrain, reward_model, runner, sft
 from experiments.known_utility_report import JUDGED, RESULT
-from experiments.methods import Drawing, Start
-from experiments.stages import check_names, check_workdir, define_flags
+from experiments.methods import Start
+from experiments.stages import check_finished, check_names, check_workdir, define_flags, is_done
 from llm_jax.alignment import finetune, judging, preferences, prompts, rejection, reward, rewards, rollout, utilities
 from llm_jax.alignment.known_utility_config import TEMPLATE, TITLES, KnownUtilityConfig
 from llm_jax.alignment.policy_config import PpoConfig, PretrainingConfig, PromptDataConfig
@@ -109,8 +109,7 @@ def _comes_last(method: str) -> bool:
 
 def make_requests(config: KnownUtilityConfig, folder: Path) -> None:
     """Write the demonstrations to train on, and the held-out ones."""
-    if (folder / HELDOUT).is_file():
-        print(f"{folder}: done earlier")
+    if is_done(folder / HELDOUT):
         return
     folder.mkdir(parents=True, exist_ok=True)
     texts = [Path(config.texts).read_text(encoding="utf-8")] if config.texts else None
@@ -147,8 +146,7 @@ def start(config: KnownUtilityConfig, workdir: Path) -> None:
             template=TEMPLATE,
         ),
     )
-    finished = sft.run(settings, workdir / START)
-    require(finished, f"{workdir / START} stopped before its end: run the same command again to continue")
+    check_finished(sft.run(settings, workdir / START), workdir / START)
     rate(config, workdir, finetune.build_mesh(config.sft.training))
 
 
@@ -184,24 +182,23 @@ def _draw_pairs(
     """Prompts, and two responses of the start to each, the first at the lower temperature."""
     raters, model = config.raters, load(workdir / START, mesh)
     data = data_of(config, workdir, utilities.helpfulness, NO_PTX, model, raters.rollout.prompts, raters.seed)
+    settings = [
+        raters.rollout.sampled(temperature=temperature, seed=seed)
+        for seed, temperature in enumerate(raters.temperatures)
+    ]
     asked: list[rewards.Prompt] = []
     sides: tuple[list[Response], list[Response]] = ([], [])
-    with jax.set_mesh(mesh), rollout.generation_layout(model.params, model.config) as (architecture, params):
-        for step in track(range(raters.batches), "drawing pairs", console=Console(stderr=True)):
-            batch, streams = data.prompts.batch(step), data.prompts.streams(step)
-            asked += [prompt.messages for prompt in batch for _ in range(raters.rollout.sampling.num_samples)]
-            for seed, (temperature, side) in enumerate(zip(raters.temperatures, sides)):
-                settings = raters.rollout.sampled(temperature=temperature, seed=seed)
-                drawn = rejection.draw(params, architecture, batch, settings, data, streams)
-                side += [Response(each.text, each.ended) for row in drawn.responses for each in row]
+    for both in methods.draw(model, data, raters.batches, settings, mesh):
+        asked += [prompt.messages for prompt in both[0].prompts for _ in range(raters.rollout.sampling.num_samples)]
+        for drawn, side in zip(both, sides):
+            side += [Response(each.text, each.ended) for row in drawn.responses for each in row]
     return asked, *sides
 
 
 def train_reward(config: KnownUtilityConfig, workdir: Path, kind: str) -> None:
     """A reward model of what raters compare by, which begins as the start."""
     folder, path = workdir / REWARD_MODELS[kind], workdir / PREFERENCES / f"{kind}.jsonl"
-    if (folder / "report.md").is_file():
-        print(f"{folder}: done earlier")
+    if is_done(folder / "report.md"):
         return
     require(path.is_file(), f"{workdir} has no preferences yet: do the stage `start` first")
     settings = getattr(config, REWARD_MODELS[kind])
@@ -267,16 +264,14 @@ def paid_for(method: str, config: KnownUtilityConfig, workdir: Path, mesh: Mesh)
 def do_run(config: KnownUtilityConfig, workdir: Path, method: str, seed: int) -> None:
     """One method with one seed, from the start to its result: once."""
     folder = workdir / method / f"seed_{seed}"
-    if (folder / RESULT).is_file():
-        print(f"{folder}: done earlier")
+    if is_done(folder / RESULT):
         return
     for name in REWARD_MODELS.values():
         done = (workdir / name / "report.md").is_file()
         require(done, f"{workdir} has no finished {name} yet: do the stage `rewards` first")
     mesh = finetune.build_mesh(config.sft.training)
     print(f"{TITLES[method]}, seed {seed}")
-    finished = take_on(config, workdir, method, folder, seed, mesh)
-    require(finished, f"{folder} stopped before its end: run the same command again to continue")
+    check_finished(take_on(config, workdir, method, folder, seed, mesh), folder)
     judge(config, workdir, folder, mesh, is_diverse=method in config.diversity.methods)
 
 
@@ -294,8 +289,7 @@ def take_on(config: KnownUtilityConfig, workdir: Path, method: str, folder: Path
     paid = paid_for(method, config, workdir, mesh)
     begun = Start(origin, TEMPLATE, functools.partial(data_of, config, workdir, paid, pretraining))
     if method == "dpo":
-        drawing = Drawing(config.raters.rollout, 0, lambda drawn: (), workdir / PREFERENCES / f"{BOTH}.jsonl")
-        return methods.run_dpo(config.dpo, begun, drawing, folder, seed, mesh)
+        return methods.run_dpo(config.dpo, begun, workdir / PREFERENCES / f"{BOTH}.jsonl", folder, seed, mesh)
     if method == "rejection":
         return methods.run_rejection(config.rejection, begun, folder, seed, mesh)
     settings: PpoConfig = getattr(config, PPO_OF[method])

@@ -5,23 +5,21 @@ P prompts, K samples of each.
 
 import json
 import math
-import shlex
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
+from experiments.stages import command_of, write_tables
 from llm_jax.alignment import judging, ppo_run, preferences, utilities
 from llm_jax.alignment.known_utility_config import TITLES, KnownUtilityConfig
 from llm_jax.alignment.preferences import Pair
 from llm_jax.alignment.rewards import Response
 from llm_jax.alignment.utilities import Request
 from llm_jax.errors import require
-from llm_jax.evaluation import frontier, rewards, tables, win_rate
+from llm_jax.evaluation import frontier, rewards, win_rate
 from llm_jax.evaluation.best_of import Estimate, estimate
 from llm_jax.evaluation.figures import SERIES, figure, legend_beside, panels
 from llm_jax.evaluation.frontier import Columns, Point
@@ -71,11 +69,8 @@ def write(config: KnownUtilityConfig, workdir: Path, requests: Sequence[Request]
     shown = [*method_tables(points, found), reward_table(workdir, found)]
     if config.corpus:
         shown.append(tax_table(found))
-    command = shlex.join(["python", "-m", "experiments.known_utility", *sys.argv[1:]])
-    text = "\n".join(["# RLHF with a known utility", "", f"`{command}`", "", *map(tables.as_markdown, shown)])
-    (workdir / "report.md").write_text(text, encoding="utf-8")
-    for table in shown:
-        Console().print(tables.as_rich(table))
+    command = command_of("known_utility")
+    write_tables(workdir, "RLHF with a known utility", command, shown)
     courses = {method: seeds for method in found.runs if (seeds := courses_of(config, workdir, method))}
     write_json(
         workdir / "report.json",

@@ -24,7 +24,6 @@ from llm_jax.alignment.rejection_config import RejectionConfig
 from llm_jax.interop.pretrained import Pretrained
 from llm_jax.training import metrics
 
-PAIRS = "pairs.jsonl"
 Config = TypeVar("Config", PpoConfig, RejectionConfig, DpoConfig)
 
 
@@ -42,7 +41,6 @@ class Drawing(NamedTuple):
     rollout: RolloutConfig
     batches: int  # of rollout.prompts prompts
     pairs: Callable[[Drawn], Sequence[Pair]]  # of a batch
-    path: Path  # where they are kept, and read where they are there: runs that differ in nothing else may share it
 
 
 def run_ppo(config: PpoConfig, start: Start, folder: Path, seed: int, mesh: Mesh) -> bool:
@@ -66,30 +64,41 @@ def run_rejection(config: RejectionConfig, start: Start, folder: Path, seed: int
     return finished
 
 
-def run_dpo(config: DpoConfig, start: Start, drawing: Drawing, folder: Path, seed: int, mesh: Mesh) -> bool:
-    """DPO on pairs of the start's own responses."""
+def run_dpo(config: DpoConfig, start: Start, pairs: Path, folder: Path, seed: int, mesh: Mesh) -> bool:
+    """DPO on the pairs of a file."""
     config = _begun(config, start, seed)
-    if not drawing.path.is_file():
-        drawing.path.parent.mkdir(parents=True, exist_ok=True)
-        preferences.write(drawing.path, _draw_pairs(config.training, start, drawing, seed, mesh))
     config = dataclasses.replace(
         config,
         template=start.template,
-        preferences=dataclasses.replace(config.preferences, path=str(drawing.path)),
+        preferences=dataclasses.replace(config.preferences, path=str(pairs)),
         data=dataclasses.replace(config.data, seed=seed),
     )
     dpo.run(config, folder)
     return bool(metrics.read(folder, "heldout"))
 
 
-def _draw_pairs(training: FineTuneConfig, start: Start, drawing: Drawing, seed: int, mesh: Mesh) -> list[Pair]:
-    model, settings = finetune.load(training, mesh), drawing.rollout.sampled(seed=seed)
-    data = start.data(model, settings.prompts, seed)
-    found: list[Pair] = []
+def draw_pairs(training: FineTuneConfig, start: Start, drawing: Drawing, path: Path, seed: int, mesh: Mesh) -> Path:
+    """Pairs of the start's own responses, in a file that runs of one seed may share: it is written once."""
+    if not path.is_file():
+        model = finetune.load(dataclasses.replace(training, model=str(start.model), seed=seed), mesh)
+        settings = drawing.rollout.sampled(seed=seed)
+        data = start.data(model, settings.prompts, seed)
+        drawn = draw(model, data, drawing.batches, [settings], mesh)
+        found = [pair for (batch,) in drawn for pair in drawing.pairs(batch)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        preferences.write(path, found)
+    return path
+
+
+def draw(
+    model: Pretrained, data: Data, batches: int, ways: Sequence[RolloutConfig], mesh: Mesh
+) -> list[tuple[Drawn, ...]]:
+    """A model's responses to each of the first batches of prompts, drawn in each of some ways."""
+    found = []
     with jax.set_mesh(mesh), rollout.generation_layout(model.params, model.config) as (architecture, params):
-        for step in track(range(drawing.batches), "drawing pairs", console=Console(stderr=True)):
+        for step in track(range(batches), "drawing pairs", console=Console(stderr=True)):
             batch, streams = data.prompts.batch(step), data.prompts.streams(step)
-            found += drawing.pairs(rejection.draw(params, architecture, batch, settings, data, streams))
+            found.append(tuple(rejection.draw(params, architecture, batch, way, data, streams) for way in ways))
     return found
 
 

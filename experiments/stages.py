@@ -1,17 +1,22 @@
-"""Experiments in stages, whose runs may go side by side: what may be named, and what their folder was begun with."""
+"""Experiments in stages, whose runs may go side by side: what may be named, what is done, and the report of all."""
 
 import dataclasses
+import shlex
+import sys
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from absl import flags
+from rich.console import Console
 
 from llm_jax import config as config_lib
 from llm_jax.alignment import finetune
 from llm_jax.config import one_of
 from llm_jax.errors import require
+from llm_jax.evaluation import tables
+from llm_jax.evaluation.tables import Table
 
 flags.disclaim_key_flags()  # what is defined here belongs to the experiment that asks for it, whose --help lists it
 
@@ -54,3 +59,29 @@ def check_workdir(config: Any, workdir: Path, changeable: Sequence[str]) -> None
         )
     workdir.mkdir(parents=True, exist_ok=True)
     config_lib.save(config, path)
+
+
+def is_done(last: Path) -> bool:
+    """Whether a stage or run has written its last file; then it says so."""
+    if last.is_file():
+        print(f"{last.parent}: done earlier")
+    return last.is_file()
+
+
+def check_finished(finished: bool, folder: Path) -> None:
+    """Raise `UserError` if a run was stopped, so that nothing that needs it begins."""
+    require(finished, f"{folder} stopped before its end: run the same command again to continue")
+
+
+def command_of(experiment: str) -> str:
+    """The command line that this process was started with."""
+    return shlex.join(["python", "-m", f"experiments.{experiment}", *sys.argv[1:]])
+
+
+def write_tables(workdir: Path, title: str, command: str, made: Sequence[Table], *notes: str) -> None:
+    """Print the tables, and write them to report.md with the command and notes before them."""
+    parts = [f"# {title}", f"`{command}`", *notes]
+    text = "\n".join([*(line for part in parts for line in (part, "")), *map(tables.as_markdown, made)])
+    (workdir / "report.md").write_text(text, encoding="utf-8")
+    for table in made:
+        Console().print(tables.as_rich(table))

@@ -21,19 +21,24 @@ are worth, before and after (report.md, best_of.png, temperature.png).
 import dataclasses
 import functools
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from experiments import dpo, methods, reward_model, reward_report, runner, sft
 from experiments.methods import Drawing, Start
 from experiments.samples import Asked
-from experiments.stages import check_names, check_workdir, define_flags
+from experiments.stages import (
+    check_finished,
+    check_names,
+    check_workdir,
+    command_of,
+    define_flags,
+    is_done,
+    write_tables,
+)
 from llm_jax import models
 from llm_jax.alignment import finetune, judging, ratings, referees, rejection_run, reviews, reward
 from llm_jax.alignment.conversations import Tally
@@ -48,7 +53,7 @@ from llm_jax.alignment.sft import ChatData
 from llm_jax.alignment.steering_config import BEST_OF_N, SteeringConfig
 from llm_jax.config import TokenizerConfig
 from llm_jax.errors import require
-from llm_jax.evaluation import frontier, tables
+from llm_jax.evaluation import frontier
 from llm_jax.evaluation.best_of import Estimate
 from llm_jax.evaluation.frontier import Columns, Point
 from llm_jax.evaluation.rewards import Correlation, spearman
@@ -138,8 +143,7 @@ class Study:
 def make_start(study: Study) -> None:
     """Fine-tune the model on what continues the first words of reviews."""
     config, folder, texts = study.config, study.workdir / START, study.texts
-    if (folder / RESULT).is_file():
-        print(f"{folder}: done earlier")
+    if is_done(folder / RESULT):
         return
     training = config.sft.training
     if not training.model:
@@ -160,7 +164,7 @@ def make_start(study: Study) -> None:
         folder,
         study.mesh,
     )
-    require(finished, f"{folder} stopped before its end: run the same command again to continue")
+    check_finished(finished, folder)
     write_json(folder / RESULT, metrics.read(folder, "heldout")[-1])
 
 
@@ -178,8 +182,7 @@ def make_model(config: SteeringConfig, texts: Sequence[str], folder: Path) -> No
 def make_rewards(study: Study) -> None:
     """Train the reward model, and correlate what it and the others say with people's ratings of held-out texts."""
     config, folder = study.config, study.workdir / REWARD
-    if (folder / RESULT).is_file():
-        print(f"{folder}: done earlier")
+    if is_done(folder / RESULT):
         return
     training = config.reward.training
     settings = dataclasses.replace(
@@ -192,8 +195,7 @@ def make_rewards(study: Study) -> None:
         ),
     )
     reward_model.run(settings, folder)
-    finished = (folder / reward.SETTINGS).is_file()
-    require(finished, f"{folder} stopped before its end: run the same command again to continue")
+    check_finished((folder / reward.SETTINGS).is_file(), folder)
     found = {PAID: reward_report.correlate(study.paid, study.texts.judged), **correlate(study)}
     write_json(folder / RESULT, {name: {d: each._asdict() for d, each in by.items()} for name, by in found.items()})
 
@@ -236,8 +238,7 @@ def do_run(study: Study, name: str, seed: int) -> None:
         print(f"{folder}: done earlier")
         return
     print(f"{name}, seed {seed}")
-    finished = take_on(study, method, beta, folder, seed)
-    require(finished, f"{folder} stopped before its end: run the same command again to continue")
+    check_finished(take_on(study, method, beta, folder, seed), folder)
     for place in places.values():
         judge(study, place if method != BEST_OF_N else study.workdir / START, place / JUDGED, seed)
 
@@ -256,9 +257,10 @@ def take_on(study: Study, method: str, beta: float, folder: Path, seed: int) -> 
         return methods.run_rejection(rounds, begun, folder, seed, mesh)
     if method == "dpo":
         preferred = dataclasses.replace(config.dpo, loss=dataclasses.replace(config.dpo.loss, beta=beta))
-        path = study.workdir / PAIRS / f"seed_{seed}.jsonl"
-        drawing = Drawing(config.rejection.rollout, config.dpo_batches, pairs_of, path)
-        return methods.run_dpo(preferred, begun, drawing, folder, seed, mesh)
+        path = study.workdir / PAIRS / f"seed_{seed}.jsonl"  # the same for every beta
+        drawing = Drawing(config.rejection.rollout, config.dpo_batches, pairs_of)
+        pairs = methods.draw_pairs(preferred.training, begun, drawing, path, seed, mesh)
+        return methods.run_dpo(preferred, begun, pairs, folder, seed, mesh)
     folder.mkdir(parents=True, exist_ok=True)
     return True
 
@@ -304,18 +306,15 @@ def report(study: Study) -> None:
     starts = columns_of(study, prompts, BEST_OF_N, "")
     require(bool(starts), f"{workdir} has no samples of the start: do the run {BEST_OF_N}/{config.seeds[0]} first")
     points = points_of(study, prompts, starts)
-    command = shlex.join(["python", "-m", "experiments.steering", *sys.argv[1:]])
+    command = command_of("steering")
     made = [
         frontier.table("Reward by distance from the start", points, SHOWN, remarks_of(config, points, len(prompts))),
         correlations_table(json.loads((workdir / REWARD / RESULT).read_text())),
         samples_table(study, prompts),
     ]
-    text = "\n".join(["# Steering reviews", "", f"`{command}`", "", *map(tables.as_markdown, made)])
-    (workdir / "report.md").write_text(text, encoding="utf-8")
     write_json(workdir / "report.json", {"command": command, "points": [each._asdict() for each in points]})
     frontier.draw(points[1:], SHOWN, workdir / "frontier.png")
-    for each in made:
-        Console().print(tables.as_rich(each))
+    write_tables(workdir, "Steering reviews", command, made)
     print(f"{workdir / 'report.md'}: these tables; frontier.png: the figure")
 
 

@@ -19,8 +19,6 @@ import dataclasses
 import functools
 import json
 import math
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +26,18 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
 
 from experiments import methods, runner, sft
 from experiments.methods import Drawing, Start
-from experiments.stages import check_names, check_workdir, define_flags
+from experiments.stages import (
+    check_finished,
+    check_names,
+    check_workdir,
+    command_of,
+    define_flags,
+    is_done,
+    write_tables,
+)
 from llm_jax import models
 from llm_jax.alignment import finetune, prompts, rejection_run, words
 from llm_jax.alignment.policy_config import PromptDataConfig
@@ -44,7 +49,6 @@ from llm_jax.alignment.words import Task
 from llm_jax.alignment.words_config import TITLES, WordsConfig
 from llm_jax.config import CheckpointConfig, SamplingConfig
 from llm_jax.errors import require
-from llm_jax.evaluation import tables
 from llm_jax.evaluation.figures import SERIES, figure, legend_beside
 from llm_jax.evaluation.tables import Table
 from llm_jax.files import write_json
@@ -56,7 +60,7 @@ from llm_jax.training import checkpoint, metrics
 
 STAGES = ("start", "runs", "report")
 TASKS, TRAIN, HELDOUT = "tasks", "train.jsonl", "heldout.jsonl"
-RANDOM, SFT, START, RESULT = "random", "sft", "start", "result.json"
+RANDOM, SFT, START, PAIRS, RESULT = "random", "sft", "start", "pairs.jsonl", "result.json"
 JUDGED_AT_ONCE = 128
 EVERY_CHECKPOINT = 1_000_000
 POLICY_GRADIENTS = ("ppo", "grpo")
@@ -83,8 +87,7 @@ def run(config: WordsConfig, workdir: Path, stages: Sequence[str] = STAGES, only
 
 def start(config: WordsConfig, workdir: Path) -> None:
     """Make the tasks, and judge the model that all methods begin with."""
-    if (workdir / START / RESULT).is_file():
-        print(f"{workdir / START}: done earlier")
+    if is_done(workdir / START / RESULT):
         return
     make_tasks(config, workdir / TASKS)
     if config.base:
@@ -111,8 +114,7 @@ def fine_tune(config: WordsConfig, workdir: Path) -> None:
             config.sft.data, path=str(workdir / TASKS / f"sft_{TRAIN}"), heldout_path=str(workdir / TASKS / HELDOUT)
         ),
     )
-    finished = sft.run(settings, workdir / SFT)
-    require(finished, f"{workdir / SFT} stopped before its end: run the same command again to continue")
+    check_finished(sft.run(settings, workdir / SFT), workdir / SFT)
     mesh = finetune.build_mesh(settings.training)
     for step in sorted({*range(every, steps, every), steps}):
         model = pretrained.load(workdir / SFT, mesh=mesh, step=step, dtype="float32")
@@ -161,13 +163,11 @@ def make_model(config: WordsConfig, folder: Path) -> None:
 def do_run(config: WordsConfig, workdir: Path, method: str, seed: int) -> None:
     """One method with one seed, from the start to its result: once."""
     folder = workdir / method / f"seed_{seed}"
-    if (folder / RESULT).is_file():
-        print(f"{folder}: done earlier")
+    if is_done(folder / RESULT):
         return
     mesh = finetune.build_mesh(config.sft.training)
     print(f"{TITLES[method]}, seed {seed}")
-    finished = take_on(config, workdir, method, folder, seed, mesh)
-    require(finished, f"{folder} stopped before its end: run the same command again to continue")
+    check_finished(take_on(config, workdir, method, folder, seed, mesh), folder)
     model = pretrained.load(folder, mesh=mesh, dtype="float32")
     write_json(folder / RESULT, {**judge(config, model, workdir), "curve": curve_of(config, method, folder)})
 
@@ -207,8 +207,9 @@ def take_on(config: WordsConfig, workdir: Path, method: str, folder: Path, seed:
         return methods.run_rejection(rounds, begun, folder, seed, mesh)
     # As many samples as the others draw, all from the start; a right and a wrong one of a prompt are a pair.
     batches = config.rejection.rounds * config.rejection.batches
-    drawing = Drawing(config.rejection.rollout, batches, pairs_of, folder / methods.PAIRS)
-    return methods.run_dpo(config.dpo, begun, drawing, folder, seed, mesh)
+    drawing = Drawing(config.rejection.rollout, batches, pairs_of)
+    pairs = methods.draw_pairs(config.dpo.training, begun, drawing, folder / PAIRS, seed, mesh)
+    return methods.run_dpo(config.dpo, begun, pairs, folder, seed, mesh)
 
 
 def pairs_of(drawn: Drawn) -> list[Pair]:
@@ -273,15 +274,12 @@ def report(config: WordsConfig, workdir: Path) -> None:
     found = {method: runs for method, runs in found.items() if runs}
     require(bool(found), f"{workdir} has no finished run: do the stage `runs` first")
     samples = config.samples(config.methods[0])
-    command = shlex.join(["python", "-m", "experiments.words", *sys.argv[1:]])
-    made = [table(config, begun, found, name, samples) for name in ("sampled", "greedy")]
-    text = "\n".join(["# Word tasks", "", f"`{command}`", "", *map(tables.as_markdown, made)])
-    (workdir / "report.md").write_text(text)
+    command = command_of("words")
     values = {"command": command, "samples": samples, "start": begun, "methods": found}
     write_json(workdir / "report.json", values)
     draw(begun, found, samples, workdir / "words.png")
-    for each in made:
-        Console().print(tables.as_rich(each))
+    made = [table(config, begun, found, name, samples) for name in ("sampled", "greedy")]
+    write_tables(workdir, "Word tasks", command, made)
     print(f"{workdir / 'report.md'}: these tables; words.png: the figure")
 
 
