@@ -20,6 +20,7 @@ from benchmarks.peers.ppo_setting import (
     LAM,
     LEARNING_RATE,
     MINIBATCH,
+    PARTS,
     SHAPE,
     VALUE_CLIP,
     prompt_tokens,
@@ -38,7 +39,6 @@ from llm_jax.tokenization.chat import Message
 from llm_jax.training import checkpoint
 from llm_jax.training.host_memory import keep_freed_memory
 
-PARTS = ("rollout", "score", "update")
 FIRST = 0x4E00  # the character of token 0
 
 

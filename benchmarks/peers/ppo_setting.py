@@ -24,6 +24,7 @@ SHAPE = Generation(
 INIT_STD = 0.1  # so that the draws are far from uniform, and another temperature would be seen in their entropy
 EPOCHS, MINIBATCH = 4, 16
 LEARNING_RATE, KL, GAMMA, LAM, CLIP, VALUE_CLIP = 1e-5, 0.05, 1.0, 0.95, 0.2, 0.2
+PARTS = ("rollout", "score", "update")  # of an iteration, whose times are told
 LEARNED = EPOCHS * SHAPE.batch * SHAPE.new_tokens  # tokens of responses that an iteration's updates see
 
 

@@ -22,6 +22,7 @@ from benchmarks.peers.ppo_setting import (
     LAM,
     LEARNING_RATE,
     MINIBATCH,
+    PARTS,
     SHAPE,
     VALUE_CLIP,
     prompt_tokens,
@@ -51,7 +52,7 @@ class Iterations(Turns):
     def __init__(self, trainer: ppo.PPOTrainer) -> None:
         """Watch when an iteration's parts begin, and count the tokens that its updates learn from."""
         super().__init__(trainer, int)
-        self.spent = {"rollout": 0.0, "score": 0.0, "update": 0.0}
+        self.spent = dict.fromkeys(PARTS, 0.0)
         self._rolled = self._update = 0.0
         self._generate, ppo_trainer.batch_generation = ppo_trainer.batch_generation, self._batch_generation
         trainer.model.register_forward_pre_hook(self._before_update, with_kwargs=True)

@@ -33,13 +33,13 @@ from benchmarks.peers.ppo_setting import (
     LAM,
     LEARNING_RATE,
     MINIBATCH,
+    PARTS,
     SHAPE,
     VALUE_CLIP,
     prompt_tokens,
 )
 from benchmarks.peers.serve import serve
 
-PARTS = ("rollout", "score", "update")
 ROLES = [rl_cluster.Role[name] for name in ("ACTOR", "CRITIC", "REFERENCE", "ROLLOUT")]
 
 

@@ -22,6 +22,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from llm_jax import files
+
 PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
@@ -46,9 +48,8 @@ def bring(copies: Path, rescued: Path) -> None:
     for path in copies.glob("*/*.npz"):
         target = rescued / path.relative_to(copies)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(path, partial)
-        partial.replace(target)
+        with files.replacing(target) as partial:
+            shutil.copyfile(path, partial)
 
 
 def main(task: Task) -> None:

@@ -13,12 +13,11 @@ from experiments import known_utility as experiment
 from experiments import known_utility_report as report
 from llm_jax import config as config_lib
 from llm_jax import models
-from llm_jax.alignment import finetune, preferences, utilities
+from llm_jax.alignment import preferences, utilities
 from llm_jax.alignment.known_utility_config import KnownUtilityConfig
 from llm_jax.alignment.rewards import Response
 from llm_jax.config import ModelConfig, TokenizerConfig
 from llm_jax.errors import UserError
-from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.tokenization.chat import Message
 from llm_jax.tokenization.train import train_on_texts
 from llm_jax.training import checkpoint
@@ -103,12 +102,7 @@ def small_config(folder):
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Eight simulated devices add nothing here but time."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(finetune, "build_mesh", lambda training: mesh_lib.build(training.mesh, jax.devices()[:1]))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

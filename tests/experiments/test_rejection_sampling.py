@@ -10,14 +10,13 @@ import pytest
 from configs.rejection_sampling import small
 from experiments import ppo, rejection_sampling, sft
 from llm_jax import config as config_lib
-from llm_jax.alignment import finetune, rejection, rejection_run
+from llm_jax.alignment import rejection, rejection_run
 from llm_jax.alignment.config import ChatDataConfig, FineTuneConfig, SftConfig
 from llm_jax.alignment.policy_config import AdvantageConfig, PpoConfig, PromptDataConfig, RolloutConfig
 from llm_jax.alignment.rejection_config import CurvesConfig, RejectionConfig
 from llm_jax.config import OptimizerConfig, SamplingConfig
 from llm_jax.errors import UserError
 from llm_jax.interop import pretrained
-from llm_jax.parallel import mesh as mesh_lib
 from tests.alignment import base_models
 
 REWARD = f"{__name__}:ones"
@@ -28,12 +27,7 @@ def ones(prompts, responses):
     return np.array([each.text.count("e") / (1 + len(each.text)) for each in responses], np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Eight simulated devices add nothing here but time."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(finetune, "build_mesh", lambda training: mesh_lib.build(training.mesh, jax.devices()[:1]))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,13 @@ import itertools
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
 from configs.steering import small
 from experiments import steering
 from llm_jax import config as config_lib
-from llm_jax.alignment import finetune, judging, ratings, referees
+from llm_jax.alignment import judging, ratings, referees
 from llm_jax.alignment.conversations import Tally
 from llm_jax.alignment.preferences import Pair
 from llm_jax.alignment.prompts import Prompt
@@ -20,7 +19,6 @@ from llm_jax.alignment.ratings import RatedText
 from llm_jax.alignment.rejection import Drawn, Scored
 from llm_jax.alignment.steering_config import SteeringConfig
 from llm_jax.errors import UserError
-from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.tokenization.chat import Message
 
 TINY = config_lib.from_config_dict(SteeringConfig, small.get_config("tiny"))
@@ -97,10 +95,9 @@ CONFIG = dataclasses.replace(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_from_outside():
-    """Texts made here, and one device: eight simulated ones add nothing here but time."""
+def nothing_from_outside(one_device):
+    """Texts made here, and one device."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(finetune, "build_mesh", lambda training: mesh_lib.build(training.mesh, jax.devices()[:1]))
         patched.setattr(ratings, "load", lambda language: (texts(), Tally()))
         patched.setattr(referees, "lexicon", lambda: referees.Lexicon(WORDS))
         yield

@@ -4,19 +4,17 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import pytest
 
 from configs.words import small, smollm2
 from experiments import words as experiment
 from llm_jax import config as config_lib
-from llm_jax.alignment import finetune, words
+from llm_jax.alignment import words
 from llm_jax.alignment.prompts import Prompt
 from llm_jax.alignment.rejection import Drawn, Scored
 from llm_jax.alignment.words_config import WordsConfig
 from llm_jax.config import CheckpointConfig
 from llm_jax.errors import UserError
-from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.tokenization.chat import Message
 from tests.alignment import base_models
 
@@ -39,12 +37,7 @@ CONFIG = dataclasses.replace(
 LEAST_GAIN = 0.06  # of held-out tasks, of which there are 531: 2.8 standard errors of one share
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Eight simulated devices add nothing here but time."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(finetune, "build_mesh", lambda training: mesh_lib.build(training.mesh, jax.devices()[:1]))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
