@@ -20,6 +20,7 @@ from experiments.samples import Asked, Says, append_samples
 from llm_jax import models
 from llm_jax.alignment import dpo, finetune
 from llm_jax.alignment.config import DpoConfig, FineTuneConfig
+from llm_jax.alignment.pair_rows import PackedPairs
 from llm_jax.alignment.preferences import Pair
 from llm_jax.config import ModelConfig
 from llm_jax.interop.pretrained import Pretrained
@@ -45,9 +46,7 @@ def run(config: DpoConfig, workdir: Path) -> None:
     asked = ask(data.heldout[: config.samples], model.tokenizer, template)
     says = how_it_says(model.tokenizer, template)
 
-    def task_of(train: dpo.Encoded, heldout: dpo.Encoded) -> finetune.Task:
-        packed = dpo.packed(train, config.data)
-
+    def task_of(packed: PackedPairs[dpo.EncodedPair, dpo.DpoBatch], heldout: dpo.Encoded) -> finetune.Task:
         return finetune.Task(
             loss=lambda architecture: dpo.loss_function(architecture, config.loss, chunk_size),
             batches=lambda start: packed.train_batches(
@@ -66,13 +65,14 @@ def run(config: DpoConfig, workdir: Path) -> None:
         )
 
     # Whatever may be refused is, before the references, which take long.
-    finetune.check(config.training, model, task_of(train, heldout), workdir, mesh, config)
+    packed = dpo.packed(train, config.data)
+    finetune.check(config.training, model, task_of(packed, heldout), workdir, mesh, config)
     if distributed.is_first():
-        print(reward_model.describe(data, dpo.packed(train, config.data), str(tally)))
+        print(reward_model.describe(data, packed, str(tally)))
     train, heldout = dpo.with_references(
         workdir, *reference(config.training, model), [train, heldout], config.data, chunk_size, mesh
     )
-    task = task_of(train, heldout)
+    task = task_of(dpo.packed(train, config.data), heldout)
     if finetune.train(config.training, model, task, workdir, mesh, config) and distributed.is_first():
         print(summary(workdir))
 
