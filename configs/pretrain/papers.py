@@ -1,11 +1,12 @@
 """The reports' own models and pre-training settings: llama2_*, baichuan_*, baichuan2_* and qwen_* on a cluster.
 
     python -m experiments.pretrain --config=configs/pretrain/papers.py:baichuan2_13b --workdir=... \\
-        --config.data.dataset=... --config.mesh.data=128 --config.mesh.tensor=8
+        --config.data.dataset=...
 
-The number of steps is the report's token count over its batch of tokens. Where a report does not state a value
-(Baichuan-2's batch, the loss's chunk, recomputation, microbatches), the value is ours. Baichuan-1 has no report: its
-token counts are those of its release notes, and it takes Baichuan-2's optimiser.
+How layers are executed is what plans prefer on 1,024 A800 (docs/cluster.md); `experiments.plan --choose` says what is
+best elsewhere. The number of steps is the report's token count over its batch of tokens. Where a report does not state
+a value (Baichuan-2's batch, the loss's chunk, recomputation, microbatches), the value is ours. Baichuan-1 has no
+report: its token counts are those of its release notes, and it takes Baichuan-2's optimiser.
 """
 
 import dataclasses
@@ -32,6 +33,9 @@ TOKENS = {
     "qwen_14b": 3.0,
 }
 
+# When weights are gathered, and what is kept for the backward pass, where not once a step, and all products.
+EXECUTION = {"llama2_34b": ("layer", "dots"), "llama2_70b": ("layer", "save_attention")}
+
 
 def _optimizer(name: str) -> config.OptimizerConfig:
     if name.startswith("qwen"):
@@ -41,7 +45,10 @@ def _optimizer(name: str) -> config.OptimizerConfig:
 
 def get_config(name: str = "baichuan2_7b") -> ml_collections.ConfigDict:
     """The pre-training run of one of the reports' models."""
-    model = dataclasses.replace(model_presets.get(name), compute_dtype="bfloat16", remat="save_attention")
+    gather, remat = EXECUTION.get(name, ("step", "dots"))
+    model = dataclasses.replace(
+        model_presets.get(name), compute_dtype="bfloat16", gather=gather, gather_tables=gather, remat=remat
+    )
     length = 2048 if name.startswith("qwen") else model.max_length
     return config.to_config_dict(
         config.TrainConfig(

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.errors import require
 from llm_jax.parallel.rules import RULES
+from llm_jax.parallel.zero import scattered_sum
 
 
 class Parts(NamedTuple):
@@ -64,7 +65,7 @@ def sum_gradient(dunembedding_VD: jax.Array, parts: Parts) -> jax.Array:
     """The gradient of the unembedding over the whole batch, each device's share of its features."""
     if not parts.features:
         return jax.lax.psum(dunembedding_VD, parts.batch)
-    return jax.lax.psum_scatter(dunembedding_VD, parts.batch, scatter_dimension=1, tiled=True)
+    return scattered_sum(dunembedding_VD, 1, parts.batch)
 
 
 def first_entry(vocab_size: int, parts: Parts) -> jax.Array | int:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from llm_jax.models import quantized
 from llm_jax.models.quantized import Quantized
 from llm_jax.parallel.rules import LogicalAxes, constrain
-from llm_jax.parallel.zero import gather, gradient_of
+from llm_jax.parallel.zero import gather, gradient_of, summed
 
 
 def _contract(a: jax.Array, a_dims: range, b: jax.Array, b_dims: range, dtype: jnp.dtype) -> jax.Array:
@@ -113,9 +113,13 @@ def _linear_backward(
     axes: LogicalAxes, residuals: tuple[jax.Array, jax.Array], dy_BTO: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x_BTI, kernel_IO = residuals
-    dkernel_IO = _contract(x_BTI, range(2), dy_BTO, range(2), jnp.dtype(jnp.float32))
+    dkernel_IO = summed(_kernel_gradient, (x_BTI, dy_BTO), kernel_IO, axes)
     dx_BTI = _linear_transposed(dy_BTO, kernel_IO, axes)
     return dx_BTI, gradient_of(kernel_IO, dkernel_IO, axes)
+
+
+def _kernel_gradient(x_BTI: jax.Array, dy_BTO: jax.Array) -> jax.Array:
+    return _contract(x_BTI, range(2), dy_BTO, range(2), jnp.dtype(jnp.float32))
 
 
 def _linear_transposed(dy_BTO: jax.Array, kernel_IO: jax.Array, axes: LogicalAxes) -> jax.Array:

@@ -142,9 +142,10 @@ def _tpus(topologies: Any, target: Target, topology: str) -> list[Any]:
     if not topology:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices)
     sizes = [int(size) for size in topology.split("x")]
+    sizes += [1] * (3 - len(sizes))  # a torus of two axes lies in one plane
     described = topologies.get_topology_desc(
         platform="tpu",
-        topology_name=f"{target.topology.partition(':')[0]}:{topology}",
+        topology_name=f"{target.topology.partition(':')[0]}:{'x'.join(map(str, sizes))}",
         chips_per_host_bounds=(2, 2, 1),
         num_slices=1,
         wrap=tuple(size % 4 == 0 for size in sizes),

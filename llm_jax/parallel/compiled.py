@@ -169,7 +169,7 @@ def repetitions(module: Module) -> dict[str, float]:
 def called_computations(instruction: Instruction) -> list[str]:
     """The computations that an instruction runs, without a loop's condition and without reductions."""
     attributes = instruction.attributes
-    if instruction.operation == "call":
+    if instruction.operation in ("call", "call-start"):
         attributes = attributes.replace("to_apply=", "calls=")
     return [name.strip(" %") for found in CALLS.findall(attributes) for name in found.strip("{}").split(",") if name]
 
@@ -318,11 +318,14 @@ def _collectives_in(
     """The collectives that an instruction is, or has inside, and the shapes that are known there."""
     if instruction.operation.removesuffix("-start") in KINDS:
         yield instruction, shapes
-    elif instruction.operation == "fusion":
+    elif instruction.operation in ("fusion", "call-start"):  # calls are started on a TPU's SparseCores
         for called in called_computations(instruction):
             inside = {line.name: line.shape for line in module.computations[called]}
             for line in module.computations[called]:
-                yield from _collectives_in(module, line, inside)
+                for found, known in _collectives_in(module, line, inside):
+                    # So a TPU writes one that its TensorCore does, of which only a part comes out.
+                    is_scatter = found.operation == "all-reduce" and called.startswith("all-reduce-scatter")
+                    yield found._replace(operation="reduce-scatter") if is_scatter else found, known
 
 
 def _channel(instruction: Instruction) -> int:

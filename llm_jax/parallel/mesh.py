@@ -2,8 +2,9 @@
 
 Processes are numbered along the network (`topology.py`), and slices of a TPU one after the other, so that the mesh's
 data axes, which follow the processes, have neighbours in the network next to each other, and groups of hosts are
-runs of them. `mesh_utils.create_hybrid_device_mesh` would place whole slices too, but inside of one it moves devices
-away from the rows of the batch that their process reads.
+runs of them. Without a tensor axis, a TPU's data axes follow its torus instead (x, then y, then z): only over devices
+in that order does libtpu gather and sum by all links of a torus. The rows of a process are then not next to each other
+in the batch (`shares.own_rows`).
 """
 
 import math
@@ -74,14 +75,31 @@ def grid(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
         per_host % sizes[2] == 0,
         f"mesh tensor={sizes[2]} does not divide the {per_host} devices of a host; choose a divisor of {per_host}",
     )
-    return np.array(sorted(devices, key=_place)).reshape(sizes)
+    is_torus = all(hasattr(device, "coords") for device in devices)
+    order = _along_torus if is_torus and sizes[2] == 1 else _along_hosts
+    return np.array(sorted(devices, key=order)).reshape(sizes)
 
 
-def _place(device: Any) -> tuple[int, ...]:
-    """What a device comes after in the mesh: other slices, other processes, and chips that are before it in the ring.
+def of_this_process(mesh: Mesh) -> Mesh:
+    """This process's part of a mesh, whose devices need not be neighbours in the whole, with its tensor axis."""
+    groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    own = [group for group in groups if group[0].process_index == jax.process_index()]
+    return Mesh(np.array(own)[None], mesh.axis_names, axis_types=mesh.axis_types)
 
-    In the order of processes, so that a process's rows of the global batch are those of its place along the data axes.
-    """
+
+def follows_processes(mesh: Mesh) -> bool:
+    """Whether each process's rows of a batch lie next to each other."""
+    owners = [device.process_index for device in mesh.devices.flat]
+    return owners == sorted(owners)
+
+
+def _along_torus(device: Any) -> tuple[int, ...]:
+    """What a device comes after: other slices, and chips of smaller z, then y, then x."""
+    return getattr(device, "slice_index", 0) or 0, *reversed(device.coords), getattr(device, "core_on_chip", 0)
+
+
+def _along_hosts(device: Any) -> tuple[int, ...]:
+    """What a device comes after: other slices, other processes, and chips that are before it in the ring."""
     coordinates = getattr(device, "coords", None)
     ring: tuple[int, ...] = ()
     if coordinates is not None:

@@ -3,7 +3,8 @@
 The weights of a layer are gathered in the loop over layers, so by itself nothing of layer l + 1 starts before layer l
 has ended. On GPUs the compiler can move a gather one turn ahead (`pipelined`), and its scheduler can start and await
 collectives at different places (`latency_hiding`); both are off by default, and each of the other options below makes
-up for a default that would undo them. docs/log.md has what each was worth in the compiled program.
+up for a default that would undo them. A TPU waits for every collective, unless its SparseCores take it. docs/log.md
+has what each was worth in the compiled program.
 """
 
 from typing import Any
@@ -26,16 +27,26 @@ GPU: dict[str, bool | int] = {
     "xla_gpu_reduce_scatter_combine_threshold_bytes": SMALL_SHARD,
     "xla_gpu_experimental_parallel_collective_overlap_limit": IN_FLIGHT,
 }
-TPU: dict[str, bool | int] = {}
+# By its SparseCores, which leave the TensorCore to compute; in rings over all three axes of the torus, for which parts
+# of a sum are filled up with zeros.
+TPU: dict[str, bool | int] = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_reduce_scatter_padding": True,
+}
+SPARSE_CORES = ("TPU v5", "TPU v5p")  # kinds of devices that have them
 
 
 def compiler_options(mesh: Mesh, model: ModelConfig) -> dict[str, Any]:
     """Options for `jax.jit(..., compiler_options=...)` or `Lowered.compile`; {} where nothing moves between devices."""
-    platform = mesh.devices.flat[0].platform
-    if mesh.size == 1 or platform not in ("gpu", "tpu"):
+    device = mesh.devices.flat[0]
+    if mesh.size == 1 or device.platform not in ("gpu", "tpu"):
         return {}
-    if platform == "tpu":
-        return dict(TPU)
+    if device.platform == "tpu":
+        return dict(TPU) if device.device_kind in SPARSE_CORES else {}
     return GPU | {"xla_gpu_all_gather_combine_threshold_bytes": _layer_bytes(mesh, model)}
 
 

@@ -29,7 +29,8 @@ class Choice:
     def apply(self, config: TrainConfig) -> TrainConfig:
         """The run with this mesh and way of execution."""
         model = dataclasses.replace(config.model, groups=self.groups, gather_tables=self.tables)
-        mesh = MeshConfig(self.sizes["replica"], self.sizes["data"], self.sizes["tensor"])
+        # The data axis takes the devices that there are, which may change during a run (`parallel.elastic`).
+        mesh = MeshConfig(replica=self.sizes["replica"], tensor=self.sizes["tensor"])
         return dataclasses.replace(config, model=model, mesh=mesh, microbatches=self.microbatches)
 
     @property

@@ -13,18 +13,22 @@ A gradient is summed and divided among the devices in the backward pass of each 
 """
 
 import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from llm_jax.parallel.rules import LogicalAxes, constrain
+from llm_jax.parallel.rules import RULES, LogicalAxes, axis_size, constrain, partition_spec
 
 # Axes over which a parameter is gathered for compute; the others stay sharded.
 GATHERED = ("embed",)
 # What becomes of such an axis before a step's microbatches.
 EARLY: dict[str, str | None] = {"step": None, "group": "embed_in_group"}
+SUBLANES, LANES = 8, 128  # of a tile of a TPU's memory
 
 
 @flax.struct.dataclass
@@ -110,6 +114,53 @@ def _gather_backward(axes: LogicalAxes, dtype: jnp.dtype, empty: Any, gradient: 
 
 
 gather.defvjp(_gather_forward, _gather_backward)
+
+
+def summed(product: Callable[..., jax.Array], rows: Sequence[jax.Array], parameter: Any, axes: LogicalAxes) -> Any:
+    """`product(*rows)`, a gradient [as the parameter] that is a sum over rows: `gradient_of` sums it over the devices.
+
+    On a torus it is summed and divided here, as `scattered_sum` does. Elsewhere XLA sees by itself that what it sums
+    is divided afterwards.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _is_torus(mesh) or "embed" not in axes:
+        return product(*rows)
+    dimension, devices = axes.index("embed"), axis_size(mesh, "embed")
+    if axis_size(mesh, "heads") > 1 or rows[0].shape[0] % devices or not _fills_tiles(parameter, dimension, devices):
+        return product(*rows)
+
+    def part(*own: jax.Array) -> jax.Array:
+        return scattered_sum(product(*own), dimension, RULES["embed"])
+
+    own = PartitionSpec(RULES["batch"])
+    return jax.shard_map(part, in_specs=(own,) * len(rows), out_specs=partition_spec(axes), check_vma=False)(*rows)
+
+
+def scattered_sum(part: jax.Array, dimension: int, mesh_axes: tuple[str, ...]) -> jax.Array:
+    """Inside `jax.shard_map`: every device's share, along a dimension, of the sum of their parts.
+
+    Over a whole torus libtpu makes an all-reduce of it, which moves twice as much, unless shares are whole tiles: so
+    they are summed as rows of `LANES` numbers, filled up to a tile.
+    """
+    devices = jax.lax.axis_size(mesh_axes)
+    if not _is_torus(jax.sharding.get_abstract_mesh()) or not _fills_tiles(part, dimension, devices):
+        return jax.lax.psum_scatter(part, mesh_axes, scatter_dimension=dimension, tiled=True)
+    front = jnp.moveaxis(part, dimension, 0)
+    size = front.size // devices
+    rows = jnp.pad(front.reshape(devices, size), ((0, 0), (0, -size % (SUBLANES * LANES)))).reshape(-1, LANES)
+    share = jax.lax.psum_scatter(rows, mesh_axes, scatter_dimension=0, tiled=True)
+    share = jax.lax.optimization_barrier(share).reshape(-1)[:size]  # libtpu would take the end off before the sum
+    return jnp.moveaxis(share.reshape(front.shape[0] // devices, *front.shape[1:]), 0, dimension)
+
+
+def _is_torus(mesh: AbstractMesh) -> bool:
+    device = mesh.abstract_device
+    return device is not None and device.platform == "tpu" and mesh.size > 1
+
+
+def _fills_tiles(array: Any, dimension: int, devices: int) -> bool:
+    """Whether an array divides, into shares of at least a tile: there is little to fill up."""
+    return array.shape[dimension] % devices == 0 and math.prod(array.shape) >= devices * SUBLANES * LANES
 
 
 def gradient_of(parameter: Any, gradient: jax.Array, axes: LogicalAxes) -> Any:

@@ -46,12 +46,24 @@ def test_the_page_and_its_data(tmp_path, capsys):
 
 
 def test_the_best_way_can_be_planned(tmp_path):
-    own = make(tmp_path / "own", "--nocompile")
+    slow = "--config.model.gather=layer", "--config.model.gather_tables=layer", "--config.model.remat=save_attention"
+    own = make(tmp_path / "own", "--nocompile", *slow)
     best = make(tmp_path / "best", "--nocompile", "--choose")
     assert best["estimated"]["bytes"] == own["alternatives"][0]["bytes"]
     assert best["estimated"]["utilisation"]["serial"] > own["estimated"]["utilisation"]["serial"] + 0.1
     assert own["verdict"][2].startswith("Change: ")
     assert best["verdict"][2].startswith("No other way")
+
+
+@pytest.mark.parametrize("name", ["llama2_7b", "baichuan_13b", "baichuan2_7b", "qwen_7b", "qwen_14b"])
+def test_nothing_is_better_than_the_papers_configs_on_their_cluster(name, tmp_path):
+    found = make(tmp_path, "--nocompile", name=name)
+    assert found["fits"] and found["verdict"][2].startswith("No other way"), found["verdict"]
+
+
+@pytest.mark.parametrize("name", ["llama2_34b", "llama2_70b"])
+def test_the_papers_configs_of_large_models_fit(name, tmp_path):
+    assert make(tmp_path, "--nocompile", name=name)["fits"]
 
 
 def test_a_missing_compiler_is_named_and_the_estimate_is_there(tmp_path, monkeypatch, capsys):

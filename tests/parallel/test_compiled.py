@@ -139,6 +139,41 @@ def test_a_collective_in_several_fusions_is_one():
     assert step.flops == 2 * 4 * 6 * 10
 
 
+SPARSE_CORES = """HloModule jit_step, is_scheduled=true
+
+%called (p0: f32[64,10], p1: token[]) -> f32[8,10] {
+  %p1 = token[] parameter(1)
+  %p0 = f32[64,10]{1,0:T(8,128)} parameter(0)
+  ROOT %reduce-scatter.7 = f32[8,10]{1,0:T(8,128)} reduce-scatter(%p0), channel_id=9, replica_groups={}, to_apply=%add
+}, execution_thread="sparsecore"
+
+%all-reduce-scatter.1 (p0: f32[64,10]) -> f32[8,10] {
+  %p0 = f32[64,10]{1,0:T(8,128)} parameter(0)
+  %all-reduce.3 = f32[64,10]{1,0:T(8,128)} all-reduce(%p0), channel_id=8, replica_groups={}, to_apply=%add
+  ROOT %part = f32[8,10]{1,0:T(8,128)} dynamic-slice(%all-reduce.3)
+}
+
+ENTRY %main (p: f32[64,10], a: bf16[4,6]) -> f32[8,10] {
+  %p = f32[64,10]{1,0} parameter(0)
+  %a = bf16[4,6]{1,0} parameter(1)
+  %ready = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"
+  %start = ((f32[64,10]{1,0}, token[]), f32[8,10]{1,0}) call-start(%p, %ready), async_execution_thread="sparsecore",
+    to_apply=%called
+  %dot = bf16[4,4]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %waited = f32[8,10]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %done = f32[8,10]{1,0} call-done(%start)
+}
+"""
+
+
+def test_scatters_on_a_tpus_two_kinds_of_cores():
+    taken, waited = read(SPARSE_CORES).communication
+    assert {entry.collective.kind for entry in (taken, waited)} == {"reduce-scatter"}
+    assert {entry.collective.size for entry in (taken, waited)} == {64 * 10 * 4}
+    assert (taken.is_async, taken.hidden) == (True, True)
+    assert not waited.is_async
+
+
 def convolution(out, left, right, attributes):
     lines = (
         f"%l = {left} parameter(0)",

@@ -1,9 +1,22 @@
 """Targets by name: how many devices of which kind, how they are arranged, and which names are refused."""
 
+import types
+
 import pytest
 
 from llm_jax.errors import UserError
 from llm_jax.parallel import absent, hardware
+
+
+@pytest.mark.parametrize("topology", ["4x4", "4x4x1"])
+def test_a_torus_of_two_axes_may_be_named_by_two(topology, monkeypatch):
+    """As the runtime names them; its description takes three."""
+    described = []
+    topologies = types.SimpleNamespace(
+        get_topology_desc=lambda **given: (described.append(given), types.SimpleNamespace(devices=[]))[1]
+    )
+    absent._tpus(topologies, absent.TARGETS["v5e"], topology)
+    assert described[0]["topology_name"] == "v5e:4x4x1" and described[0]["wrap"] == (True, True, False)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,16 @@ def test_a_tensor_group_of_a_tpu_is_a_ring_of_neighbours():
                 assert sum(abs(a - b) for a, b in zip(one.coords, other.coords)) == 1
 
 
+@pytest.mark.parametrize("replica", [1, 2])
+def test_the_data_axes_of_a_tpu_follow_its_torus(replica):
+    devices = [
+        _Device(0, 100 - x - 4 * y - 16 * z, coords=[x, y, z]) for x in range(4) for z in range(2) for y in range(4)
+    ]
+    grid = mesh_lib.grid(MeshConfig(replica=replica), devices)
+    assert grid.shape == (replica, 32 // replica, 1)
+    assert [device.coords for device in grid.flat] == [[n % 4, n // 4 % 4, n // 16] for n in range(32)]
+
+
 def test_replicas_are_the_slices_of_a_job():
     devices = [_Device(2 * place + piece, place, slice_index=piece) for place in range(4) for piece in range(2)]
     grid = mesh_lib.grid(MeshConfig(replica=2), devices)

@@ -26,8 +26,9 @@ MODEL = ModelConfig(
 )
 
 
-def mesh_of(platform, **sizes):
-    devices = np.array([types.SimpleNamespace(platform=platform)] * int(np.prod(list(sizes.values()))))
+def mesh_of(platform, device_kind="", **sizes):
+    device = types.SimpleNamespace(platform=platform, device_kind=device_kind)
+    devices = np.array([device] * int(np.prod(list(sizes.values()))))
     return types.SimpleNamespace(devices=devices, size=devices.size, shape=sizes)
 
 
@@ -42,6 +43,29 @@ def test_exactly_a_layers_weights_are_gathered_together(tensor, model):
     options = overlap.compiler_options(mesh_of("gpu", replica=1, data=4, tensor=tensor), model)
     layers = sum(leaf.size for leaf in jax.tree.leaves(models.abstract(model)["layers"]))
     assert options["xla_gpu_all_gather_combine_threshold_bytes"] == 2 * layers // (model.num_layers * tensor)
+
+
+def test_tpus_without_sparse_cores_are_not_asked_for_them():
+    sizes = {"replica": 1, "data": 4, "tensor": 1}
+    assert overlap.compiler_options(mesh_of("tpu", "TPU v5", **sizes), MODEL) == overlap.TPU
+    assert overlap.compiler_options(mesh_of("tpu", "TPU v5 lite", **sizes), MODEL) == {}
+
+
+@pytest.mark.slow
+def test_a_step_for_absent_tpus_gathers_and_reduces_beside_compute(tmp_path):
+    pytest.importorskip("libtpu", reason="the compiler for TPUs is not installed: `make aot`")
+    model = dataclasses.replace(MODEL, groups=(LayerGroup(MODEL.num_layers, "layer", "dots"),))
+    config = TrainConfig(model=model, mesh=MeshConfig(), data=DataConfig(sequence_length=1024, batch_size=128))
+    answer = ahead_of_time.compile_for(config, hardware.target("v5px64"), tmp_path)
+    step = compiled.read(answer.text, answer.sizes, answer.hosts, visible_keys=512.5)
+    for kind in ("all-gather", "reduce-scatter"):
+        found = [entry for entry in step.communication if entry.collective.kind == kind]
+        assert sum(entry.collective.count for entry in found) >= 7 * MODEL.num_layers
+        assert all(entry.is_async for entry in found)
+    # What is summed whole are the norms' gradients.
+    assert max(entry.size for entry in step.collectives if entry.kind == "all-reduce") <= 4 * 1024 * 2
+    for line in answer.text.splitlines():
+        assert '"core_count":"64"' not in line  # a ring over all chips uses a third of their links
 
 
 @pytest.mark.slow

@@ -91,6 +91,28 @@ def test_every_choice_gives_one_devices_loss_and_gradients(groups, mesh_sizes, a
         assert got.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("sublanes", [2, 5])
+@pytest.mark.parametrize("mesh_sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
+def test_sums_over_a_torus_are_the_same_in_rows_of_a_tile(mesh_sizes, sublanes, alone, monkeypatch):
+    """Every projection's and the head's; with a tensor axis only the head's."""
+    monkeypatch.setattr(zero, "_is_torus", lambda mesh: mesh.size > 1)
+    monkeypatch.setattr(zero, "SUBLANES", sublanes)
+    monkeypatch.setattr(zero, "LANES", 4)
+    scatter, scattered = jax.lax.psum_scatter, []
+    monkeypatch.setattr(jax.lax, "psum_scatter", lambda x, *a, **k: (scattered.append(x.shape), scatter(x, *a, **k))[1])
+    model = dataclasses.replace(MODEL, groups=(LayerGroup(3, "step"),), gather_tables="step")
+    loss, gradients = gradients_of(model, mesh_sizes)
+    sizes = [32 * 8 * 4] * 2 + [32 * 4 * 4] * 2 + [32 * 48] * 3 + [64 * 32]
+    tensor, devices = mesh_sizes[2], mesh_sizes[0] * mesh_sizes[1]
+    tiles = [
+        -(-size // devices // (4 * sublanes)) * devices for size in (sizes if tensor == 1 else [64 * 32 // tensor])
+    ]
+    assert sorted(scattered) == sorted((count * sublanes, 4) for count in tiles)
+    np.testing.assert_allclose(loss, alone[0], rtol=1e-5)
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(alone[1])):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+
+
 def test_groups_are_part_of_a_config_and_of_no_checkpoint():
     model = dataclasses.replace(MODEL, groups=GROUPS["mixed"], gather_tables="step")
     config = TrainConfig(model=model, data=DataConfig(sequence_length=16))
