@@ -90,7 +90,7 @@ def _loop(
         _evaluate(run, state, 0, recorder, workdir)
     keep = finetune.keeper(run.actors.policy, model, workdir) if training.keep_best else None
     with StopSignal() as stop:
-        while step < training.steps and not stop.agreed():
+        while step < training.steps and not stop.agreed(every=1):
             try:
                 state, values = run.iterate(state)
             except DivergedError:

@@ -30,6 +30,8 @@ from llm_jax.alignment.rewards import Response
 from llm_jax.config import ModelConfig
 from llm_jax.data.batch import Batch
 from llm_jax.errors import require
+from llm_jax.parallel import distributed, shares
+from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel.rules import RULES
 from llm_jax.parallel.zero import GATHERED
 from llm_jax.sampling import steps
@@ -168,8 +170,8 @@ def _on_this_process(array: jax.Array) -> jax.Array:
     """The same array on the devices of this process alone, which hold all of it; nothing is copied."""
     if array.is_fully_addressable:
         return array
-    assert isinstance(array.sharding, NamedSharding)
-    local = NamedSharding(array.sharding.mesh.local_mesh, array.sharding.spec)
+    assert isinstance(array.sharding, NamedSharding) and isinstance(array.sharding.mesh, Mesh)
+    local = NamedSharding(mesh_lib.of_this_process(array.sharding.mesh), array.sharding.spec)
     parts = [shard.data for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, local, parts)
 
@@ -358,6 +360,8 @@ def _continuation(prompt: Sequence[int], ids: Sequence[int], tokenizer: Tokenize
 def check_logprobs(rollouts: Rollouts, logprobs_BT: np.ndarray, *, tolerance: float = math.inf) -> float:
     """The largest difference between the logprobs of the draws and those that the trainer computes of the same tokens.
 
+    All processes of a job call it together, each with its own, and get the same.
+
     Args:
         rollouts: as from `roll`.
         logprobs_BT: of `rollouts.batch`, from the parameters that drew it.
@@ -370,10 +374,16 @@ def check_logprobs(rollouts: Rollouts, logprobs_BT: np.ndarray, *, tolerance: fl
     differences_BT = np.where(drawn_BT, np.abs(np.asarray(logprobs_BT, np.float64) - rollouts.logprobs_BT), 0.0)
     row, place = np.unravel_index(np.argmax(differences_BT), differences_BT.shape)  # of a NaN, if there is one
     largest = float(differences_BT[row, place])
-    require(
-        largest <= tolerance,
-        f"rollouts: at row {row}, place {place} the logprob was {rollouts.logprobs_BT[row, place]:.6g} when it was "
-        f"drawn, and the trainer computes {np.asarray(logprobs_BT)[row, place]:.6g}: {largest:.2g} apart, where "
-        f"{tolerance:.2g} is allowed: if that is rounding, raise logprob_tolerance",
+    problem = (
+        ""
+        if largest <= tolerance
+        else (
+            f"rollouts: at row {row}, place {place} the logprob was {rollouts.logprobs_BT[row, place]:.6g} when it was "
+            f"drawn, and the trainer computes {np.asarray(logprobs_BT)[row, place]:.6g}: {largest:.2g} apart, where "
+            f"{tolerance:.2g} is allowed: if that is rounding, raise logprob_tolerance"
+        )
     )
-    return largest
+    found = shares.gather([largest, problem])
+    for process, (_, problem) in enumerate(found):
+        require(not problem, f"{distributed.name_of(process)}: {problem}" if len(found) > 1 else problem)
+    return max(largest for largest, _ in found)

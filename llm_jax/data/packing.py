@@ -87,6 +87,18 @@ class PackedSource:
         start = int(order.windows[within]) * self._length
         return self._pack(order, start, min(start + self._length + 1, int(order.starts_D[-1])))
 
+    def locate(self, index: int, position: int) -> tuple[int, int]:
+        """The document that token `position` of window `index` is from, and which of its tokens it is.
+
+        Raises `UserError` for a position that is padding.
+        """
+        epoch, within = divmod(index, self.windows)
+        order = self._order(epoch)
+        token = int(order.windows[within]) * self._length + position
+        require(0 <= position < self._length and token < order.starts_D[-1], f"position {position} holds no token")
+        place = int(np.searchsorted(order.starts_D, token, side="right")) - 1
+        return int(order.documents_D[place]), token - int(order.starts_D[place])
+
     def _pack(self, order: EpochOrder, start: int, stop: int) -> Batch:
         """The window of stream tokens [start, stop): the last is a target only."""
         first = int(np.searchsorted(order.starts_D, start, side="right")) - 1

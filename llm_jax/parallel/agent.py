@@ -2,10 +2,11 @@
 
     python -m llm_jax.parallel.agent TASK      TASK is a `Task` as JSON in base 64
 
-First it brings the copies of the state that this host has kept to the folder that all hosts see. Then it starts the
-command. It reads orders from standard input, one a line: `stop` asks the process to save and end, `finish` takes the
-copies away. When the input ends, as it does when the supervisor dies, it kills the process and ends. It writes the
-process's exit status to standard output, and stays until it is told to go: an agent that has gone is a lost host.
+First it brings the copies of the state that this host has kept to the folder that all hosts see; without a command it
+then removes its own, and ends. Else it starts the command. It reads orders from standard input, one a line: `stop` asks
+the process to save and end, `finish` takes the copies away. When the input ends, as it does when the supervisor dies,
+it kills the process and ends. It writes the process's exit status to standard output, and stays until it is told to go:
+an agent that has gone is a lost host.
 """
 
 import base64
@@ -52,11 +53,19 @@ def bring(copies: Path, rescued: Path) -> None:
             shutil.copyfile(path, partial)
 
 
+def take_away(copies: Path) -> None:
+    """Remove a host's copies, and the run's folder of them with the last."""
+    shutil.rmtree(copies, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another host's are still in it
+        copies.parent.rmdir()
+
+
 def main(task: Task) -> None:
     """Do a task until the supervisor says, or shows, that it is over."""
     os.chdir(task.folder)
     bring(Path(task.copies), Path(task.rescued))
     if not task.command:
+        take_away(Path(task.copies))
         return
     with Path(task.log).open("a") as log:
         process = subprocess.Popen(
@@ -72,9 +81,7 @@ def main(task: Task) -> None:
         if order.strip() == "stop":
             process.terminate()
         elif order.strip() == "finish":
-            shutil.rmtree(task.copies, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another host's are still in it
-                Path(task.copies).parent.rmdir()
+            take_away(Path(task.copies))
     process.kill()  # a frozen one too
     process.wait()
 

@@ -118,7 +118,8 @@ def exchange(name: str, text: str, timeout_seconds: float = WAIT_SECONDS) -> lis
     """What every process says at the point called `name`, by their numbers; else as `wait_for_all`."""
     if jax.process_count() == 1:
         return [text]
-    client, place = _client(), f"llm_jax/{name}/{_visits(name)}"
+    client, visits = _client(), _visits(name)
+    place = f"llm_jax/{name}/{visits}"
     client.key_value_set(f"{place}/{jax.process_index()}", text)
     try:
         client.wait_at_barrier(place, int(timeout_seconds * 1000))
@@ -128,6 +129,8 @@ def exchange(name: str, text: str, timeout_seconds: float = WAIT_SECONDS) -> lis
         reason = f"waited {timeout_seconds:g} s for {', '.join(missing)}" if missing else str(error).splitlines()[0]
         raise UserError(f"the processes did not all come to {name!r}: {reason}") from None
     said = {int(key.rpartition("/")[2]): value for key, value in client.key_value_dir_get(f"{place}/")}
+    if is_first() and visits:  # who is here has read what was said the time before
+        client.key_value_delete(f"llm_jax/{name}/{visits - 1}/")
     return [said[process] for process in range(jax.process_count())]
 
 

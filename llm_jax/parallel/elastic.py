@@ -111,7 +111,7 @@ class Supervisor:
             round=self.status.rounds,
             process=index,
             processes=len(team),
-            most_processes=max(self._hosts.most(), len(team)),
+            most_processes=self.status.most_processes,
             beats=str(self._folder / "beats" / f"{index}.json"),
             copies=self._copies(host),
             rescued=str(self._folder / "rescued"),
@@ -130,20 +130,21 @@ class Supervisor:
         return str(Path(self._config.memory) / f"llm_jax-{self.status.run_id}" / host)
 
     def _start(self, team: Sequence[str]) -> list[Member]:
+        self.status.most_processes = max(self.status.most_processes, self._hosts.most(), len(team))
         for folder in ("beats", "logs", "rescued"):
             (self._folder / folder).mkdir(exist_ok=True)
         address = self._hosts.address(team[0])
         return [Member(host, self._hosts, self._task(host, i, team, address), i) for i, host in enumerate(team)]
 
     def _bring_from_spares(self, team: Sequence[str]) -> None:
-        """Hosts that the next round does not use may have copies that it needs."""
+        """Hosts that the next round does not use may have copies that it needs, and keep none of them."""
         spares = [host for host in self._hosts.usable() if host not in team]
         (self._folder / "logs").mkdir(exist_ok=True)
         bringers = [
             Member(host, self._hosts, dataclasses.replace(self._task(host, 0, team, ""), command=()), 0)
             for host in spares
         ]
-        deadline = time.monotonic() + FAREWELL_SECONDS
+        deadline = time.monotonic() + self._config.bring_seconds
         for bringer in bringers:
             bringer.wait(deadline)
 
@@ -202,9 +203,9 @@ class Supervisor:
         self.status.fault(Fault(what, culprit.host, culprit.index, step, len(round_members), culprit.last_words()))
 
     def _end(self, round_members: list[Member], outcome: str) -> None:
-        """Kill what still runs; copies of a finished run are taken away."""
+        """Kill what still runs; copies are taken away where a checkpoint has what they have."""
         for one in round_members:
-            if outcome == FINISHED:
+            if outcome in (FINISHED, STOPPED, REQUEUE):
                 one.tell("finish")
             one.let_go()
         deadline = time.monotonic() + FAREWELL_SECONDS

@@ -19,13 +19,15 @@ class ElasticConfig:
     start_seconds: float = 600.0  # until a process gives its first sign of life
     frozen_seconds: float = 60.0  # without a sign of life, after which a process is lost
     hung_seconds: float = 3600.0  # without a step of any process: restoring, compiling, evaluating included
+    bring_seconds: float = 300.0  # for hosts that a round does not use to bring their copies
     stop_seconds: float = 600.0  # to write a checkpoint after being asked to stop
     return_seconds: float = 0.0  # after which a lost host is tried again; 0 = when the list of hosts changes
     wait_seconds: float = 86_400.0  # for enough hosts
     retries: int = 3  # faults without a new step in between, after which the last error is final
 
     def __post_init__(self) -> None:
-        positive(self, "start_seconds", "frozen_seconds", "hung_seconds", "stop_seconds", "wait_seconds", "retries")
+        positive(self, "start_seconds", "frozen_seconds", "hung_seconds", "bring_seconds", "stop_seconds")
+        positive(self, "wait_seconds", "retries")
         non_negative(self, "processes", "copy_every", "return_seconds")
         require(not (self.hosts and self.processes), "ElasticConfig.processes are for one machine: leave hosts empty")
         require(all(size > 0 for size in self.sizes), f"ElasticConfig.sizes={self.sizes} must be positive")

@@ -48,6 +48,7 @@ class Status:
     run_id: str  # names the hosts' folders of copies
     state: str = "starting"
     rounds: int = 0  # starts of the processes
+    most_processes: int = 0  # that there have been at once
     hosts: list[str] = dataclasses.field(default_factory=list)
     step: int = -1
     restored: bool = False  # whether the processes of this round have a state
@@ -62,6 +63,7 @@ class Status:
             values = json.loads((folder / FILE).read_text())
             faults = [Fault(**{k: v for k, v in fault.items() if k != "lost_steps"}) for fault in values["faults"]]
             old = {"run_id": values["run_id"], "rounds": values["rounds"], "events": values["events"]}
+            old["most_processes"] = values.get("most_processes", 0)
         except (OSError, ValueError, KeyError, TypeError):
             return fresh
         return dataclasses.replace(fresh, faults=faults, **old)

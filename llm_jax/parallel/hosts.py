@@ -1,5 +1,6 @@
 """Which hosts a job may use at the moment, and how a command is started on one."""
 
+import logging
 import os
 import shlex
 import socket
@@ -12,6 +13,7 @@ from llm_jax.errors import UserError, require
 from llm_jax.parallel import job as jobs
 from llm_jax.parallel.elastic_config import ElasticConfig
 
+logger = logging.getLogger(__name__)
 SLURM_NODES = "SLURM_JOB_NODELIST"
 SLURM_SECONDS = 10.0  # between two questions to Slurm
 GOOD_STATES = ("alloc", "idle", "mix", "comp")
@@ -27,19 +29,35 @@ class Hosts:
         self._asked = -SLURM_SECONDS
         self._listed: list[str] = []
         self._version: object = None
+        self._most = 0
+        self._complaint = ""
         self._starts = 0
-        self.refresh()
+        if config.hosts and not config.launch:
+            logger.warning("no config.launch: a process for each line of %s is started on this machine", config.hosts)
+        self._take(*self._read())
         require(bool(self._listed), f"no hosts in {config.hosts or SLURM_NODES}")
 
     def refresh(self) -> None:
-        """Look at the list again; a list that was changed, or only written anew, makes lost hosts usable again."""
-        version, listed = self._read()
-        if version != self._version:
-            self._lost.clear()
-        self._version, self._listed = version, listed
+        """Look at the list again; a list that was changed, or only written anew, makes lost hosts usable again.
+
+        Where it cannot be read the last one stays, with a warning.
+        """
+        try:
+            self._take(*self._read())
+            self._complaint = ""
+        except UserError as error:
+            if str(error) != self._complaint:
+                logger.warning("%s; going on with the hosts known", error)
+            self._complaint = str(error)
         if self._config.return_seconds:
             after = time.monotonic() - self._config.return_seconds
             self._lost = {host: since for host, since in self._lost.items() if since > after}
+
+    def _take(self, version: object, listed: list[str]) -> None:
+        if version != self._version:
+            self._lost.clear()
+        self._version, self._listed = version, listed
+        self._most = max(self._most, len(listed))
 
     def _read(self) -> tuple[object, list[str]]:
         if self._config.hosts:
@@ -72,8 +90,8 @@ class Hosts:
         return usable[: max((size for size in sizes if size <= len(usable)), default=0)]
 
     def most(self) -> int:
-        """The number of hosts that the run's settings are made for."""
-        return max(self._config.sizes, default=len(self._listed))
+        """The number of hosts that the run's settings are made for: the most that there have been."""
+        return max(self._config.sizes, default=self._most)
 
     def command(self, host: str, arguments: Sequence[str]) -> list[str]:
         """The command line that runs another on a host."""
@@ -97,12 +115,11 @@ def slurm_hosts() -> list[str]:
     """The hosts of this Slurm job that are up. Raises `UserError` outside of a job."""
     nodes = os.environ.get(SLURM_NODES)
     require(bool(nodes), "name the hosts: --config.hosts=FILE, --config.processes=N for this machine, or run in sbatch")
-    answer = subprocess.run(
-        ["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %t"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = ["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %t"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"sinfo does not say how the hosts {nodes} are: {error}") from None
     require(answer.returncode == 0, f"sinfo does not say how the hosts {nodes} are: {answer.stderr.strip()}")
     rows = [line.split() for line in answer.stdout.splitlines() if line.strip()]
     return list(dict.fromkeys(host for host, state in rows if state.rstrip("*~#").startswith(GOOD_STATES)))

@@ -7,18 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 
-from llm_jax.parallel import distributed
+from llm_jax.parallel import distributed, rules
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process gives, in their order: values that JSON has."""
+    """What every process gives, in their order: values that JSON has. Raises as `distributed.wait_for_all`."""
     if jax.process_count() == 1:
         return [value]
-    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(len(own)))
-    padded = multihost_utils.process_allgather(np.pad(own, (0, sizes.max() - len(own))))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(padded, sizes)]
+    return [json.loads(text) for text in distributed.exchange("shares", json.dumps(value))]
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -31,6 +29,13 @@ def all_rows(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def own_rows(whole: Any) -> Any:
-    """This process's part of the rows of all, as they lie over the data axes of a mesh; of numpy arrays."""
-    return jax.tree.map(lambda rows: np.split(rows, jax.process_count())[jax.process_index()], whole)
+def own_rows(whole: Any, mesh: Mesh) -> Any:
+    """This process's part of the rows of all, in the order in which they lie over a mesh; of numpy arrays."""
+
+    def one(rows: np.ndarray) -> np.ndarray:
+        sharding = NamedSharding(mesh, rules.partition_spec(("batch",)))
+        indices = sharding.addressable_devices_indices_map((len(rows),)).values()
+        parts = {index[0].indices(len(rows)) for index in indices if index is not None}
+        return np.concatenate([rows[slice(*part)] for part in sorted(parts)])
+
+    return jax.tree.map(one, whole)

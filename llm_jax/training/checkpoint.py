@@ -6,7 +6,9 @@ a job writes and reads its own shards, of which it alone needs to hold the whole
 """
 
 import dataclasses
+import errno
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from llm_jax import models
 from llm_jax.config import CheckpointConfig, ModelConfig, from_config_dict
 from llm_jax.errors import UserError, require
-from llm_jax.parallel import distributed, rules
+from llm_jax.parallel import distributed, rules, shares
 from llm_jax.training.fingerprint import differing, fingerprints
 from llm_jax.training.state import TrainState
 
@@ -30,6 +32,9 @@ T = TypeVar("T")
 FOLDER = "checkpoints"
 PUBLISHED = "published"  # a folder for each: PUBLISHED/220B is a run's folder whose only checkpoint is that one
 DAMAGED = "damaged"  # where checkpoints that cannot be used are moved
+# Errors of reading that are no damage; TensorStore has their words in errors of its own.
+NAMES = "EIO ENOSPC EDQUOT EACCES EPERM ENOMEM EMFILE ENFILE ESTALE ETIMEDOUT EBUSY EINTR EAGAIN ENOTCONN EHOSTDOWN"
+PASSING = frozenset(getattr(errno, name) for name in NAMES.split())
 UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 
 
@@ -233,21 +238,35 @@ def _restore(folder: Path, **items: Any) -> dict[str, Any]:
 
 
 def _together(folder: Path, read: Callable[[], T]) -> T:
-    """What this process reads, if no process fails to: all must come to the same end."""
+    """What this process reads, if no process fails to: all must come to the same end.
+
+    Raises `DamagedError`, or `UserError` where a disk or its host may be better later.
+    """
     result: Any = None
-    problem = ""
+    problem, passes = "", False
     try:
         result = read()
     except Exception as error:  # Orbax raises `Exception` itself for data that is cut short
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         problem = problem if jax.process_count() == 1 else f"{distributed.name_of(jax.process_index())}: {problem}"
-    reason = next(filter(None, distributed.exchange("restore", problem)), "")
-    if reason:
+        passes = _passes(error)
+    problems = [(reason, passing) for reason, passing in shares.gather([problem, passes]) if reason]
+    for reason, passing in problems:
+        require(not passing, f"checkpoint {folder} cannot be read now ({reason}); start again when it can")
+    if problems:
+        reason = problems[0][0]
         raise DamagedError(
             f"checkpoint {folder} cannot be read ({reason}); if it is damaged, move that folder away to continue from "
             "an earlier one"
         )
     return result
+
+
+def _passes(error: Exception) -> bool:
+    """Whether an error tells of the disk, the network or the host, and not of what is on the disk."""
+    if isinstance(error, OSError):
+        return error.errno in PASSING
+    return isinstance(error, MemoryError) or any(os.strerror(number) in str(error) for number in PASSING)
 
 
 def _read_config(folder: Path) -> ModelConfig:

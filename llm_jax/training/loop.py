@@ -16,18 +16,18 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from llm_jax.config import TrainConfig
 from llm_jax.errors import UserError
-from llm_jax.parallel import rules
+from llm_jax.parallel import rules, shares
 from llm_jax.training import supervised
 from llm_jax.training.metrics import FAILED
 from llm_jax.training.state import TrainState
 from llm_jax.training.step import Metrics, StepFunction
 
 Evaluation = Callable[[Any], Mapping[str, float]]
+AGREE_EVERY = 8  # steps between two times that processes ask each other whether one was told to stop
 
 
 def place(batch: Any, mesh: Mesh) -> Any:
@@ -48,11 +48,12 @@ class StopSignal:
     asked from its start. So who starts several runs learns of a signal that reached the last evaluation of one.
 
     `agreed()` is the flag of all processes together: a signal reaches hosts at different steps, and they must stop
-    after the same one.
+    after the same one. As they wait for each other, and for what the devices still do, they ask only now and then.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._asked = 0
         self._previous: dict[int, Any] = {}
         self._outer: StopSignal | None = None
 
@@ -75,11 +76,15 @@ class StopSignal:
         if self._outer:
             self._outer._request()
 
-    def agreed(self) -> bool:
-        """Whether any process was asked to stop. Every process must call this equally often."""
+    def agreed(self, every: int = AGREE_EVERY) -> bool:
+        """Whether any process was asked to stop, as of every so many calls. Every process must call this equally often.
+
+        Raises `UserError` where another process does not come, as `distributed.wait_for_all`.
+        """
         if jax.process_count() == 1:
             return self.requested
-        return bool(np.any(multihost_utils.process_allgather(np.array(self.requested))))
+        self._asked += 1
+        return (self._asked - 1) % every == 0 and any(shares.gather(self.requested))
 
     def __exit__(self, *exc_info: object) -> None:
         for number, handler in self._previous.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -266,6 +267,14 @@ def test_prompts_that_cannot_be_answered_are_refused(prompts, options, message):
 def test_rows_hold_whole_groups():
     with pytest.raises(UserError, match=r"rows=3 must be a multiple of sampling\.num_samples=2"):
         dataclasses.replace(SETTINGS, rows=3)
+
+
+def differing(distance):
+    """One response of two tokens, and logprobs of it of which one is so far off."""
+    rollouts = types.SimpleNamespace(
+        batch=types.SimpleNamespace(loss_weights=np.array([[0, 1, 1]])), logprobs_BT=np.array([[0.0, -1.0, -2.0]])
+    )
+    return rollouts, rollouts.logprobs_BT - np.array([[9.0, 0.0, distance]])
 
 
 WORKER = """

@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import signal
+import subprocess
 import time
+import types
 from pathlib import Path
 
 import pytest
 
 from llm_jax.config import CheckpointConfig, save
 from llm_jax.errors import UserError
-from llm_jax.parallel.elastic import FAULT, Supervisor
+from llm_jax.parallel.elastic import CHANGED, FAULT, FINISHED, REQUEUE, STOPPED, Supervisor
 from llm_jax.parallel.elastic_config import ElasticConfig
 from llm_jax.parallel.hosts import Hosts
 from llm_jax.parallel.member import HUNG
@@ -160,6 +162,69 @@ def test_teams_are_of_sizes_that_the_run_divides_over(tmp_path):
     (tmp_path / "hosts").write_text("a b c d e")
     hosts.refresh()
     assert hosts.team() == ["a", "b", "c", "d"]
+
+
+def test_settings_are_for_the_most_hosts_that_there_were(tmp_path):
+    """Also where the list has become shorter, or a supervisor begins with fewer than the one before it."""
+    (tmp_path / "hosts").write_text("a b c d")
+    config = ElasticConfig(hosts=str(tmp_path / "hosts"))
+    supervisor = Supervisor(config, ["true"], tmp_path)
+    for member in supervisor._start(["a", "b", "c", "d"]):
+        member.let_go()
+    supervisor.status.say("four")
+    (tmp_path / "hosts").write_text("a b")
+    supervisor._hosts.refresh()
+    assert supervisor._hosts.team() == ["a", "b"] and supervisor._hosts.most() == 4
+    again = Supervisor(config, ["true"], tmp_path)
+    assert again._hosts.most() == 2
+    for member in again._start(["a", "b"]):
+        member.let_go()
+    assert again._task("a", 0, ["a", "b"], "").environment["LLM_JAX_ASSIGNMENT"].count('"most_processes": 4') == 1
+
+
+def test_a_list_that_cannot_be_read_for_a_while_is_kept(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "hosts"
+    path.write_text("a b")
+    hosts = Hosts(ElasticConfig(hosts=str(path)))
+    assert f"a process for each line of {path} is started on this machine" in caplog.text
+    path.rename(tmp_path / "away")
+    for _ in range(3):
+        hosts.refresh()
+    assert hosts.team() == ["a", "b"]
+    assert caplog.text.count("cannot be read: No such file or directory; going on with the hosts known") == 1
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    answers = iter([(0, "n1 alloc\nn2 idle*\n", ""), (1, "", "cannot reach the controller")])
+    ask = lambda command, **_: subprocess.CompletedProcess(command, *next(answers))  # noqa: E731
+    monkeypatch.setattr(subprocess, "run", ask)
+    monkeypatch.setattr("llm_jax.parallel.hosts.SLURM_SECONDS", 0.0)
+    slurm = Hosts(ElasticConfig())
+    slurm.refresh()
+    assert slurm.team() == ["n1", "n2"] and "sinfo does not say how the hosts n[1-2] are: cannot reach" in caplog.text
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: (_ for _ in ()).throw(FileNotFoundError("no sinfo")))
+    slurm.refresh()
+    assert slurm.team() == ["n1", "n2"]
+
+
+def test_spares_have_time_to_bring_their_copies_and_keep_none(tmp_path, monkeypatch):
+    """A slow host is waited for as long as the config says."""
+    config = ElasticConfig(processes=2, sizes=(1,), memory=str(tmp_path / "memory"))
+    supervisor = Supervisor(config, ["true"], tmp_path)
+    team, (spare,) = supervisor._hosts.team(), supervisor._hosts.usable()[1:]
+    kept = Path(supervisor._copies(spare), "7.1", "1.npz")
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"a copy")
+    monkeypatch.setattr("llm_jax.parallel.elastic.FAREWELL_SECONDS", 0.0)
+    supervisor._bring_from_spares(team)
+    assert (tmp_path / "elastic/rescued/7.1/1.npz").read_bytes() == b"a copy"
+    assert not list((tmp_path / "memory").iterdir())
+
+
+@pytest.mark.parametrize(("outcome", "orders"), [(FINISHED, 1), (STOPPED, 1), (REQUEUE, 1), (CHANGED, 0), (FAULT, 0)])
+def test_copies_go_where_a_checkpoint_has_what_they_have(outcome, orders, tmp_path):
+    told = []
+    member = types.SimpleNamespace(tell=told.append, let_go=lambda: None, wait=lambda deadline: None)
+    Supervisor(ElasticConfig(processes=1), ["true"], tmp_path)._end([member], outcome)
+    assert told == ["finish"] * orders
 
 
 def test_a_real_training_loses_a_host(dataset, tmp_path):  # noqa: F811

@@ -1,6 +1,8 @@
 """Checkpoints: whole or absent, of this model or refused, restored onto any mesh."""
 
 import dataclasses
+import errno
+import os
 import shutil
 
 import jax
@@ -206,6 +208,26 @@ def test_without_a_good_one_before_it_a_damaged_checkpoint_stays_where_it_is(tmp
         pytest.raises(
             checkpoint.DamagedError, match=r"checkpoints/2 is damaged: params/.* changed since|cannot be read"
         ),
+    ):
+        checkpointer.newest(lambda step: checkpointer.restore(abstract, step))
+    assert names_in(tmp_path / "checkpoints") == ["1", "2"] and not (tmp_path / "damaged").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EIO, os.strerror(errno.EIO)), ValueError("INTERNAL: reading: [OS error 5: Input/output error]")],
+)
+def test_a_disk_that_does_not_read_for_a_moment_is_no_damage(tmp_path, monkeypatch, error):
+    save_steps(tmp_path, (1, 2))
+    abstract = state.abstract_state(MODEL, OPTIMIZER, mesh_of(1, 1, 1))
+
+    def failing(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", failing)
+    with (
+        open_checkpointer(tmp_path) as checkpointer,
+        pytest.raises(UserError, match=r"cannot be read now \(.*start again"),
     ):
         checkpointer.newest(lambda step: checkpointer.restore(abstract, step))
     assert names_in(tmp_path / "checkpoints") == ["1", "2"] and not (tmp_path / "damaged").exists()
