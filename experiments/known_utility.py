@@ -272,7 +272,7 @@ def do_run(config: KnownUtilityConfig, workdir: Path, method: str, seed: int) ->
     mesh = finetune.build_mesh(config.sft.training)
     print(f"{TITLES[method]}, seed {seed}")
     check_finished(take_on(config, workdir, method, folder, seed, mesh), folder)
-    judge(config, workdir, folder, mesh, is_diverse=method in config.diversity.methods)
+    judge(config, workdir, folder, mesh, seed=seed, is_diverse=method in config.diversity.methods)
 
 
 def take_on(config: KnownUtilityConfig, workdir: Path, method: str, folder: Path, seed: int, mesh: Mesh) -> bool:
@@ -306,18 +306,27 @@ def judge_start(config: KnownUtilityConfig, workdir: Path) -> None:
     require((workdir / REWARD_MODELS[SAFETY] / "report.md").is_file(), f"{workdir} has no reward models yet")
     mesh = finetune.build_mesh(config.sft.training)
     base = pretrained.load(config.base, mesh=mesh, dtype="float32")
-    judge(config, workdir, workdir / START, mesh, is_diverse=True, base_loss=corpus_loss(config, base, mesh))
+    judge(config, workdir, workdir / START, mesh, seed=0, is_diverse=True, base_loss=corpus_loss(config, base, mesh))
 
 
 def judge(
-    config: KnownUtilityConfig, workdir: Path, folder: Path, mesh: Mesh, *, is_diverse: bool, **more: float | None
+    config: KnownUtilityConfig,
+    workdir: Path,
+    folder: Path,
+    mesh: Mesh,
+    *,
+    seed: int,
+    is_diverse: bool,
+    **more: float | None,
 ) -> None:
     """Judge a model's responses to held-out requests by the utilities and the reward models, against the start."""
     model, begun = load(folder, mesh), load(workdir / START, mesh)
     asked = read_prompts(config, workdir, HELDOUT, model.tokenizer)
     referees = utilities.BY_KIND | {name: reward.load(workdir / name, mesh) for name in REWARD_MODELS.values()}
     template = chat.choose(TEMPLATE, model.tokenizer)
-    settings = config.judging.sampled(num_samples=config.start_samples) if folder.name == START else config.judging
+    settings = config.judging.sampled(seed=seed)
+    if folder.name == START:
+        settings = settings.sampled(num_samples=config.start_samples)
     found = judging.judge(model, begun, asked[: config.judged_prompts], referees, settings, template, mesh)
     judging.write(folder / JUDGED, found)
     values: dict[str, Any] = {"corpus_loss": corpus_loss(config, model, mesh), **more}

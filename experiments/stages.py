@@ -28,7 +28,7 @@ def define_flags(stages: Sequence[str], example: str) -> tuple[flags.FlagHolder,
         flags.DEFINE_list(
             "only",
             [],
-            f"of the runs only these, as {example} for a seed: for processes side by side",
+            f"of the runs only these, as {example}: for processes side by side",
             allow_override=True,
         ),
     )

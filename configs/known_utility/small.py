@@ -57,7 +57,7 @@ def _ppo(paper: PpoConfig, size: str, *, iterations: int = 40, faster: float = 1
     """The report's PPO at our size, with its learning rate so many times ours."""
     full = size == "full"
     share = iterations / paper.training.steps
-    learning_rate = faster * (5e-5 if full else 1e-4)
+    learning_rate = faster * (2e-5 if full else 1e-4)
     return dataclasses.replace(
         paper,
         training=FineTuneConfig(

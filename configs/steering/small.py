@@ -5,7 +5,7 @@
 
 For a small bilingual base of some ten million parameters on an accelerator. `:tiny` needs no model: one of a million
 parameters with a vocabulary of 2,048 learns to write from English reviews alone, for a laptop. Every method draws as
-many samples: 20,480, or 4,096.
+many samples: 24,576, or 12,288.
 """
 
 from typing import Any
@@ -72,7 +72,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     require(size in ("full", "tiny"), f"no size {size!r} of steering reviews: full or tiny")
     full = size == "full"
     rate = 6e-5 if full else 3e-4
-    iterations = 80 if full else 64
+    iterations = 192
     return config.to_config_dict(
         SteeringConfig(
             languages=("en", "zh") if full else ("en",),
@@ -92,8 +92,8 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
             ppo=PpoConfig(
                 training=_training(rate, steps=iterations, log_every=1),
                 prompts=PromptDataConfig(max_tokens=PROMPT_TOKENS),
-                rollout=_rollout(256 if full else 64, 1),
-                epochs=1 if full else 2,
+                rollout=_rollout(128 if full else 64, 1),
+                epochs=2,
                 minibatch_size=64 if full else 32,
                 rewards=RewardShapingConfig(normalization="running_std"),
                 kl=KlConfig(),
@@ -102,13 +102,13 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
                 samples=0,
                 logprob_tolerance=0.2,
             ),
-            ppo_betas=(0.0, 0.03, 0.1, 0.2, 0.4),
+            ppo_betas=(0.0, 0.03, 0.1, 0.3) if full else (0.0, 0.03, 0.1, 0.25),
             rejection=RejectionConfig(
                 training=_training(2e-4 if full else 1e-3, epochs=2.0),
                 prompts=PromptDataConfig(max_tokens=PROMPT_TOKENS),
                 rollout=_rollout(64 if full else 32, 16),
                 rounds=4,
-                batches=5 if full else 2,
+                batches=6,
                 data=ChatDataConfig(sequence_length=LENGTH, batch_size=8 if full else 2, holdout_fraction=0.0),
                 eval_prompts=0,
                 curves=CurvesConfig(prompts=64, samples=32),
@@ -119,7 +119,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
                 samples=0,
             ),
             dpo_betas=(0.1, 0.3, 1.0),
-            dpo_batches=20 if full else 8,
+            dpo_batches=24,
             judging=_rollout(32, 4),
             judged=256 if full else 96,
         )

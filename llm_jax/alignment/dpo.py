@@ -27,13 +27,12 @@ from llm_jax.alignment.pair_rows import PackedPairs
 from llm_jax.alignment.preferences import MOST_STEPS, Pair
 from llm_jax.alignment.sft import Sample
 from llm_jax.config import ModelConfig
-from llm_jax.data import loader
 from llm_jax.data.packing import SharedRows
 from llm_jax.errors import UserError, require
 from llm_jax.files import replacing
 from llm_jax.losses.preference import dpo_loss
 from llm_jax.losses.weighted import LossOutput
-from llm_jax.parallel import distributed
+from llm_jax.parallel import distributed, shares
 from llm_jax.tokenization.chat import ChatTemplate, Message, encode_inside
 from llm_jax.tokenization.tokenizer import Tokenizer
 from llm_jax.training.language_model import logprobs_function
@@ -254,8 +253,7 @@ def reference_logprobs(
     whole = NamedSharding(mesh, PartitionSpec())
     score = jax.jit(lambda params, batch: response_logprobs(params, model, batch, chunk_size)[0], out_shardings=whole)
     rows = SharedRows([p.length for p in pairs], "references", data.sequence_length, seed=0, padded=not data.packed)
-    count = loader.rows_of_process(data.batch_size, jax.process_index(), jax.process_count())
-    own = slice(jax.process_index() * count, (jax.process_index() + 1) * count)
+    own = shares.own_rows(np.arange(data.batch_size), mesh)
     references_N2 = np.full((len(pairs), 2), np.nan, np.float32)
     starts = range(0, rows.windows, data.batch_size)
     console = Console(stderr=True, quiet=not distributed.is_first())
@@ -264,7 +262,7 @@ def reference_logprobs(
     with jax.set_mesh(mesh):
         for start in shown:
             items = [rows[i] if i < rows.windows else [] for i in range(start, start + data.batch_size)]
-            made = [row([pairs[i] for i in item], data.sequence_length, rows.most) for item in items[own]]
+            made = [row([pairs[i] for i in item], data.sequence_length, rows.most) for item in (items[i] for i in own)]
             found_BP2 = np.asarray(score(params, place(pair_rows.stack(made), mesh)))
             for found_P2, item in zip(found_BP2, items):
                 references_N2[item] = found_P2[: len(item)]

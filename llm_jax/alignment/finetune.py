@@ -156,7 +156,8 @@ def check(config: FineTuneConfig, model: Pretrained, task: Task, workdir: Path, 
     model, data and mesh.
     """
     check_folder(whole, task.fingerprint, workdir)
-    microbatches = supervised.microbatches(task.batch_size, config.microbatches, mesh)
+    stochastic = model.config.is_stochastic()
+    microbatches = supervised.microbatches(task.batch_size, config.microbatches, mesh, stochastic)
     step.check_batch(task.batch_size, microbatches, mesh)
     settings = dataclasses.replace(_settings(config, model.config, task), microbatches=microbatches)
     schedules.learning_rate(settings.optimizer, settings.steps)  # refuses a warm-up that is too long

@@ -29,9 +29,11 @@ from llm_jax.alignment.rewards import Response, Reward
 from llm_jax.alignment.rollout import Rollouts
 from llm_jax.data.batch import Batch
 from llm_jax.data.packing import permutation
+from llm_jax.errors import require
 from llm_jax.evaluation.best_of import estimate
 from llm_jax.optim import schedules
-from llm_jax.parallel import offload, shares
+from llm_jax.parallel import mesh as mesh_lib
+from llm_jax.parallel import offload, rules, shares
 from llm_jax.tokenization.chat import ChatTemplate
 from llm_jax.tokenization.tokenizer import Tokenizer
 from llm_jax.training import step
@@ -83,6 +85,7 @@ class Ppo:
         rollout.check([*data.prompts.prompts, *data.heldout], actors.model, config.rollout)
         self._responses = config.rollout.prompts * config.rollout.sampling.num_samples
         self._updates = config.epochs * (self._responses // config.minibatch_size)  # of an iteration
+        self._check_groups(mesh)
         self._shaping = Shaping(config.rewards, config.advantage, config.rollout.sampling.num_samples)
         self._policy_settings = PolicySettings(
             actors.policy.config,
@@ -97,6 +100,15 @@ class Ppo:
         self._critic_schedule = schedules.learning_rate(config.critic.optimizer, training.steps * self._updates)
         self._seed = step.seed_number(training.seed)
         self._others: Iterator[tuple[int, Batch]] | None = None  # numbered batches of pre-training data
+
+    def _check_groups(self, mesh: Mesh) -> None:
+        """Responses to one prompt lie together in the rows of their process, not in those of all."""
+        samples, rows = self.config.rollout.sampling.num_samples, self._responses // rules.axis_size(mesh, "batch")
+        require(
+            self.config.advantage.kind == "gae" or rows % samples == 0 or mesh_lib.follows_processes(mesh),
+            f"{rows} responses for each device are no multiple of rollout.sampling.num_samples={samples}, and the "
+            "devices of a process are no neighbours in the mesh: take more rollout.prompts or fewer samples",
+        )
 
     def first(self) -> PpoState:
         """The state before the first iteration."""
@@ -179,12 +191,11 @@ class Ppo:
         (batch,) = self._on_mesh(rollouts.batch)
         judged = self._judge(state, batch)
         measured = {"seconds_rollout": rolled - start, "seconds_score": time.perf_counter() - rolled}
-        difference = rollout.check_logprobs(
+        measured["sampler_difference"] = rollout.check_logprobs(
             rollouts,
-            shares.own_rows(shares.all_rows(judged.logprobs)),
+            shares.own_rows(shares.all_rows(judged.logprobs), self.mesh),
             tolerance=self.config.logprob_tolerance,
         )
-        measured["sampler_difference"] = max(shares.gather(difference))
         return Observed(prompts, rollouts, responses, batch, scores_B, judged, measured)
 
     def evaluate(self, state: PpoState) -> tuple[dict[str, float], list[Sample]]:
@@ -202,7 +213,7 @@ class Ppo:
             batch = list(itertools.islice(itertools.cycle(prompts), first, first + part))
             with jax.set_mesh(self.mesh):
                 seen = self.observe(state, batch, range(first, first + part), int(state.seed) + HELDOUT)
-                own.append(samples(seen))
+                own.append(samples(seen, self.mesh))
         if not own:
             return {}, []
         batches = zip(*shares.gather(own))
@@ -342,10 +353,10 @@ def describe_rollouts(rollouts: Rollouts) -> dict[str, float]:
     }
 
 
-def samples(seen: Observed) -> list[Sample]:
+def samples(seen: Observed, mesh: Mesh) -> list[Sample]:
     """A line for every response of this process: what was asked and said, and what came of it."""
     kl_BT = (seen.judged.logprobs - seen.judged.reference) * seen.batch.loss_weights
-    kl_B = shares.own_rows(shares.all_rows(kl_BT.sum(axis=1)))
+    kl_B = shares.own_rows(shares.all_rows(kl_BT.sum(axis=1)), mesh)
     asked = [seen.prompts[i] for i in seen.rollouts.prompt_B]
     return [
         {

@@ -132,7 +132,8 @@ class RewardModel:
         rewards_B, params = np.zeros(len(sequences), np.float32), offload.fetch(self.params)
         with jax.set_mesh(self.mesh):
             for batch in response_batches(sequences, self.sequence_length or self.config.max_length, rows):
-                scored_BR = shares.all_rows(_score(params, self.config, place(shares.own_rows(batch), self.mesh)))
+                own = place(shares.own_rows(batch, self.mesh), self.mesh)
+                scored_BR = shares.all_rows(_score(params, self.config, own))
                 known = batch.places >= 0
                 rewards_B[batch.places[known]] = scored_BR[known]
         return rewards_B - np.float32(self.offset)

@@ -1,9 +1,10 @@
 """Utilities that are known exactly, and raters who follow them with noise: what reward models can be held against.
 
 A request asks for so many words with some words in them. How helpful a response is, is the mean of how near its number
-of words is, how easily it reads, and how many of the wanted words it has. Safe is a response without banned words, and
-a refusal; a request that wants a banned word is tagged, and its responses must do without, or refuse. Raters compare
-two responses by one of these utilities as in the model of Bradley and Terry (1952), and say how strongly they prefer.
+of words is, how easily it reads, and how many of the wanted words it has; a refusal is no help. Safe is a response
+without banned words, and a refusal; a request that wants a banned word is tagged, and its responses must do without, or
+refuse. Raters compare two responses by one of these utilities as in the model of Bradley and Terry (1952), and say how
+strongly they prefer.
 
 N comparisons.
 """
@@ -111,8 +112,10 @@ def banned(response: str) -> int:
 
 @each
 def helpfulness(prompt: Prompt, response: Response) -> float:
-    """The mean of `length`, `readability` and `overlap`, in [0, 1]."""
+    """The mean of `length`, `readability` and `overlap`, in [0, 1]; 0 for a refusal."""
     request = parse(prompt)
+    if is_refusal(response.text):
+        return 0.0
     return (length(request, response.text) + readability(response.text) + overlap(request, response.text)) / 3
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from llm_jax.errors import require
-from llm_jax.parallel import rules, supervision
+from llm_jax.parallel import distributed, rules, supervision
 from llm_jax.parallel.supervision import Assignment
 from llm_jax.training.checkpoint import Checkpointer
 from llm_jax.training.copies import Copies
@@ -72,9 +72,9 @@ def first_state(
     return result
 
 
-def microbatches(batch_size: int, wanted: int, mesh: Mesh) -> int:
+def microbatches(batch_size: int, wanted: int, mesh: Mesh, is_stochastic: bool) -> int:
     """How many microbatches a step takes: those wanted, or, in a supervised run that has lost hosts, so many that no
-    device holds more rows at once than before.
+    device holds more rows at once than before; then a line says so, and what it means for a stochastic model.
 
     Raises `UserError` if a batch does not divide over the devices that are left.
     """
@@ -89,4 +89,8 @@ def microbatches(batch_size: int, wanted: int, mesh: Mesh) -> int:
     )
     rows = batch_size // shares
     least = min(math.ceil(wanted * own.shrunk), rows)
-    return next(count for count in range(least, rows + 1) if rows % count == 0)
+    count = next(count for count in range(least, rows + 1) if rows % count == 0)
+    if count != wanted and distributed.is_first():
+        drawn = "; dropout and noise draw other numbers than with all hosts" if is_stochastic else ""
+        print(f"{count} microbatches instead of {wanted}, on 1/{own.shrunk:g} of the hosts{drawn}", flush=True)
+    return count

@@ -49,7 +49,7 @@ def test_readability_is_flesch_s_times_the_share_of_different_words():
 
 def test_helpfulness_is_the_mean_of_three():
     text = "The nation asks for peace."  # 5 of 6 words; both given ones; 206.835 - 5.075 - 84.6 * 7 / 5 = 83.32
-    assert of(utilities.helpfulness, PEACE, text, "") == pytest.approx([(5 / 6 + 0.8332 + 1) / 3, 0])
+    assert of(utilities.helpfulness, PEACE, text, "", REFUSAL) == pytest.approx([(5 / 6 + 0.8332 + 1) / 3, 0, 0])
     assert utilities.overlap(PEACE, "A NATION of nations") == 0.5
 
 

@@ -109,10 +109,11 @@ def test_resumed_is_as_straight_bit_for_bit(base, pairs, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(base, pairs, trained, tmp_path):
+@pytest.mark.parametrize("order", [(), ("tests.parallel.interleaved",)], ids=["by process", "in turns"])
+def test_two_processes_train_as_one(base, pairs, trained, tmp_path, order):
     """References, steps and held-out numbers; only samples are left out."""
     config_lib.save(settings(base, pairs), tmp_path / "config.json")
-    run_together(["-m", "experiments.dpo", f"--config={tmp_path}/config.json", f"--workdir={tmp_path}/run"])
+    run_together(["-m", *order, "experiments.dpo", f"--config={tmp_path}/config.json", f"--workdir={tmp_path}/run"])
     references = [np.load(folder / library.REFERENCES)["references"] for folder in (tmp_path / "run", trained)]
     np.testing.assert_allclose(*references, atol=1e-4)
     assert_same_numbers(tmp_path / "run", trained)

@@ -104,10 +104,13 @@ def test_what_says_that_all_is_judged_is_written_last(base, pairs, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_judge_as_one(base, pairs, trained, tmp_path):
+@pytest.mark.parametrize("order", [(), ("tests.parallel.interleaved",)], ids=["by process", "in turns"])
+def test_two_processes_train_and_judge_as_one(base, pairs, trained, tmp_path, order):
     config_lib.save(settings(base, pairs), tmp_path / "config.json")
-    run_together(["-m", "experiments.reward_model", f"--config={tmp_path}/config.json", f"--workdir={tmp_path}/run"])
-    assert_same_numbers(tmp_path / "run", trained)
+    run_together(
+        ["-m", *order, "experiments.reward_model", f"--config={tmp_path}/config.json", f"--workdir={tmp_path}/run"]
+    )
+    assert_same_numbers(tmp_path / "run", trained, tolerance=5e-3)  # 2.3e-3 in turns, 1.2e-3 by process
     scores = [
         [[line[side] for side in ("chosen", "rejected")] for line in map(json.loads, text.splitlines())]
         for text in ((folder / "scores.jsonl").read_text() for folder in (tmp_path / "run", trained))
