@@ -1,12 +1,14 @@
-"""A tokenizer and a dataset of its corpus, for experiments that train models of their own."""
+"""A tokenizer and a dataset of its corpus as it is, for experiments that train models of their own."""
 
 import dataclasses
 from pathlib import Path
 
-from experiments import prepare_data, train_tokenizer
+from experiments import train_tokenizer
 from llm_jax import config as config_lib
 from llm_jax.config import CorpusConfig, TokenizerConfig
+from llm_jax.data import pipeline
 from llm_jax.errors import require
+from llm_jax.tokenization import tokenizer as tokenizers
 
 
 def make(tokenizer: TokenizerConfig, corpus: CorpusConfig, workdir: Path) -> Path:
@@ -17,7 +19,7 @@ def make(tokenizer: TokenizerConfig, corpus: CorpusConfig, workdir: Path) -> Pat
     """
     model = make_tokenizer(dataclasses.replace(tokenizer, corpus=corpus), workdir / "tokenizer")
     dataset = workdir / "data" / "dataset"
-    prepare_data.main(dataclasses.replace(corpus, tokenizer=str(model), output=str(dataset)), workdir)
+    pipeline.prepare(dataclasses.replace(corpus, output=str(dataset)), tokenizers.load(model))
     return dataset
 
 

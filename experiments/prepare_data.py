@@ -1,74 +1,81 @@
-"""Turn a corpus into the tokenised dataset that training reads.
+"""Turn a corpus into the tokenised dataset that training reads: read, judged, cleaned, deduplicated, mixed, tokenised.
 
-Writes to --workdir: dataset/ (or --config.output) and config.json. The dataset is a TFDS dataset in ArrayRecord files
-with two splits for each source, train_SOURCE and heldout_SOURCE, the tokenizer's model file and summary.json.
+Writes to --workdir: dataset/ (or --config.output), report.html, report.json, config.json, and stages/ with what every
+stage kept, dropped and found. The dataset is a TFDS dataset in ArrayRecord files with two splits for each source,
+train_SOURCE and heldout_SOURCE, the tokenizer's model file, documents.parquet, which says where each document comes
+from, and summary.json. docs/corpus.md explains the stages.
 
-The corpus is a profile of texts from package registries (--config.profile: tiny, clean or default) or your own .txt,
-.jsonl, .jsonl.gz or .parquet files (--config.path). An interrupted run continues where it was when started again.
+The corpus is a profile of texts from package registries (--config.profile: tiny, clean or default) or your own files
+(--config.path). An interrupted run goes on with the stage or source in which it was when started again; with another
+setting, only what follows from it is done again. --config.runner=ray computes on a Ray cluster.
 """
 
 import dataclasses
-import itertools
+import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from experiments import runner
-from llm_jax.config import CorpusConfig
-from llm_jax.data import pipeline
-from llm_jax.data.records import SourceSummary, Summary
+from llm_jax.data.records import Summary
 from llm_jax.errors import require
+from llm_jax.evaluation import corpus_page, tables
+from llm_jax.files import write_json
 from llm_jax.tokenization import tokenizer as tokenizers
 
+try:
+    from llm_jax.data import factory, pipeline, prepare, reading
+    from llm_jax.data.prepare import PrepareConfig
+    from llm_jax.data.stages.mixture import Row
+    from llm_jax.data.stored import StoredCorpus
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: preparing data needs the package {missing.name}: pip install 'llm-jax[data]'")
+
 TABLE_WIDTH = 110
-HEADINGS = ("source", "language", "documents", "MB", "tokens", "bytes/token", "held out", "duplicates")
 
 
-def main(config: CorpusConfig, workdir: Path) -> Summary:
-    """Prepare the dataset and print its sizes."""
+def main(config: PrepareConfig, workdir: Path) -> Summary:
+    """Prepare the dataset and print what became of the corpus."""
     require(
         bool(config.tokenizer),
         "set --config.tokenizer to a tokenizer, such as experiments.train_tokenizer writes",
     )
     started = time.monotonic()
     config = dataclasses.replace(config, output=config.output or str(workdir / "dataset"))
-    summary = pipeline.prepare(config, tokenizers.load(config.tokenizer))
+    tokenizer = tokenizers.load(config.tokenizer)
+    corpus = factory.run(config, workdir, prepare.stages(config), reading.read)
+    stored = StoredCorpus(corpus, config.mixture)
+    tokenising = time.monotonic()
+    summary = pipeline.prepare(config, tokenizer, stored)
+    seconds = {"tokenise": time.monotonic() - tokenising, "run": time.monotonic() - started}
+    mixture = stored.plan(summary.sources)
+    write_json(workdir / corpus_page.REPORT, report(config, corpus, summary, mixture, seconds))
+    made = corpus_page.read(workdir)
+    page = corpus_page.write(made, workdir)
     console = Console(width=max(Console().width, TABLE_WIDTH))  # a table piped to a file is not squeezed
-    console.print(table(summary))
-    console.print(f"{config.output}: prepared in {time.monotonic() - started:.1f} s")
+    for table in corpus_page.outcome(made):
+        console.print(tables.as_rich(table))
+    console.print(f"{config.output}: prepared in {seconds['run']:.1f} s; {page} says how", soft_wrap=True)
     return summary
 
 
-def table(summary: Summary) -> Table:
-    """One row for each source, one for each language with several sources, and a total."""
-    result = Table(title="Dataset")
-    for heading in HEADINGS:
-        result.add_column(heading, justify="left" if heading in ("source", "language") else "right")
-    for name, source in summary.sources.items():
-        result.add_row(name, source.language, *_cells([source]))
-    result.add_section()
-    by_language = sorted(summary.sources.values(), key=lambda source: source.language)
-    for language, sources in itertools.groupby(by_language, key=lambda source: source.language):
-        result.add_row("all", language, *_cells(list(sources)))
-    result.add_row("all", "all", *_cells(by_language))
-    return result
+def report(
+    config: PrepareConfig, corpus: factory.Corpus, summary: Summary, mixture: list[Row], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """All of a run as JSON: the settings, every stage's report in order, the dataset, and how often it is drawn.
 
-
-def _cells(sources: Iterable[SourceSummary]) -> list[str]:
-    """Sizes of both splits together, and what part of them is held out."""
-    sources = list(sources)
-    sides = [side for source in sources for side in (source.train, source.heldout)]
-    documents, text_bytes, tokens = (
-        sum(getattr(side, field) for side in sides) for field in ("documents", "text_bytes", "tokens")
-    )
-    held_out = sum(source.heldout.documents for source in sources)
-    duplicates = sum(source.duplicates for source in sources)
-    size = f"{text_bytes / 1e6:.2f}"
-    return [f"{documents:,}", size, f"{tokens:,}", f"{text_bytes / tokens:.2f}", f"{held_out:,}", f"{duplicates:,}"]
+    A stage's seconds are those of the run that did it; `seconds` are this run's.
+    """
+    return {
+        "config": dataclasses.asdict(config),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "stages": corpus.reports,
+        "dataset": dataclasses.asdict(summary),
+        "mixture": [row._asdict() for row in mixture],
+    }
 
 
 if __name__ == "__main__":
-    runner.main(main, CorpusConfig, "configs/data/default.py")
+    runner.main(main, PrepareConfig, "configs/data/default.py")

@@ -42,6 +42,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Experiments that all processes of a job run together; of any other, the first process does the work.
 TOGETHER = ("pretrain", "sft", "reward_model", "dpo", "ppo")
+# Experiments that use JAX beside much else: what they free goes back to the system.
+VARIED = ("prepare_data",)
 JOB_FLAGS = {
     "coordinator": (jobs.COORDINATOR, "HOST:PORT of process 0, with a free port"),
     "processes": (jobs.COUNT, "how many processes the job has"),
@@ -97,7 +99,7 @@ def main(
         if save_config and first:
             _save_config(config, folder / "config.json")
         supervision.signs()
-        prepare_jax()
+        prepare_jax(keep_memory=name not in VARIED)
         run(config, folder)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
@@ -110,12 +112,13 @@ def main(
         _fail(message or f"{type(error).__name__}: {_one_line(error)}", 1)
 
 
-def prepare_jax() -> None:
+def prepare_jax(keep_memory: bool = True) -> None:
     """Let an experiment that uses JAX start sooner when it is run again, and step without page faults on a CPU."""
     jax = sys.modules.get("jax")
     if jax is None:
         return
-    keep_freed_memory()
+    if keep_memory:
+        keep_freed_memory()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "llm_jax" / "jax"))
         # By default JAX keeps only what took a second to compile, which small models' programs do not.

@@ -23,7 +23,7 @@ REMAT_POLICIES = ("none", "full", "dots", "save_attention")
 GATHERS = ("layer", "step", "group")
 KNOWN_SIZES = ("2b", "7b", "13b", "34b", "70b")  # of models for which `parallel.mesh` knows meshes
 # Fields of a `ModelConfig` that say how it is computed and not what.
-EXECUTION_FIELDS = ("attention", "remat", "scan_layers", "groups", "gather_tables")
+EXECUTION_FIELDS = ("attention", "remat", "gather", "scan_layers", "groups", "gather_tables")
 ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas_gpu", "pallas_tpu", "splash", "mosaic_gpu")
 SCHEDULES = ("cosine", "linear", "constant")
 CORPUS_PROFILES = ("tiny", "clean", "default")
@@ -137,8 +137,9 @@ class ModelConfig:
     compute_dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"  # of every layer, unless `groups` says
+    gather: str = "layer"  # the same of when a layer is gathered
     scan_layers: bool = True
-    groups: tuple[LayerGroup, ...] = ()  # the layers in their order; () = all alike, gathered layer by layer
+    groups: tuple[LayerGroup, ...] = ()  # the layers in their order; () = all alike
     gather_tables: str = "layer"  # when embedding and head are gathered; "layer" = where they are used
 
     def __post_init__(self) -> None:
@@ -150,6 +151,7 @@ class ModelConfig:
         one_of("ModelConfig.output", self.output, OUTPUTS)
         one_of("ModelConfig.remat", self.remat, REMAT_POLICIES)
         one_of("ModelConfig.attention", self.attention, ATTENTION_IMPLEMENTATIONS)
+        one_of("ModelConfig.gather", self.gather, GATHERS)
         one_of("ModelConfig.gather_tables", self.gather_tables, GATHERS)
         one_of("ModelConfig.param_dtype", self.param_dtype, DTYPES)
         one_of("ModelConfig.compute_dtype", self.compute_dtype, DTYPES)
@@ -178,7 +180,7 @@ class ModelConfig:
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         """`groups`, or the one that () stands for."""
-        return self.groups or (LayerGroup(self.num_layers, remat=self.remat),)
+        return self.groups or (LayerGroup(self.num_layers, self.gather, self.remat),)
 
     def is_stochastic(self) -> bool:
         """Whether training draws random numbers inside the model: for dropout, or for NEFTune's noise."""
@@ -265,7 +267,7 @@ class DataConfig:
     sequence_length: int = 4096
     batch_size: int = 1024  # sequences in a global batch
     seed: int = 0
-    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # source -> weight; {} = by token count
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # source -> weight; {} = the dataset's
     prefetch: int = 8  # batches prepared ahead in the background
 
     def __post_init__(self) -> None:
@@ -333,8 +335,9 @@ class CorpusConfig:
 
     profile: str = "default"  # ignored when `path` is set
     sources: tuple[str, ...] = ()  # only these of the profile; () = all
-    path: str = ""  # a file or folder of .txt, .jsonl, .jsonl.gz or .parquet
-    text_field: str = "text"  # of .jsonl and .parquet records
+    path: str = ""  # a file or folder of your own; docs/data.md has the kinds of files
+    text_field: str = "text"  # of JSON Lines, and the column of Parquet files and SQLite tables
+    table: str = ""  # of SQLite files; "" = the only one with that column
     cache: str = ""  # where downloads are kept; "" = the user's cache folder
     tokenizer: str = ""  # a tokenizer's file, or a folder with one
     output: str = ""  # the dataset's folder

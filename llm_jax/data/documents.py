@@ -2,13 +2,16 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 MAX_DOCUMENT_BYTES = 1 << 16  # longer texts are cut: a loader reads a whole document for any window of it
 HASH_RANGE = 1 << 64
+TEXT, HTML, CODE = "text", "html", "code"  # what a text is written in
+
+Item = TypeVar("Item")
 
 
 class Document(NamedTuple):
@@ -34,14 +37,14 @@ def text_hash(text: str, seed: int | None = None) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=key).digest(), "big")
 
 
-def unique(texts: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """Yield (hash, text) of every text not seen before; keeps 8 bytes of hash a text, not the texts."""
+def unique(items: Iterable[Item], text: Callable[[Item], str] = str) -> Iterator[tuple[int, Item]]:
+    """Yield (hash, item) of every item whose text was not seen before; keeps 8 bytes of hash a text, not the texts."""
     seen: set[int] = set()
-    for text in texts:
-        digest = text_hash(text)
+    for item in items:
+        digest = text_hash(text(item))
         if digest not in seen:
             seen.add(digest)
-            yield digest, text
+            yield digest, item
 
 
 def take_census(texts: Iterable[str], holdout_fraction: float) -> Census:
@@ -63,10 +66,14 @@ def take_census(texts: Iterable[str], holdout_fraction: float) -> Census:
     for digest, text in unique(counted()):
         hashes.append(digest)
         text_bytes += len(text.encode())
-    threshold = 0
-    if len(hashes) > 1:
-        threshold = min(max(int(holdout_fraction * HASH_RANGE), min(hashes) + 1), max(hashes))
-    return Census(len(hashes), total - len(hashes), text_bytes, threshold)
+    return Census(len(hashes), total - len(hashes), text_bytes, holdout_threshold(hashes, holdout_fraction))
+
+
+def holdout_threshold(hashes: Collection[int], fraction: float) -> int:
+    """The hash below which a source's documents are held out; see `take_census`."""
+    if len(hashes) < 2:
+        return 0
+    return min(max(int(fraction * HASH_RANGE), min(hashes) + 1), max(hashes))
 
 
 def split_long(text: str, limit: int = MAX_DOCUMENT_BYTES) -> Iterator[str]:

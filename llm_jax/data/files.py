@@ -1,26 +1,42 @@
-"""The user's own text: a file or a folder, read recursively, of .txt, .jsonl, .jsonl.gz and .parquet.
+"""A folder of the user's own text: which files are read, which source each belongs to, and how one is opened.
 
-A .txt file is one document, or several if it is longer than `MAX_DOCUMENT_BYTES`; elsewhere a record is one. A file
-directly in the folder is a source of its own, named after it; every folder inside is one source with all it holds.
+A file directly in the folder is a source of its own, named after it; every folder inside is one source with all it
+holds.
 """
 
+import codecs
 import collections
 import gzip
-import json
+import io
 import logging
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from llm_jax.data.documents import split_long
+from llm_jax.data.encodings import wide
 from llm_jax.errors import UserError, require
 
 logger = logging.getLogger(__name__)
 
-KINDS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-BLOCK_BYTES = 1 << 26  # of a .txt file held in memory at once
-BYTE_ORDER_MARK = "\ufeff"
+HTML_KINDS = (".html", ".htm")
+JSONL_KINDS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+WARC_KINDS = (".warc", ".warc.gz", ".wet", ".wet.gz")
+SQLITE_KINDS = (".db", ".sqlite", ".sqlite3")
+KINDS = (".txt", *JSONL_KINDS, ".parquet", *HTML_KINDS, *WARC_KINDS, *SQLITE_KINDS)
+FAULT = "llm_jax.fault"  # the name of what is done with undecodable bytes
+BUFFER_BYTES = 1 << 12  # what a damaged zstd file may lose of what comes before the damage
+NO_ZSTANDARD = "reading .zst needs pyarrow: pip install 'llm-jax[data]'"
+
+
+def _invalid(error: UnicodeError) -> tuple[str, int]:
+    """What surrogateescape turns into a byte that is not UTF-8, in the place of what cannot be decoded."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udcff", error.end
+
+
+codecs.register_error(FAULT, _invalid)
 
 
 def find_sources(path: Path) -> dict[str, list[Path]]:
@@ -31,15 +47,21 @@ def find_sources(path: Path) -> dict[str, list[Path]]:
     require(path.exists(), f"no file or folder at {path} (CorpusConfig.path)")
     found = _files(path)
     known = [file for file in found if kind(file)]
-    unknown = collections.Counter(file.suffix or "without a suffix" for file in found if not kind(file))
-    counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unknown.items()))
+    unknown = ignored(path)
+    counts = ", ".join(f"{count} {suffix}" for suffix, count in unknown.items())
     require(bool(known), f"{path} holds no {', '.join(KINDS)} file" + (f", only {counts}" if counts else ""))
     if unknown:
-        logger.warning("%s: ignored %d files of other kinds: %s", path, unknown.total(), counts)
+        logger.warning("%s: ignored %d files of other kinds: %s", path, sum(unknown.values()), counts)
     sources: dict[str, list[Path]] = {}
     for file in known:
         sources.setdefault(_source_name(file, path), []).append(file)
     return dict(sorted(sources.items()))
+
+
+def ignored(path: Path) -> dict[str, int]:
+    """How many files of other kinds there are, by their suffix."""
+    unknown = collections.Counter(file.suffix or "without a suffix" for file in _files(path) if not kind(file))
+    return dict(sorted(unknown.items()))
 
 
 def state(path: Path) -> list[tuple[str, int, int]]:
@@ -63,92 +85,58 @@ def _source_name(file: Path, root: Path) -> str:
     return re.sub(r"\W", "_", name) or "text"
 
 
-def read_texts(path: Path, text_field: str) -> Iterator[str]:
-    """The texts of one file; `UserError` naming the place where it is damaged."""
-    if kind(path) == ".txt":
-        yield from _read_txt(path)
-    elif kind(path) == ".parquet":
-        yield from _read_parquet(path, text_field)
-    else:
-        yield from _read_jsonl(path, text_field)
+def open_bytes(path: Path) -> IO[bytes]:
+    """A file's content, unpacked if its name ends in .gz or .zst."""
+    name = path.name.lower()
+    if name.endswith(".gz"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if name.endswith(".zst"):
+        try:
+            import pyarrow
+        except ImportError:
+            raise UserError(f"{path}: {NO_ZSTANDARD}") from None
+        # Unlike zstandard's own reader it tells a truncated file from a whole one.
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), BUFFER_BYTES)
+    return path.open("rb")
 
 
-def _read_txt(path: Path) -> Iterator[str]:
-    offset = 0
-    with path.open("rb") as file:
-        while lines := file.readlines(BLOCK_BYTES):
-            block = b"".join(lines)
-            text = _decode(block, path, offset)
-            yield from split_long(text.removeprefix(BYTE_ORDER_MARK) if offset == 0 else text)
-            offset += len(block)
+def narrow(file: IO[bytes]) -> tuple[IO[bytes], str]:
+    """A file in UTF-16 or UTF-32 as UTF-8, and the name of its encoding; any other file as it is, and ""."""
+    buffered = file if isinstance(file, io.BufferedReader | gzip.GzipFile) else io.BufferedReader(file)  # type: ignore
+    encoding = wide(buffered.peek(4096)[:4096])
+    return (io.BufferedReader(_Recoded(buffered, encoding)), encoding) if encoding else (buffered, "")
 
 
-def _decode(data: bytes, path: Path, offset: int) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
-        raise UserError(
-            f"{path}: invalid UTF-8 at byte offset {offset + error.start} (0x{byte:02x}): convert the file to UTF-8"
-        ) from None
+class _Recoded(io.RawIOBase):
+    """Reads a file of another encoding as UTF-8, with a byte that is invalid there for what is invalid here."""
+
+    def __init__(self, file: IO[bytes], encoding: str) -> None:
+        self._text = io.TextIOWrapper(file, encoding, errors=FAULT, newline="")  # type: ignore[type-var]
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self._text.read(len(buffer) // 4).encode(errors="surrogateescape")
+        buffer[: len(data)] = data
+        return len(data)
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(jsonl_lines(path), start=1):
-        if line.strip():
-            yield _text_of(_decode(line, path, offset).removeprefix(BYTE_ORDER_MARK), f"{path}:{number}", text_field)
-        offset += len(line)
+def lines(file: IO[bytes], limit: int) -> Iterator[bytes | None]:
+    """Every line of a file; None for one of more than `limit` bytes."""
+    while line := file.readline(limit + 1):
+        if len(line) <= limit:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(limit)
+        yield None
 
 
 def jsonl_lines(path: Path) -> Iterator[bytes]:
     """Lines of a plain or gzipped file; `UserError` where it is cut off."""
-    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
+    with open_bytes(path) as file:
         try:
-            lines: Iterable[bytes] = file
-            yield from lines
+            yield from file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path} is truncated or not gzip: {error}") from None
-
-
-def _text_of(line: str, where: str, text_field: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from None
-    require(isinstance(record, dict), f"{where}: a JSON object is wanted, not {type(record).__name__}")
-    if text_field not in record:
-        raise UserError(f"{where}: no field {text_field!r} among {', '.join(record)}; set CorpusConfig.text_field")
-    return _checked(record[text_field], where, text_field)
-
-
-def _checked(text: object, where: str, text_field: str) -> str:
-    if not isinstance(text, str):
-        raise UserError(f"{where}: field {text_field!r} is {type(text).__name__}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: a lone surrogate at character {error.start} has no UTF-8 form") from None
-    return text
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install 'llm-jax[data]'") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if text_field not in names:
-                raise UserError(
-                    f"{path}: no column {text_field!r} among {', '.join(names)}; set CorpusConfig.text_field"
-                )
-            row = 0
-            for batch in file.iter_batches(columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    yield _checked(text, f"{path}: row {row}", text_field)
-                    row += 1
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from None

@@ -65,6 +65,22 @@ def train_batches(
     Batches are prepared ahead in background threads. Raises `UserError` for a missing or damaged dataset, weights of
     unknown sources, a batch size that the processes do not divide, or a dataset shorter than one sequence.
     """
+    sources, shares = packed_sources(config)
+    return batches_of_process(
+        mixture.mix(sources, shares),
+        config.batch_size,
+        start_step=start_step,
+        process_index=process_index,
+        process_count=process_count,
+        prefetch=config.prefetch,
+    )
+
+
+def packed_sources(config: DataConfig) -> tuple[dict[str, PackedSource], dict[str, float]]:
+    """The training windows of each source that is drawn from, and its share of the sequences.
+
+    Raises `UserError` as `train_batches` does.
+    """
     folder, summary = _open(config)
     shares = mixture.fractions(summary, config.weights)
     tokens = sum(summary.sources[name].train.tokens for name in shares)
@@ -74,14 +90,7 @@ def train_batches(
         "lower DataConfig.sequence_length or add text",
     )
     sources = {name: _packed(folder, summary, name, "train", config) for name in shares}
-    return batches_of_process(
-        mixture.mix(sources, shares),
-        config.batch_size,
-        start_step=start_step,
-        process_index=process_index,
-        process_count=process_count,
-        prefetch=config.prefetch,
-    )
+    return sources, shares
 
 
 def batches_of_process(

@@ -44,7 +44,8 @@ class Endless:
 
 
 def fractions(summary: Summary, weights: Mapping[str, float]) -> dict[str, float]:
-    """Each source's share of the sequences, without those whose share is 0; {} weighs by training tokens.
+    """Each source's share of the sequences, without those whose share is 0; {} takes the dataset's weights, if it has
+    any, and else weighs by training tokens.
 
     Raises `UserError` for a weight of a source that the dataset does not have, or that has nothing to train on.
     """
@@ -55,7 +56,7 @@ def fractions(summary: Summary, weights: Mapping[str, float]) -> dict[str, float
     by_tokens = {
         name: float(source.train.tokens) for name, source in summary.sources.items() if source.train.tokens > 1
     }
-    chosen = {name: weight for name, weight in (weights or by_tokens).items() if weight > 0}
+    chosen = {name: weight for name, weight in (weights or summary.weights or by_tokens).items() if weight > 0}
     total = sum(chosen.values())
     return {name: chosen[name] / total for name in sorted(chosen)}
 

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +40,73 @@ BATCH_BYTES = 1 << 20  # of text tokenised at once
 PROGRESS = "progress"  # the folder, inside the unfinished dataset, that says what is finished
 
 
+class DocumentSource(Protocol):
+    """A source whose documents can be read as often as wanted, in the same order each time."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def language(self) -> str: ...
+    def census(self, holdout_fraction: float) -> Census:
+        """The documents' number and size, and which of them are held out."""
+        ...
+
+    def documents(self) -> Iterator[tuple[int, Document]]:
+        """(hash, document) of each; the hash says on which side of the split it is."""
+        ...
+
+
+class Corpus(Protocol):
+    """What is tokenised."""
+
+    def facts(self) -> list[object]:
+        """All that decides its documents, for a fingerprint, as JSON has it."""
+        ...
+
+    def sources(self, scratch: Path) -> Sequence[DocumentSource]:
+        """Its sources; `scratch` is a folder that is kept until the dataset is whole, in an interrupted run too."""
+        ...
+
+    def finish(self, folder: Path, sources: Mapping[str, SourceSummary]) -> Mapping[str, float]:
+        """Write what goes into the dataset's folder beside the records; the weights that training takes by default."""
+        ...
+
+    def missing(self, summary: Summary) -> list[str]:
+        """Which sources a finished dataset lacks that were asked for."""
+        ...
+
+
+class RawCorpus:
+    """The sources of a config as they are."""
+
+    def __init__(self, config: CorpusConfig):
+        self._config = config
+
+    def facts(self) -> list[object]:
+        """The settings, and the files' sizes and times, which stand for their content."""
+        config = self._config
+        facts: list[object] = [config.profile, config.path, config.text_field]
+        facts += [value for value in (config.sources, config.table) if value]
+        if config.path:
+            facts += files.state(Path(config.path).expanduser())
+        else:
+            facts.append(sys.version_info[:3])  # its library is a source
+        return facts
+
+    def sources(self, scratch: Path) -> Sequence[Source]:
+        """As `sources.corpus` finds them."""
+        return corpus(self._config)
+
+    def finish(self, folder: Path, sources: Mapping[str, SourceSummary]) -> Mapping[str, float]:
+        """Nothing, and no weights."""
+        return {}
+
+    def missing(self, summary: Summary) -> list[str]:
+        """Public sources that could not be had."""
+        config = self._config
+        return [] if config.path else [name for name in public_names(config) if name not in summary.sources]
+
+
 class TextEncoder(Protocol):
     """What preparing a dataset needs of a tokenizer; ids of specials are negative where it has none."""
 
@@ -60,74 +127,66 @@ class TextEncoder(Protocol):
         ...
 
 
-def prepare(config: CorpusConfig, tokenizer: TextEncoder) -> Summary:
+def prepare(config: CorpusConfig, tokenizer: TextEncoder, documents: Corpus | None = None) -> Summary:
     """Write the dataset of a corpus to `config.output`, or find it there already, and return its summary.
 
-    The tokenizer is saved into the dataset. Raises `UserError` for a corpus that is missing, damaged or empty, and for
-    an output folder that holds something else.
+    The tokenizer is saved into the dataset. `documents` are those of the config's sources, unless they are given.
+    Raises `UserError` for a corpus that is missing, damaged or empty, and for an output folder that holds something
+    else.
     """
     require(bool(config.output), "CorpusConfig.output is not set: name the dataset's folder")
     output = Path(config.output)
-    fingerprint = _fingerprint(config, tokenizer.fingerprint)
+    documents = documents or RawCorpus(config)
+    facts = [*documents.facts(), config.holdout_fraction, tokenizer.fingerprint]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     if (output / SUMMARY).is_file():
-        return _existing(output, fingerprint, config)
+        return _existing(output, fingerprint, documents)
     require(
         not output.exists() or (output.is_dir() and not any(output.iterdir())),
         f"{output} exists and is not a dataset: choose another CorpusConfig.output",
     )
-    sources = corpus(config)
     partial = output.with_name(output.name + ".partial")
-    _open_partial(partial, fingerprint)
-    summaries = _write_sources(sources, partial, config, tokenizer)
+    scratch = _open_partial(partial, fingerprint)
+    summaries = _write_sources(documents.sources(scratch), partial, config, tokenizer)
     if not summaries:
         shutil.rmtree(partial)
         raise UserError(f"the corpus at {config.path or config.profile!r} is empty")
     saved = tokenizer.save(partial)
-    summary = Summary(tokenizer.vocab_size, saved.name, tokenizer.fingerprint, fingerprint, summaries)
+    weights = documents.finish(partial, summaries)
+    summary = Summary(tokenizer.vocab_size, saved.name, tokenizer.fingerprint, fingerprint, summaries, weights)
     _finish(partial, output, summary)
     return summary
 
 
-def _existing(output: Path, fingerprint: str, config: CorpusConfig) -> Summary:
+def _existing(output: Path, fingerprint: str, documents: Corpus) -> Summary:
     summary = read_summary(output)
     require(
         summary.fingerprint == fingerprint,
         f"{output} holds a dataset of another corpus, tokenizer or settings: remove it or choose another output",
     )
     logger.info("%s is already prepared", output)
-    missing = [] if config.path else [name for name in public_names(config) if name not in summary.sources]
+    missing = documents.missing(summary)
     if missing:
         logger.warning("%s lacks %s, left out when it was made: remove it to try again", output, ", ".join(missing))
     return summary
 
 
-def _fingerprint(config: CorpusConfig, tokenizer_sha256: str) -> str:
-    """A digest of all that decides a dataset's content, with the files' sizes and times standing for their content."""
-    facts: list[object] = [config.profile, config.path, config.text_field, config.holdout_fraction, tokenizer_sha256]
-    if config.sources:
-        facts.append(config.sources)
-    if config.path:
-        facts += files.state(Path(config.path).expanduser())
-    else:
-        facts.append(sys.version_info[:3])  # its library is a source
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _open_partial(partial: Path, fingerprint: str) -> None:
-    """Keep the unfinished dataset of the same settings; drop one of others."""
+def _open_partial(partial: Path, fingerprint: str) -> Path:
+    """Keep the unfinished dataset of the same settings, drop one of others; the folder inside for the corpus's own."""
     marker = partial / PROGRESS / "fingerprint"
     if partial.exists():
         require(marker.is_file(), f"{partial} is in the way and is no unfinished dataset: remove it")
         if marker.read_text() == fingerprint:
-            return
+            return partial / PROGRESS
         logger.info("dropping the unfinished dataset of other settings at %s", partial)
         shutil.rmtree(partial)
     marker.parent.mkdir(parents=True)
     marker.write_text(fingerprint)
+    return partial / PROGRESS
 
 
 def _write_sources(
-    sources: Sequence[Source], partial: Path, config: CorpusConfig, tokenizer: TextEncoder
+    sources: Sequence[DocumentSource], partial: Path, config: CorpusConfig, tokenizer: TextEncoder
 ) -> dict[str, SourceSummary]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     summaries = {}
@@ -148,7 +207,7 @@ def _write_sources(
 
 
 def _write_source(
-    source: Source, partial: Path, config: CorpusConfig, tokenizer: TextEncoder, progress: Progress
+    source: DocumentSource, partial: Path, config: CorpusConfig, tokenizer: TextEncoder, progress: Progress
 ) -> SourceSummary:
     """Tokenise a source into the records of its two splits."""
     census = source.census(config.holdout_fraction)

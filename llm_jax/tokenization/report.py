@@ -4,11 +4,28 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from llm_jax.data.documents import Document
-from llm_jax.tokenization.tokenizer import Tokenizer
 
 EVERYTHING = "all"
+
+
+class Measurable(Protocol):
+    """What is needed of a tokenizer to measure it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        ...
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids stand for."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +50,7 @@ class Compression:
         return self.tokens / self.characters if self.characters else 0.0
 
 
-def measure(tokenizer: Tokenizer, documents: Iterable[Document]) -> list[Compression]:
+def measure(tokenizer: Measurable, documents: Iterable[Document]) -> list[Compression]:
     """One `Compression` for each language, largest first, and one for everything."""
     by_language: dict[str, Compression] = {}
     for document in documents:
@@ -47,7 +64,7 @@ def measure(tokenizer: Tokenizer, documents: Iterable[Document]) -> list[Compres
     return [*rows, total]
 
 
-def measure_text(tokenizer: Tokenizer, text: str, language: str) -> Compression:
+def measure_text(tokenizer: Measurable, text: str, language: str) -> Compression:
     """The `Compression` of a single document."""
     encoded = text.encode()
     ids = tokenizer.encode(text)

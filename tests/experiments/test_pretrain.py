@@ -231,10 +231,13 @@ def test_sequences_longer_than_the_model_is_trained_for_are_refused(dataset):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(dataset, straight, tmp_path):
+@pytest.mark.parametrize("order", [(), ("tests.parallel.interleaved",)], ids=["by process", "in turns"])
+def test_two_processes_train_as_one(dataset, straight, tmp_path, order):
     """Two real processes of four devices each, joined by gloo, take the steps of one process of eight."""
     save(make_config(dataset), tmp_path / "wanted.json")
-    run_together(["-m", "experiments.pretrain", f"--config={tmp_path}/wanted.json", f"--workdir={tmp_path}/run"])
+    run_together(
+        ["-m", *order, "experiments.pretrain", f"--config={tmp_path}/wanted.json", f"--workdir={tmp_path}/run"]
+    )
     np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(straight), rtol=1e-5)
     for got, want in zip(params_of(tmp_path / "run"), params_of(straight), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4)

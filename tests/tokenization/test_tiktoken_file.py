@@ -12,13 +12,13 @@ import pytest
 import regex
 from hypothesis import example, given, settings
 
-from llm_jax.data.packages import Package, fetch_all, members
+from llm_jax.data.packages import fetch_all, members
 from llm_jax.errors import UserError
 from llm_jax.tokenization import tiktoken_file, tokenizer
+from llm_jax.tokenization.published import DASHSCOPE
 from llm_jax.tokenization.tiktoken_file import TiktokenTokenizer
 from tests.tokenization.texts import ENGLISH, TEXTS, any_text
 
-DASHSCOPE = Package("dashscope", "2.0.2", "0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258", 2425551)
 MERGED = ["th", "the", " the", " t", "qu", "  ", "\n\n", "12", "co", "un", "tr", "条", "第一", "é", "ir", "st", "irst"]
 TOKENS = [bytes([byte]) for byte in reversed(range(256))] + [text.encode() for text in MERGED]
 # As Qwen's report and code state it: contractions, words, single digits, marks, line ends, spaces.

@@ -7,17 +7,14 @@ import pytest
 import sentencepiece
 
 from llm_jax.config import TokenizerConfig
-from llm_jax.data.packages import Package, fetch_all, members
+from llm_jax.data.packages import fetch_all, members
 from llm_jax.errors import UserError
 from llm_jax.tokenization import tokenizer
+from llm_jax.tokenization.published import MISTRAL
 from llm_jax.tokenization.sentencepiece_model import SentencePieceTokenizer
 from llm_jax.tokenization.tokenizer_json import JsonTokenizer
 from llm_jax.tokenization.train import train_on_texts
 from tests.tokenization.texts import TEXTS, byte_level_bpe
-
-MISTRAL = Package(
-    "mistral-common", "1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af", 6589302
-)
 
 
 @pytest.fixture(scope="module")

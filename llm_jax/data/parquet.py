@@ -1,0 +1,34 @@
+"""Dataframes in folders of Parquet files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import daft
+
+COMPRESSION = "zstd"  # as fast as lz4 here, and 30 % smaller
+# Small row groups let a scan go side by side and keep little of the texts in memory.
+SIZES = {"parquet_target_filesize": 64 << 20, "parquet_target_row_group_size": 8 << 20}
+
+
+def write(documents: daft.DataFrame, folder: Path, **options: Any) -> None:
+    """Write a dataframe to a folder that is not there yet, or to folders in it by `partition_cols`.
+
+    What a worker has begun that died is removed: Daft has another one write it again, and does not list it.
+    """
+    with daft.execution_config_ctx(**SIZES):
+        written = documents.write_parquet(str(folder), compression=COMPRESSION, **options)
+    whole = {Path(path) for path in written.to_pydict()["path"]}
+    for path in folder.rglob("*.parquet"):
+        if path not in whole:
+            path.unlink()
+
+
+def files(folder: Path) -> list[Path]:
+    """The Parquet files of a folder, in the order of their names."""
+    return sorted(folder.glob("*.parquet"))
+
+
+def scan(paths: Sequence[Path]) -> daft.DataFrame:
+    """The rows of Parquet files; lazy."""
+    return daft.read_parquet([str(path) for path in paths])

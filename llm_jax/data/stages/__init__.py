@@ -1,0 +1,42 @@
+"""The stages of the corpus factory: each takes documents and gives the same documents, some of them marked as dropped.
+
+Documents are a Daft dataframe with the columns of `COLUMNS`, one row a document, to which stages add columns of their
+own (scores, clusters). A stage gives back every row that it got exactly once, the text changed where that is its work,
+with one column more: DROPPED, null where the document is kept, else the reason in one or two words. Its input is a scan
+of Parquet files, so it may be read as often as a stage needs; nothing in a stage depends on the order of rows.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import daft
+
+from llm_jax.data.documents import CODE as CODE
+from llm_jax.data.documents import HTML as HTML
+from llm_jax.data.documents import TEXT as TEXT
+
+ID = "id"  # SOURCE/POSITION: unique in a corpus, and the same in every run
+COLUMNS = (ID, "source", "language", "format", "origin", "text")
+DROPPED = "dropped"
+BECAUSE = "because"  # a column that a stage may add: what decided that a document is dropped, for people to read
+
+
+class Result(NamedTuple):
+    """What a stage makes of its documents."""
+
+    documents: daft.DataFrame  # every row of the input, with DROPPED; lazy
+    facts: dict[str, Any]  # for the report: numbers, names and lists of them, as JSON has them
+    added: daft.DataFrame | None = None  # documents that were not in the input, with the columns COLUMNS and no others
+
+
+class Stage(Protocol):
+    """One stage; its settings are its own frozen dataclass."""
+
+    @property
+    def name(self) -> str:
+        """What its folder and its settings are called."""
+        ...
+
+    def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
+        """Mark what is dropped. `scratch` is an empty folder for what the stage needs while its result is read."""
+        ...

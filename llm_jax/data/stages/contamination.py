@@ -1,0 +1,284 @@
+"""Evaluation items in the training text: found by their n-grams, and cut out or dropped with their documents.
+
+An n-gram of 13 words that an evaluation item has is looked for in all documents (Brown et al., 2020, appendix C; Qwen,
+section 2.1), or one of 26 characters in scripts without spaces: words of Chinese have two characters on average. Words
+are compared without case and punctuation. An item shorter than an n-gram is found where all of it stands in a row, if
+it has at least 8 words or 16 characters; a shorter one occurs by chance and is not looked for, but counted. N-grams
+that many items share are instructions around them and count for none.
+"""
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import daft
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from daft import DataType, col
+
+from llm_jax.config import CorpusConfig, one_of, positive
+from llm_jax.data import evaluation_sets
+from llm_jax.data.ngrams import Hashes, Integers, Units, blocks, hashes_of_parts, ngrams, units
+from llm_jax.data.sources import cache_folder
+from llm_jax.data.stages import BECAUSE, CODE, DROPPED, ID, Result, marks
+from llm_jax.errors import require
+
+REASON = "evaluation item"
+MODES = ("span", "document")
+ENDS = tuple(end.encode() for end in ("\n", ". ", "! ", "? ", "。", "！", "？"))  # of sentences
+SHIFT = np.uint64(32)  # of hashes, to the second group of bits that is looked up before they are searched for
+MOSTLY = 0.8  # of an item's n-grams found: it was seen as good as whole
+EXAMPLES = 3  # of each set
+EXCERPT = 80  # characters of what an example's document has there
+
+
+@dataclasses.dataclass(frozen=True)
+class ContaminationConfig:
+    """Which evaluation sets are looked for, by what, and what happens where an item is found."""
+
+    enabled: bool = True
+    sets: tuple[str, ...] = evaluation_sets.NAMES
+    paths: tuple[str, ...] = ()  # .jsonl files with an item in each line, all strings of which count
+    cache: str = ""  # folder of the downloads of evaluation sets; "" = ~/.cache/llm_jax
+    mode: str = "span"  # the sentences around the n-gram are cut out; document: all goes, as code always does
+    words: int = 13  # of an n-gram
+    characters: int = 26  # of one in scripts without spaces
+    shortest: int = 8  # words of an item that is looked for; twice as many characters
+    common: int = 10  # an n-gram of more items counts for none
+    rest: float = 0.5  # a document that would keep less of its text is dropped
+
+    def __post_init__(self) -> None:
+        one_of("ContaminationConfig.mode", self.mode, MODES)
+        positive(self, "words", "characters", "shortest", "common")
+        require(0 <= self.rest <= 1, f"ContaminationConfig.rest={self.rest} must be in [0, 1]")
+        require(
+            self.shortest <= self.words and 2 * self.shortest <= self.characters,
+            f"ContaminationConfig.shortest={self.shortest} must not be above words={self.words}, nor above half of "
+            f"characters={self.characters}",
+        )
+
+
+class Table(NamedTuple):
+    """Rows of units that are looked for, in the order of `anchors`; several may begin with the same units."""
+
+    width: int  # units of an anchor
+    anchors: Hashes  # [rows + 1] of the first `width` units; 0 at the end
+    lengths: Integers  # [rows] all units
+    whole: Hashes  # [rows] their hash
+    numbers: Integers  # [rows] what they are called in reports
+    bits: npt.NDArray[np.bool_]  # [2, 2^k] whether an anchor has these bits
+
+
+class Index(NamedTuple):
+    """What is looked for, and whose it is."""
+
+    tables: tuple[Table, ...]
+    offsets: Integers  # [numbers + 1]; the items of number i are `items[offsets[i]:offsets[i + 1]]`
+    items: Integers
+    sets: dict[str, range]  # the items of each set
+
+
+class Matches(NamedTuple):
+    """Where something was found in some texts."""
+
+    text: Integers
+    start: Integers  # in bytes of the text
+    stop: Integers
+    number: Integers
+
+
+@dataclasses.dataclass(frozen=True)
+class Contamination:
+    """Takes evaluation items out of `text`, or their documents out of the corpus."""
+
+    config: ContaminationConfig = ContaminationConfig()
+    name: str = "contamination"
+
+    def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
+        """The facts hold for each set how many items were looked for, touched and mostly there, with examples."""
+        cache = cache_folder(CorpusConfig(cache=self.config.cache))
+        sets = evaluation_sets.read(self.config.sets, self.config.paths, cache)
+        index = build(sets, self.config)
+        fields = {
+            marks.REPLACED: DataType.string(), DROPPED: DataType.string(), BECAUSE: DataType.string(),
+            "numbers": DataType.list(DataType.int64()), "cut": DataType.int64(),
+        }  # fmt: skip
+        found = marks.mark(documents, functools.partial(judge, index, self.config), fields, scratch, "source")
+        touched = found.where(col("numbers").not_null()).sort(ID).to_arrow()
+        return Result(marks.join(documents, found, marks.REPLACED, DROPPED, BECAUSE), _facts(index, touched))
+
+
+def build(sets: Mapping[str, Sequence[str]], config: ContaminationConfig) -> Index:
+    """The index of the items of some sets."""
+    texts = pa.array([text for items in sets.values() for text in items], pa.large_string())
+    widths = (config.words, config.characters, config.shortest, 2 * config.shortest)
+    rows: dict[int, list[Hashes]] = {width: [np.zeros((4, 0), np.uint64)] for width in widths}
+    done = 0
+    for block in blocks(texts):
+        for width, part in _rows(units(block), config):
+            part[-1] += np.uint64(done)
+            rows[width].append(part)
+        done += len(block)
+    bounds = np.cumsum([0, *(len(items) for items in sets.values())])
+    ranges = {name: range(bounds[i], bounds[i + 1]) for i, name in enumerate(sets)}
+    return _index({width: np.concatenate(parts, axis=1) for width, parts in rows.items()}, ranges, config.common)
+
+
+def _rows(found: Units, config: ContaminationConfig) -> Iterator[tuple[int, Hashes]]:
+    """For each width of anchors: anchor, length, whole and item of all that is looked for [4, rows]."""
+    counts = np.diff(found.offsets)
+    cjk = np.concatenate([[0], np.cumsum(found.is_cjk)])
+    mostly_cjk = 2 * (cjk[found.offsets[1:]] - cjk[found.offsets[:-1]]) >= np.maximum(counts, 1)
+    for is_cjk, width, shortest in (
+        (False, config.words, config.shortest), (True, config.characters, 2 * config.shortest),
+    ):  # fmt: skip
+        grams = ngrams(found, width)
+        fits = (2 * (cjk[grams.first + width] - cjk[grams.first]) >= width) == is_cjk
+        item = np.repeat(np.arange(len(counts)), np.diff(grams.offsets))
+        parts = (grams.hashes, np.full(len(item), width), grams.hashes, item)
+        yield width, np.stack([part[fits].astype(np.uint64) for part in parts])
+        short = np.flatnonzero((mostly_cjk == is_cjk) & (counts < width) & (counts >= shortest))
+        first, last = found.offsets[:-1][short], found.offsets[1:][short]
+        anchors, whole = (hashes_of_parts(found.hashes, first, stop) for stop in (first + shortest, last))
+        yield shortest, np.stack([part.astype(np.uint64) for part in (anchors, counts[short], whole, short)])
+
+
+def _index(rows: dict[int, Hashes], sets: dict[str, range], common: int) -> Index:
+    every = np.concatenate(list(rows.values()), axis=1)
+    table = np.repeat(np.arange(len(rows)), [part.shape[1] for part in rows.values()])
+    order = np.argsort(every[2], kind="stable")  # equal ones stay in the order of their items
+    every, table = every[:, order], table[order]
+    whole, item = every[2], every[3].astype(np.int64)
+    begins = np.append(True, whole[1:] != whole[:-1])[: len(whole)]
+    once = begins | np.append(True, item[1:] != item[:-1])[: len(item)]
+    number = np.cumsum(begins) - 1
+    owners = np.bincount(number[once])  # of each different whole
+    few = owners <= common
+    kept = once & few[number]
+    offsets = np.concatenate([[0], np.cumsum(owners[few])])
+    renumbered = (np.cumsum(few) - 1)[number]
+    tables = []
+    for i, width in enumerate(rows):
+        chosen = begins & few[number] & (table == i)
+        tables.append(_table(width, every[:3, chosen], renumbered[chosen]))
+    return Index(tuple(tables), offsets, item[kept], sets)
+
+
+def _table(width: int, rows: Hashes, numbers: Integers) -> Table:
+    """From anchors, lengths and wholes [3, rows] with their numbers."""
+    order = np.argsort(rows[0], kind="stable")
+    rows, numbers = rows[:, order], numbers[order]
+    bits = np.zeros((2, 1 << max((8 * len(numbers)).bit_length(), 16)), np.bool_)
+    mask = np.uint64(bits.shape[1] - 1)
+    bits[0, rows[0] & mask] = True
+    bits[1, rows[0] >> SHIFT & mask] = True
+    return Table(width, np.append(rows[0], np.uint64(0)), rows[1].astype(np.int64), rows[2], numbers, bits)
+
+
+def find(index: Index, found: Units) -> Matches:
+    """All that is looked for in some texts, in the order of the texts."""
+    parts = [_find(table, found) for table in index.tables]
+    first, length, number = (np.concatenate(column) for column in zip(*parts))
+    order = np.argsort(first, kind="stable")
+    first, last, number = first[order], (first + length - 1)[order], number[order]
+    text = np.searchsorted(found.offsets, first, side="right") - 1
+    return Matches(text, found.starts[first], found.stops[last], number)
+
+
+def _find(table: Table, found: Units) -> tuple[Integers, Integers, Integers]:
+    """The first unit, the units and the number of what is found of a table."""
+    grams = ngrams(found, table.width)
+    mask = np.uint64(table.bits.shape[1] - 1)
+    near = np.flatnonzero(table.bits[0][grams.hashes & mask])
+    near = near[table.bits[1][grams.hashes[near] >> SHIFT & mask]]
+    anchors = table.anchors[:-1]
+    low = np.searchsorted(anchors, grams.hashes[near])
+    met = table.anchors[low] == grams.hashes[near]
+    near, low = near[met], low[met]
+    if not len(near):
+        return (np.zeros(0, np.int64),) * 3
+    times = np.searchsorted(anchors, grams.hashes[near], side="right") - low
+    row = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times - low, times)
+    first = np.repeat(grams.first[near], times)
+    ends = found.offsets[np.searchsorted(found.offsets, first, side="right")]
+    inside = first + table.lengths[row] <= ends
+    first, row = first[inside], row[inside]
+    same = hashes_of_parts(found.hashes, first, first + table.lengths[row]) == table.whole[row]
+    return first[same], table.lengths[row[same]], table.numbers[row[same]]
+
+
+def judge(index: Index, config: ContaminationConfig, table: pa.Table) -> dict[str, pa.Array]:
+    """What becomes of a few documents."""
+    texts = table["text"].combine_chunks()
+    matches = find(index, units(texts))
+    columns: dict[str, list[Any]] = {
+        name: [None] * len(texts) for name in (marks.REPLACED, DROPPED, BECAUSE, "numbers", "cut")
+    }
+    for row in np.unique(matches.text).tolist():  # few documents have any
+        here = matches.text == row
+        content = texts[row].as_py().encode()
+        spans = sorted(zip(matches.start[here].tolist(), matches.stop[here].tolist()))
+        numbers = matches.number[here]
+        columns["numbers"][row] = np.unique(numbers).tolist()
+        columns[BECAUSE][row] = f"{_name(index, int(numbers[0]))}: {_excerpt(content, spans[0])}"
+        rest = _without_sentences(content, spans)
+        columns["cut"][row] = len(content) - len(rest)
+        whole = config.mode == "document" or table["format"][row].as_py() == CODE
+        if whole or len(rest.strip()) < config.rest * len(content) or not rest.strip():
+            columns[DROPPED][row] = REASON
+        else:
+            columns[marks.REPLACED][row] = rest.decode()
+    kinds = {"numbers": pa.list_(pa.int64()), "cut": pa.int64()}
+    return {name: pa.array(column, kinds.get(name, pa.string())) for name, column in columns.items()}
+
+
+def _without_sentences(content: bytes, spans: Sequence[tuple[int, int]]) -> bytes:
+    """A text without the sentences, or lines without any, that hold a part of the spans, which come in order."""
+    parts, done = [], 0
+    for start, stop in spans:
+        before = [place + len(end) for end in ENDS if (place := content.rfind(end, 0, start)) >= 0]
+        parts.append(content[done : max([*before, done])])
+        after = [place + len(end) for end in ENDS if (place := content.find(end, stop)) >= 0]
+        done = max(done, min(after, default=len(content)))
+    return b"".join([*parts, content[done:]])
+
+
+def _excerpt(content: bytes, span: tuple[int, int]) -> str:
+    return content[span[0] : span[1]].decode()[:EXCERPT].replace("\n", " ")
+
+
+def _name(index: Index, number: int) -> str:
+    """The set and the place in it, from 0, of the first item that has something."""
+    item = int(index.items[index.offsets[number]])
+    name = next(name for name, items in index.sets.items() if item in items)
+    return f"{name} {item - index.sets[name].start}"
+
+
+def _facts(index: Index, touched: pa.Table) -> dict[str, Any]:
+    """What was found of each set in the documents with matches: columns of `apply`, sorted by id."""
+    lists = touched["numbers"].combine_chunks()
+    numbers = np.unique(np.asarray(pc.list_flatten(lists)))
+    wanted = np.bincount(index.items)
+    seen = np.zeros(len(wanted), np.int64)
+    for number in numbers:
+        seen[index.items[index.offsets[number] : index.offsets[number + 1]]] += 1
+    because, ids = touched[BECAUSE].to_pylist(), touched[ID].to_pylist()
+    facts = {}
+    for name, items in index.sets.items():
+        part = slice(items.start, items.stop)
+        had, has = wanted[part], seen[part]
+        facts[name] = {
+            "items": len(items),
+            "looked_for": int((had > 0).sum()),
+            "touched": int((has > 0).sum()),
+            "mostly_found": int((has > MOSTLY * had).sum()),
+            "examples": [f"{i}: {why}" for i, why in zip(ids, because) if why.startswith(name + " ")][:EXAMPLES],
+        }
+    sources = Counter(touched["source"].to_pylist())
+    cut = pc.sum(touched["cut"]).as_py() or 0
+    return {"sets": facts, "documents_by_source": dict(sorted(sources.items())), "bytes_in_sentences": cut}

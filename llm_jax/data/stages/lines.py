@@ -1,0 +1,220 @@
+"""Sentences, lines and paragraphs that many documents have: boilerplate, which goes from all of them.
+
+A text is cut where a sentence surely ends, between short lines, and at blank lines. The parts between two cuts are its
+sentences, those between two line ends its lines, those between two blank lines its paragraphs; so a menu of short lines
+is seen as a paragraph, and hard-wrapped prose is never cut inside a sentence. Parts are compared by their units (words,
+and characters of scripts without spaces).
+
+What stays whoever has it: a text's first line, its title; what is indented by a tab or two spaces, which may be code or
+verse; and all code, which would not run without its repeated lines.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import daft
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from daft import DataType, col, lit
+from daft.functions import when
+
+from llm_jax.config import positive
+from llm_jax.data import ngrams
+from llm_jax.data.stages import BECAUSE, DROPPED, HTML, ID, TEXT, Result, groups, marks
+from llm_jax.errors import require
+
+REASON = "boilerplate"
+PART = "part"  # the hash of one
+CUT = "\x1e"  # put where a text is cut
+CLOSING = r"""["'”’」』）)\]]*"""
+# Punctuation at the end of a line, a blank line, Chinese marks that end a sentence, and the others before a space;
+# what is short before a full stop may be an abbreviation. No small letter may follow (see `_cuts`).
+SENTENCE_END = (
+    rf"((?:[^.\s]{{3}}[.]|[!?:;。！？：；…]){CLOSING}[ \t\r]*\n(?:[ \t\r]*\n)*|\n(?:[ \t\r]*\n)+"
+    rf"|[。！？]{CLOSING}|(?:\p{{Ll}}{{4}}[.]|[!?]){CLOSING}[ \t]+)"
+)
+SHORT_LINE = 60  # bytes: of two neighbours that are no longer, the first is taken for a whole one, as in a menu
+Integers = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinesConfig:
+    """Deduplication of parts of documents."""
+
+    enabled: bool = True
+    documents: int = 10  # a part that more documents have goes
+    words: int = 5  # a part of fewer stays
+    characters: int = 10  # the same in scripts without spaces; a part of both needs as much of the two together
+    least_left: float = 0.3  # share of its units that a document must keep; else it goes as a whole
+
+    def __post_init__(self) -> None:
+        positive(self, "documents", "words", "characters")
+        require(0 <= self.least_left <= 1, f"LinesConfig.least_left={self.least_left} must be in [0, 1]")
+
+
+class Parts(NamedTuple):
+    """The sentences, lines and paragraphs of some texts that are long enough, as spans of the joined UTF-8 bytes."""
+
+    starts: Integers
+    stops: Integers
+    owners: Integers  # the text of each
+    hashes: npt.NDArray[np.uint64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """Takes parts that many documents have out of all, and drops documents of which little is left."""
+
+    config: LinesConfig = LinesConfig()
+    name: str = "lines"
+
+    def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
+        """Count the parts of all documents, then rewrite those that have one to go."""
+        prose = documents.where(col("format").is_in([TEXT, HTML])).select(ID, "text")
+        marked = marks.mark(prose, self.listed, {PART: DataType.list(DataType.uint64())}, scratch)
+        rows = marked.explode(PART).where(col(PART).not_null())
+        counted = groups.group_by(rows.select(PART), (PART,))
+        common = counted.where(col(groups.COUNT) > lit(self.config.documents)).collect()
+        having = rows.join(common, on=PART).collect()
+        affected = prose.join(having.select(ID).distinct(), on=ID)
+        gone = np.sort(common.to_arrow()[PART].to_numpy())
+        fields = dict.fromkeys(("left", BECAUSE, DROPPED), DataType.string()) | {"removed": DataType.int64()}
+        (scratch / "rewritten").mkdir()
+        rewritten = marks.mark(affected, lambda table: self.rewritten(table, gone), fields, scratch / "rewritten")
+        facts = {
+            "different parts": len(counted),
+            "parts of too many documents": len(common),
+            "documents changed": rewritten.count_rows(),
+            "bytes removed": rewritten.sum("removed").to_pydict()["removed"][0] or 0,
+            "documents changed by source": groups.by_source(rewritten),
+            "most common": self.most_common(prose, having),
+        }
+        return Result(_with(documents, rewritten), facts)
+
+    def listed(self, table: pa.Table) -> dict[str, pa.Array]:
+        """The hashes of each text's parts, each once."""
+        texts = table["text"].combine_chunks()
+        found = self.parts(texts, ngrams.units(texts))
+        order = np.lexsort((found.hashes, found.owners))
+        owners, hashes = found.owners[order], found.hashes[order]
+        new = np.ones(len(order), np.bool_)
+        new[1:] = (owners[1:] != owners[:-1]) | (hashes[1:] != hashes[:-1])
+        offsets = np.searchsorted(owners[new], np.arange(len(texts) + 1))
+        return {PART: pa.LargeListArray.from_arrays(offsets, pa.array(hashes[new]))}
+
+    def rewritten(self, table: pa.Table, gone: npt.NDArray[np.uint64]) -> dict[str, pa.Array]:
+        """Each text without the parts that are `gone`, how many bytes those had, and whether too little is left."""
+        texts = table["text"].combine_chunks()
+        data, ends = ngrams.utf8_buffer(texts)
+        found = ngrams.units(texts)
+        parts = self.parts(texts, found)
+        chosen = np.isin(parts.hashes, gone)
+        kept = _outside(data, ends, parts.starts[chosen], parts.stops[chosen])
+        left = _tidy(data[kept], np.concatenate([[0], np.cumsum(kept)])[ends])
+        before = np.diff(found.offsets)
+        after = np.diff(np.concatenate([[0], np.cumsum(kept[_first_bytes(found, ends)])])[found.offsets])
+        shares = after / np.maximum(before, 1)
+        dropped = (shares < self.config.least_left) | (after == 0)
+        return {
+            "left": left,
+            BECAUSE: pa.array([f"{share:.0%} left" for share in shares]),
+            DROPPED: pa.array(np.where(dropped, REASON, ""), mask=~dropped),
+            "removed": pa.array(np.diff(ends) - pc.binary_length(left).to_numpy()),
+        }
+
+    def parts(self, texts: pa.Array, found: ngrams.Units) -> Parts:
+        """The sentences, lines and paragraphs of texts with these units, without those that stay whoever has them."""
+        data, ends = ngrams.utf8_buffer(texts)
+        units = _first_bytes(found, ends)
+        alone = np.concatenate([[0], np.cumsum(found.is_cjk)])
+        newlines = np.append(np.flatnonzero(data == ord("\n")), len(data))
+        titles = newlines[np.searchsorted(newlines, ends[:-1])]  # where the first line of each text ends
+        levels = []
+        for cuts in _cuts(texts):
+            offsets = np.searchsorted(units, cuts)
+            characters = np.diff(alone[offsets])
+            words = np.diff(offsets) - characters
+            place = np.flatnonzero(words / self.config.words + characters / self.config.characters >= 1)
+            owners = np.searchsorted(ends, cuts[place], side="right") - 1
+            title = units[offsets[place + 1] - 1] < titles[owners]
+            first, second = data[cuts[place]], data[cuts[place] + 1]  # a part has more bytes than one
+            indented = (first == ord("\t")) | (first == ord(" ")) & (second == ord(" "))
+            place, owners = (kept[~title & ~indented] for kept in (place, owners))
+            levels.append(Parts(cuts[place], cuts[place + 1], owners, ngrams.whole(found, offsets)[place]))
+        return Parts(*(np.concatenate(column) for column in zip(*levels, strict=True)))
+
+    def most_common(self, prose: daft.DataFrame, having: daft.DataFrame) -> list[dict[str, Any]]:
+        """The parts that most documents have, from the first document with each."""
+        each = having.groupby(PART).agg(col(groups.COUNT).min(), col(ID).min())
+        shown = each.sort([groups.COUNT, PART], desc=[True, False]).limit(groups.EXAMPLES).to_pydict()
+        texts = prose.where(col(ID).is_in(shown[ID])).to_arrow()
+        by_id = dict(zip(texts[ID].to_pylist(), texts["text"]))
+        return [
+            {"documents": count, "text": self._text_of(by_id[name].as_py(), part)}
+            for part, count, name in zip(shown[PART], shown[groups.COUNT], shown[ID], strict=True)
+        ]
+
+    def _text_of(self, text: str, part: int) -> str:
+        array = pa.array([text])
+        found = self.parts(array, ngrams.units(array))
+        place = int(np.flatnonzero(found.hashes == part)[0])
+        return text.encode()[found.starts[place] : found.stops[place]].decode().strip()[: groups.EXCERPT]
+
+
+def _with(documents: daft.DataFrame, rewritten: daft.DataFrame) -> daft.DataFrame:
+    """All documents, the rewritten ones with what is left of them."""
+    # Collected they are of known size, so that the join holds these in memory and not all documents.
+    few = rewritten.select(ID, "left", BECAUSE, DROPPED).collect()
+    joined = documents.join(few, on=ID, how="left")
+    text = when(col("left").not_null(), col("left")).otherwise(col("text"))
+    return joined.with_column("text", text).exclude("left")
+
+
+def _cuts(texts: pa.Array) -> tuple[Integers, Integers, Integers]:
+    """The bytes where the joined texts are cut into sentences, lines and paragraphs, with both ends of each text.
+
+    Of two short lines the first ends a sentence too, unless a comma or a hyphen ends it. Nothing is cut before a small
+    letter.
+    """
+    data, ends = ngrams.utf8_buffer(texts)
+    cut = pc.replace_substring_regex(pc.replace_substring(texts, CUT, " "), SENTENCE_END, rf"\1{CUT}")
+    places = np.flatnonzero(ngrams.utf8_buffer(cut)[0] == ord(CUT))
+    newlines = np.union1d(np.flatnonzero(data == ord("\n")) + 1, ends)
+    short = np.diff(newlines) <= SHORT_LINE
+    whole = newlines[1:-1][short[:-1] & short[1:]]
+    padded = np.concatenate([[0, 0], data, [0, 0]]).astype(
+        np.uint8
+    )  # the byte that follows a cut is at 2, the last at 1
+    whole = whole[~np.isin(padded[whole], (ord(","), ord("-")))]
+    cuts = np.union1d(places - np.arange(len(places)), whole)
+    first, second = padded[cuts + 2], padded[cuts + 3]
+    small = (first >= ord("a")) & (first <= ord("z")) | (first == 0xC3) & (second >= 0xA0)
+    cuts = np.union1d(cuts[~small & (first != ord("\n"))], ends)
+    line = np.isin(cuts, ends) | (padded[cuts + 1] == ord("\n"))
+    blank = np.isin(cuts, ends) | line & np.isin(padded[cuts], (ord("\n"), ord("\r")))
+    return cuts, cuts[line], cuts[blank]
+
+
+def _first_bytes(found: ngrams.Units, ends: Integers) -> Integers:
+    """Where each unit begins in the joined texts."""
+    return found.starts + np.repeat(ends[:-1], np.diff(found.offsets))
+
+
+def _outside(data: npt.NDArray[np.uint8], ends: Integers, starts: Integers, stops: Integers) -> npt.NDArray[np.bool_]:
+    """Which bytes are in none of the parts; the line end after a part that does not begin its line stays."""
+    space = np.isin(data, np.frombuffer(b" \t\r\n", np.uint8))
+    content = np.maximum.accumulate(np.where(space, -1, np.arange(len(data)))) + 1  # after the last that is no space
+    inside_line = ~np.isin(starts, ends) & (data[starts - 1] != ord("\n"))
+    stops = np.where(inside_line & (data[stops - 1] == ord("\n")), content[stops - 1], stops)
+    change = np.bincount(starts, minlength=len(data) + 1) - np.bincount(stops, minlength=len(data) + 1)
+    return np.cumsum(change[:-1]) == 0
+
+
+def _tidy(data: npt.NDArray[np.uint8], ends: Integers) -> pa.Array:
+    """Texts of these bytes without spaces at line ends and without more than one blank line in a row."""
+    texts = pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), pa.py_buffer(data))
+    texts = pc.replace_substring_regex(texts, r"[ \t]+\n", "\n")
+    return pc.utf8_trim_whitespace(pc.replace_substring_regex(texts, r"\n{3,}", "\n\n"))

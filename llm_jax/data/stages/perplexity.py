@@ -1,0 +1,128 @@
+"""How likely text is: bits per byte under a byte n-gram model of reference text, or under a trained transformer.
+
+The n-gram model interpolates by Witten and Bell's rule (1991): a context seen c times, with t different bytes after
+it, leaves t / (c + t) to the shorter context. Rare n-grams are left out and their share goes the same way.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from llm_jax.data.stages import byte_ngrams
+from llm_jax.data.stages.byte_ngrams import FACTORS, FOLD, ORDER, ROW_BITS, ROWS, Buffer, Sentences
+
+WINDOW = 128  # tokens of a sentence that a transformer reads
+ROWS_AT_ONCE = 32
+SEEN_ONCE_ORDER = 3  # longer n-grams have to be seen twice
+Keys = npt.NDArray[np.uint64]
+# From the sentences of a buffer to the bits of each, float32 [sentences].
+SentenceBits = Callable[[Buffer, Sentences], npt.NDArray[np.float32]]
+
+
+class _Order(NamedTuple):
+    """What is known of the n-grams of one length."""
+
+    keys: Keys  # their bytes as a number, sorted
+    counts: npt.NDArray[np.int64]
+    shares: npt.NDArray[np.float64]
+    contexts: Keys  # sorted
+    back_offs: npt.NDArray[np.float64]  # of the contexts
+
+
+def train(texts: pa.Array) -> tuple[npt.NDArray[np.uint32], float]:
+    """The language model's table, uint32 [ORDER, ROWS], and the back-off of the empty context.
+
+    Nothing depends on the order of the texts.
+    """
+    keys, ages = _keys(byte_ngrams.buffer(texts))
+    orders = [_count(keys[ages >= order], order) for order in range(1, ORDER + 1)]
+    table = np.zeros((ORDER, ROWS), np.uint32)
+    for order, this in enumerate(orders, start=1):
+        longer = orders[order] if order < ORDER else None
+        _fill(table[order - 1], this, order, longer)
+    return table, float(orders[0].back_offs[0]) if len(keys) else 1.0
+
+
+def _keys(found: Buffer) -> tuple[Keys, npt.NDArray[np.int64]]:
+    """The last `ORDER` bytes up to each byte of the texts, the last in the lowest bits, and its number in its text."""
+    data = FOLD[found.data].astype(np.uint64)
+    keys = np.zeros(len(data), np.uint64)
+    for back in range(ORDER):
+        keys[back:] |= data[: len(data) - back] << np.uint64(8 * back)
+    sizes = found.stops - found.starts
+    ages = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return keys[np.repeat(found.starts, sizes) + ages], ages + 1
+
+
+def _count(keys: Keys, order: int) -> _Order:
+    """Count the n-grams of a length, and share out each context's probability."""
+    grams, counts = np.unique(keys & np.uint64((1 << 8 * order) - 1), return_counts=True)
+    contexts, first = np.unique(grams >> np.uint64(8), return_index=True)
+    different = np.diff(np.append(first, len(grams)))
+    total = np.add.reduceat(counts, first) + different
+    shares = counts / np.repeat(total, different)
+    kept = counts > (0 if order <= SEEN_ONCE_ORDER else 1)
+    back_offs = 1 - np.add.reduceat(np.where(kept, shares, 0.0), first)
+    return _Order(grams[kept], counts[kept], shares[kept], contexts, back_offs)
+
+
+def _fill(table: npt.NDArray[np.uint32], this: _Order, order: int, longer: _Order | None) -> None:
+    """Write the n-grams of one length; of those with the same row the most frequent one stays."""
+    back_offs = np.ones(len(this.keys))
+    if longer is not None:
+        # A rare context is no entry, so what follows it is left to the shorter ones.
+        is_kept = np.isin(longer.contexts, this.keys)
+        kept = longer.contexts[is_kept]
+        back_offs[np.searchsorted(this.keys, kept)] = longer.back_offs[is_kept]
+    sums = np.zeros(len(this.keys), np.uint32)
+    for back in range(order):
+        byte = (this.keys >> np.uint64(8 * back)).astype(np.uint32) & np.uint32(255)
+        sums += (byte + np.uint32(1)) * np.uint32(FACTORS[back])
+    mixed = byte_ngrams.mixed(sums)
+    tags = mixed & np.uint32((1 << (32 - ROW_BITS)) - 1)
+    entries = byte_ngrams.encode(this.shares) << np.uint32(22) | byte_ngrams.encode(back_offs) << np.uint32(12) | tags
+    ascending = np.argsort(this.counts, kind="stable")
+    table[byte_ngrams.rows(mixed[ascending])] = entries[ascending]
+
+
+def ngram_bits(tables: byte_ngrams.Tables) -> SentenceBits:
+    """The bits of sentences under the n-gram model of placed tables (`byte_ngrams.place`)."""
+
+    def bits(found: Buffer, parts: Sentences) -> npt.NDArray[np.float32]:
+        return byte_ngrams.part_sums(byte_ngrams.bits(found, tables), parts)
+
+    return bits
+
+
+def transformer_bits(path: str) -> SentenceBits:
+    """The bits of sentences, each on its own, under a model that `llm_jax.interop.pretrained` loads.
+
+    Of a sentence longer than `WINDOW` tokens the first are taken for the whole.
+    """
+    # Imported only here: these rooms of the code base are made of this one.
+    from llm_jax.evaluation.perplexity import token_nats
+    from llm_jax.interop import pretrained
+
+    model = pretrained.load(path)
+    tokenizer = model.tokenizer
+    first = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
+
+    def bits(found: Buffer, parts: Sentences) -> npt.NDArray[np.float32]:
+        spans = zip(parts.starts, parts.stops, strict=True)
+        ids = tokenizer.encode_batch([found.data[start:stop].tobytes().decode() for start, stop in spans])
+        sums = np.zeros(len(ids), np.float32)
+        for begin in range(0, len(ids), ROWS_AT_ONCE):
+            some = ids[begin : begin + ROWS_AT_ONCE]
+            tokens = np.full((ROWS_AT_ONCE, WINDOW + 1), first, np.int32)
+            for tokens_T, sentence in zip(tokens, some):
+                tokens_T[1 : 1 + len(sentence)] = sentence[:WINDOW]
+            nats = np.asarray(token_nats(model.params, model.config, tokens[:, :-1], tokens[:, 1:]))
+            for row, sentence in enumerate(some):
+                used = min(len(sentence), WINDOW)
+                sums[begin + row] = nats[row, :used].sum() / np.log(2) * len(sentence) / max(used, 1)
+        return sums
+
+    return bits
