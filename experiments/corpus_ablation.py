@@ -44,6 +44,7 @@ try:
     from llm_jax.data.prepare import ORDER, PrepareConfig
     from llm_jax.data.stages import ID
     from llm_jax.data.stored import StoredCorpus
+    from llm_jax.evaluation.sentence_bits import TRANSFORMERS
 except ModuleNotFoundError as missing:
     sys.exit(f"error: preparing data needs the package {missing.name}: pip install 'llm-jax[data]'")
 
@@ -108,7 +109,7 @@ def arm_config(config: AblationConfig, arm: str, heldout: Sequence[Path]) -> Pre
 def hold_out(config: AblationConfig, workdir: Path) -> None:
     """Choose the held-out documents by the hashes of their texts, and write those of each source to a .jsonl file."""
     chosen = arm_config(config, FILTERED, ())
-    corpus = factory.run(chosen, workdir / FILTERED, prepare.stages(chosen), partial(_read, config))
+    corpus = factory.run(chosen, workdir / FILTERED, prepare.stages(chosen, TRANSFORMERS), partial(_read, config))
     columns = [ID, "source", factory.DOCUMENT_ID, "text"]
     documents = pa.concat_tables([pq.read_table(path, columns=columns) for path in corpus.documents])
     by_source: dict[str, list[str]] = {}
@@ -150,7 +151,7 @@ def prepared(config: AblationConfig, arm: str, workdir: Path, tokenizer: Path) -
     chosen = arm_config(config, arm, sorted((workdir / HELDOUT).iterdir()))
     output = str(workdir / arm / "dataset")
     chosen = dataclasses.replace(chosen, tokenizer=str(tokenizer), output=output)
-    corpus = factory.run(chosen, workdir / arm, prepare.stages(chosen), partial(_read, config))
+    corpus = factory.run(chosen, workdir / arm, prepare.stages(chosen, TRANSFORMERS), partial(_read, config))
     stored = StoredCorpus(corpus, chosen.mixture, repeats=not chosen.exact.enabled)
     pipeline.prepare(chosen, tokenizers.load(tokenizer), stored)
     (report,) = (report for report in corpus.reports if report["name"] == "contamination")

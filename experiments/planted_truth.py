@@ -48,6 +48,7 @@ try:
     from llm_jax.data.stages.quality_models import is_held_out
     from llm_jax.evaluation import planted_truth
     from llm_jax.evaluation.planted_truth import Outcome, Row, Step
+    from llm_jax.evaluation.sentence_bits import TRANSFORMERS
 except ModuleNotFoundError as missing:
     sys.exit(f"error: preparing data needs the package {missing.name}: pip install 'llm-jax[data]'")
 
@@ -72,7 +73,7 @@ class PlantedTruthConfig(PrepareConfig):
 
 def run(config: PlantedTruthConfig, workdir: Path) -> dict[str, Any]:
     """Plant, bring the corpus through its stages, judge, and write the report, which is returned."""
-    factory.run(config, workdir, prepare.stages(config), partial(_read, workdir))
+    factory.run(config, workdir, prepare.stages(config, TRANSFORMERS), partial(_read, workdir))
     steps = planted_truth.steps(workdir / factory.STAGES)
     outcomes = planted_truth.follow(planting.read(workdir / TRUTH), steps, config.fuzzy)
     rows, curve = planted_truth.rows(outcomes), s_curve(config, outcomes, steps)

@@ -30,6 +30,7 @@ try:
     from llm_jax.data.prepare import PrepareConfig
     from llm_jax.data.stages.mixture import Row
     from llm_jax.data.stored import StoredCorpus
+    from llm_jax.evaluation.sentence_bits import TRANSFORMERS
 except ModuleNotFoundError as missing:
     sys.exit(f"error: preparing data needs the package {missing.name}: pip install 'llm-jax[data]'")
 
@@ -45,7 +46,7 @@ def main(config: PrepareConfig, workdir: Path) -> Summary:
     started = time.monotonic()
     config = dataclasses.replace(config, output=config.output or str(workdir / "dataset"))
     tokenizer = tokenizers.load(config.tokenizer)
-    corpus = factory.run(config, workdir, prepare.stages(config), reading.read)
+    corpus = factory.run(config, workdir, prepare.stages(config, TRANSFORMERS), reading.read)
     stored = StoredCorpus(corpus, config.mixture)
     tokenising = time.monotonic()
     summary = pipeline.prepare(config, tokenizer, stored)

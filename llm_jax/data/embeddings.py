@@ -151,7 +151,8 @@ def load_encoder(path: str, cache: Path) -> Encoder:
 
     Raises `UserError` where files are missing or of another architecture.
     """
-    files = _minilm(cache) if path == MINILM_NAME else _folder(Path(path).expanduser())
+    named = encoder_files(path)
+    files = {file.name: file.read_bytes() for file in named} if named else _minilm(cache)
     config = json.loads(files["config.json"])
     require(config.get("model_type") == "bert", f"{path}: model_type is {config.get('model_type')!r}, not 'bert'")
     tensors = {name.removeprefix("bert."): array for name, array in load_tensors(files["model.safetensors"]).items()}
@@ -165,10 +166,14 @@ def load_encoder(path: str, cache: Path) -> Encoder:
     )
 
 
-def _folder(folder: Path) -> dict[str, bytes]:
+def encoder_files(path: str) -> list[Path]:
+    """`ENCODER_FILES` in the folder of a user's own encoder, none for "minilm"; `UserError` for one that is missing."""
+    if path == MINILM_NAME:
+        return []
+    folder = Path(path).expanduser()
     missing = [name for name in ENCODER_FILES if not (folder / name).is_file()]
     require(not missing, f"{folder} is no encoder: it has no {', '.join(missing)}")
-    return {name: (folder / name).read_bytes() for name in ENCODER_FILES}
+    return [folder / name for name in ENCODER_FILES]
 
 
 def _minilm(cache: Path) -> dict[str, bytes]:

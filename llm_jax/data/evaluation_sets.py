@@ -72,11 +72,19 @@ def read(names: Sequence[str], paths: Sequence[str], cache: Path) -> dict[str, l
             logger.warning("not looked for: the evaluation set %s (%s): %s", public.name, requirement, file)
         else:
             sets[public.name] = list(_items(public, file))
-    for path in paths:
-        name = Path(path).name.partition(".")[0]
+    for path in own_files(paths):
+        name = path.name.partition(".")[0]
         require(name not in sets, f"two evaluation sets are called {name!r}: rename the file {path}")
-        sets[name] = _own(Path(path).expanduser())
+        sets[name] = _own(path)
     return sets
+
+
+def own_files(paths: Sequence[str]) -> list[Path]:
+    """The files with a user's own sets; `UserError` for one that is missing."""
+    files = [Path(path).expanduser() for path in paths]
+    for path in files:
+        require(path.is_file(), f"no evaluation set at {path}: a .jsonl file with an item in each line is wanted")
+    return files
 
 
 def _items(public: PublicSet, file: Path) -> Iterator[str]:
@@ -103,7 +111,6 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _own(path: Path) -> list[str]:
-    require(path.is_file(), f"no evaluation set at {path}: a .jsonl file with an item in each line is wanted")
     try:
         texts = ["\n".join(_strings(json.loads(line))) for line in jsonl_lines(path)]
     except ValueError as error:

@@ -12,9 +12,10 @@
       ...
 
 A stage is written to `NN_name.partial`, which gets its name when it is whole. Its fingerprint is a digest of its
-settings and of all that came before: a run that was stopped goes on with the stage in which it was, and a run with
-another setting begins where that setting matters. Every stage must give back each document once: their number and the
-sums of their ids' hashes are compared with what it got, and counts by source with the rows that the files hold.
+settings, of what is in the files that they name, and of all that came before: a run that was stopped goes on with the
+stage in which it was, and a run with another setting begins where that setting matters. Every stage must give back each
+document once: their number and the sums of their ids' hashes are compared with what it got, and counts by source with
+the rows that the files hold.
 """
 
 import contextlib
@@ -116,8 +117,8 @@ def _steps(config: PrepareConfig, folder: Path, stages: Sequence[Stage]) -> list
     for stage in stages:
         settings: Any = stage
         inputs: Callable[[], list[Path]] = getattr(stage, "files", list)  # what it reads besides its documents
-        states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs()]
-        fingerprint = _digest([fingerprint, stage.name, dataclasses.asdict(settings), states])
+        contents = [(path.name, files.digest(path)) for path in inputs()]
+        fingerprint = _digest([fingerprint, stage.name, dataclasses.asdict(settings), contents])
         steps.append(_Step(folder / f"{ORDER.index(stage.name):02d}_{stage.name}", fingerprint, stage))
     return steps
 
@@ -129,7 +130,12 @@ def _corpus_facts(config: PrepareConfig) -> list[Any]:
 
 
 def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_name).encode()).hexdigest()
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """What a function among a stage's settings counts by."""
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def _finished(steps: Sequence[_Step]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ holds.
 import codecs
 import collections
 import gzip
+import hashlib
 import io
 import logging
 import re
@@ -68,6 +69,13 @@ def state(path: Path) -> list[tuple[str, int, int]]:
     """(path, size, time of change) of every file to read, which stand for what the files hold."""
     stats = [(str(file), file.stat()) for file in _files(path) if kind(file)]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of what a file holds, in hexadecimal; `UserError` where there is none."""
+    require(path.is_file(), f"no file at {path}")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(path: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llm_jax.config import CorpusConfig, non_negative, one_of
@@ -15,6 +16,7 @@ from llm_jax.data.stages.instructions import Instructions, InstructionsConfig
 from llm_jax.data.stages.language import Language, LanguageConfig
 from llm_jax.data.stages.lines import Lines, LinesConfig
 from llm_jax.data.stages.mixture import Mixture, MixtureConfig
+from llm_jax.data.stages.perplexity import Scorer
 from llm_jax.data.stages.personal import Personal, PersonalConfig
 from llm_jax.data.stages.quality import Quality, QualityConfig
 from llm_jax.data.stages.semantic import Semantic, SemanticConfig
@@ -68,14 +70,17 @@ class PrepareConfig(CorpusConfig):
         require(self.runner == "ray" or not self.ray_address, "PrepareConfig.ray_address needs runner=ray")
 
 
-def stages(config: PrepareConfig) -> list[Stage]:
-    """The stages that are not turned off, in their order; reading comes before them."""
+def stages(config: PrepareConfig, scorer: Scorer) -> list[Stage]:
+    """The stages that are not turned off, in their order; reading comes before them.
+
+    `scorer` loads a model that `config.quality` may name.
+    """
     every: list[tuple[Any, Callable[[Any], Stage]]] = [
         (config.extract, Extract),
         (config.language, Language),
         (config.exact, Exact),
         (config.heuristics, Heuristics),
-        (config.quality, Quality),
+        (config.quality, partial(Quality, scorer=scorer)),
         (config.lines, Lines),
         (config.fuzzy, Fuzzy),
         (config.semantic, Semantic),

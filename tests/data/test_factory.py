@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import json
+import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -15,12 +17,16 @@ from daft import col, lit
 from daft import functions as F
 
 from experiments import runner
-from llm_jax.data import counts, factory
+from llm_jax.data import counts, embeddings, factory
 from llm_jax.data.documents import text_hash
 from llm_jax.data.prepare import PrepareConfig
-from llm_jax.data.stages import COLUMNS, Result
+from llm_jax.data.stages import COLUMNS, DROPPED, Result
+from llm_jax.data.stages.contamination import Contamination, ContaminationConfig
 from llm_jax.data.stages.instructions import Instructions, InstructionsConfig
+from llm_jax.data.stages.quality import Quality, QualityConfig
+from llm_jax.data.stages.semantic import Semantic, SemanticConfig
 from llm_jax.errors import UserError
+from llm_jax.evaluation.sentence_bits import TRANSFORMERS
 from tests.data import corpora
 from tests.data.corpora import Short, Shout
 
@@ -163,6 +169,33 @@ def test_conversations_are_added_anew_when_their_file_changes(tmp_path):
         file.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"content": reply}]}))
         rows = pq.read_table(run(tmp_path / "run", [stage]).documents).to_pylist()
         assert [row["text"] for row in rows if row["source"] == "instructions_talk"] == [f"Hi\n\n{reply}"]
+
+
+@pytest.mark.parametrize("kind", ["evaluation set", "model", "encoder"])
+def test_files_that_settings_name_count_by_what_they_hold(tmp_path, kind, monkeypatch):
+    named = {"evaluation set": ["own.jsonl"], "model": ["model.gguf"], "encoder": embeddings.ENCODER_FILES}[kind]
+    files = [tmp_path / name for name in named]
+    stage = {
+        "evaluation set": lambda: Contamination(ContaminationConfig(sets=(), paths=(str(files[0]),))),
+        "model": lambda: Quality(QualityConfig(model=str(files[0])), TRANSFORMERS),
+        "encoder": lambda: Semantic(SemanticConfig(encoder=str(tmp_path))),
+    }[kind]()
+    calls = []
+
+    def applied(self, documents, scratch):
+        calls.append(1)
+        return Result(documents.with_column(DROPPED, daft.lit(None)), {})
+
+    monkeypatch.setattr(type(stage), "apply", applied)
+    for content, times, when in (("one", 1, 1), ("two", 2, 1), ("two", 2, 9)):  # of one size and time; another time
+        for path in files:
+            path.write_text(content)
+            os.utime(path, (when, when))
+        run(tmp_path / "run", [stage])
+        assert len(calls) == times
+    files[-1].unlink()
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        run(tmp_path / "run", [stage])
 
 
 def test_a_run_that_is_killed_goes_on_in_the_same_stage(tmp_path, applied):

@@ -20,6 +20,7 @@ from llm_jax.config import from_config_dict
 from llm_jax.data import factory, prepare
 from llm_jax.data.prepare import PrepareConfig
 from llm_jax.data.stages import Result
+from llm_jax.evaluation.sentence_bits import TRANSFORMERS
 from tests.data import corpora
 
 
@@ -52,7 +53,7 @@ def kill(began):
 folder, stages = Path(sys.argv[1]), sys.argv[3]
 config = from_config_dict(PrepareConfig, json.loads(sys.argv[2]))
 chosen = {"short": lambda: [corpora.Short(), corpora.Shout()], "killed": lambda: [corpora.Short(), Slow()],
-          "real": lambda: prepare.stages(config)}[stages]()
+          "real": lambda: prepare.stages(config, TRANSFORMERS)}[stages]()
 rows = corpora.with_faults() if stages == "real" else corpora.documents(400)
 corpus = factory.run(config, folder, chosen, corpora.reader(rows, files=4))
 held = corpora.held(corpus.documents)

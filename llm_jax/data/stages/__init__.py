@@ -30,7 +30,10 @@ class Result(NamedTuple):
 
 
 class Stage(Protocol):
-    """One stage; its settings are its own frozen dataclass."""
+    """One stage; its settings are its own frozen dataclass.
+
+    One that reads files which its settings name lists them in a method `files`: it is done again when they change.
+    """
 
     @property
     def name(self) -> str:

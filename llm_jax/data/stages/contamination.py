@@ -99,6 +99,10 @@ class Contamination:
     config: ContaminationConfig = ContaminationConfig()
     name: str = "contamination"
 
+    def files(self) -> list[Path]:
+        """The evaluation sets of the user's own."""
+        return evaluation_sets.own_files(self.config.paths)
+
     def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
         """The facts hold for each set how many items were looked for, touched and mostly there, with examples."""
         cache = cache_folder(CorpusConfig(cache=self.config.cache))

@@ -1,10 +1,11 @@
-"""How likely text is: bits per byte under a byte n-gram model of reference text, or under a trained transformer.
+"""How likely text is: bits per byte under a byte n-gram model of reference text, or under a model of another kind.
 
 The n-gram model interpolates by Witten and Bell's rule (1991): a context seen c times, with t different bytes after
 it, leaves t / (c + t) to the shorter context. Rare n-grams are left out and their share goes the same way.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +15,17 @@ import pyarrow as pa
 from llm_jax.data.stages import byte_ngrams
 from llm_jax.data.stages.byte_ngrams import FACTORS, FOLD, ORDER, ROW_BITS, ROWS, Buffer, Sentences
 
-WINDOW = 128  # tokens of a sentence that a transformer reads
-ROWS_AT_ONCE = 32
 SEEN_ONCE_ORDER = 3  # longer n-grams have to be seen twice
 Keys = npt.NDArray[np.uint64]
 # From the sentences of a buffer to the bits of each, float32 [sentences].
 SentenceBits = Callable[[Buffer, Sentences], npt.NDArray[np.float32]]
+
+
+class Scorer(NamedTuple):
+    """Trained models that are somewhere else; what they are made of is known to the code above this one."""
+
+    load: Callable[[str], SentenceBits]  # from a path
+    files: Callable[[str], list[Path]]  # whose contents stand for the model at a path
 
 
 class _Order(NamedTuple):
@@ -93,36 +99,5 @@ def ngram_bits(tables: byte_ngrams.Tables) -> SentenceBits:
 
     def bits(found: Buffer, parts: Sentences) -> npt.NDArray[np.float32]:
         return byte_ngrams.part_sums(byte_ngrams.bits(found, tables), parts)
-
-    return bits
-
-
-def transformer_bits(path: str) -> SentenceBits:
-    """The bits of sentences, each on its own, under a model that `llm_jax.interop.pretrained` loads.
-
-    Of a sentence longer than `WINDOW` tokens the first are taken for the whole.
-    """
-    # Imported only here: these rooms of the code base are made of this one.
-    from llm_jax.evaluation.perplexity import token_nats
-    from llm_jax.interop import pretrained
-
-    model = pretrained.load(path)
-    tokenizer = model.tokenizer
-    first = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
-
-    def bits(found: Buffer, parts: Sentences) -> npt.NDArray[np.float32]:
-        spans = zip(parts.starts, parts.stops, strict=True)
-        ids = tokenizer.encode_batch([found.data[start:stop].tobytes().decode() for start, stop in spans])
-        sums = np.zeros(len(ids), np.float32)
-        for begin in range(0, len(ids), ROWS_AT_ONCE):
-            some = ids[begin : begin + ROWS_AT_ONCE]
-            tokens = np.full((ROWS_AT_ONCE, WINDOW + 1), first, np.int32)
-            for tokens_T, sentence in zip(tokens, some):
-                tokens_T[1 : 1 + len(sentence)] = sentence[:WINDOW]
-            nats = np.asarray(token_nats(model.params, model.config, tokens[:, :-1], tokens[:, 1:]))
-            for row, sentence in enumerate(some):
-                used = min(len(sentence), WINDOW)
-                sums[begin + row] = nats[row, :used].sum() / np.log(2) * len(sentence) / max(used, 1)
-        return sums
 
     return bits

@@ -39,6 +39,7 @@ from llm_jax.data.stages import (
 )
 from llm_jax.data.stages import quality_models as models
 from llm_jax.data.stages.groups import EXCERPT
+from llm_jax.data.stages.perplexity import Scorer
 from llm_jax.errors import require
 
 # The probability that a sentence offends which has none, one, two or more listed Chinese words: no labels tell.
@@ -94,8 +95,13 @@ class QualityConfig:
 class Quality:
     """Adds `perplexity`, `quality` and `offensive`, cuts sentences, and drops what is mostly garbage or offends."""
 
-    config: QualityConfig = QualityConfig()
+    config: QualityConfig
+    scorer: Scorer  # loads `config.model`
     name: str = "quality"
+
+    def files(self) -> list[Path]:
+        """What the model at a path is known by."""
+        return self.scorer.files(self.config.model) if self.config.model else []
 
     def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
         """Sample, learn, and judge every document by what was learnt."""
@@ -111,13 +117,14 @@ class Quality:
             reference=config.reference,
             offensive_share=config.offensive_share,
             least_bytes=config.least_bytes,
+            scorer=self.scorer,
             model=config.model,
             seed=config.seed,
         )
         folder = scratch / "models"
         folder.mkdir()
         learnt.save(folder)
-        judge = _Judge(config, folder, (folder / "arrays.npz").stat().st_mtime_ns)
+        judge = _Judge(config, self.scorer, folder, (folder / "arrays.npz").stat().st_mtime_ns)
         judged = marks.mark(documents, judge, FIELDS, scratch, "source")
         added = [name for name in FIELDS if name not in (CUT, EXAMPLE, "garbage_bytes", "offensive_bytes")]
         documents = marks.join(documents, judged, *added, CUT)
@@ -140,6 +147,7 @@ class _Judge:
     """Judges documents by saved models; on a cluster it travels to them as settings and a path."""
 
     config: QualityConfig
+    scorer: Scorer
     folder: Path
     stamp: int  # a process may still have the models that an earlier run had there
 
@@ -158,7 +166,7 @@ class _Judge:
         def per_text(values_S: npt.NDArray) -> npt.NDArray[np.float64]:
             return np.bincount(parts.texts, values_S, len(sizes_N)).astype(np.float64, copy=False)
 
-        bits_S = models.sentence_bits(learnt.tables, config.model)(found, parts)
+        bits_S = models.sentence_bits(learnt.tables, self.scorer, config.model)(found, parts)
         groups = [models.group_of(name) for name in names]
         quality, margin_S = _linear(found, parts, groups, language_N, learnt)
         offence_S = _offence(found, parts, groups, language_N, margin_S, learnt)

@@ -94,12 +94,13 @@ def train(
     reference: tuple[str, ...],
     offensive_share: float,
     least_bytes: int,
+    scorer: perplexity.Scorer,
     model: str,
     seed: int,
 ) -> tuple[Models, dict[str, Any]]:
     """The models, and what the report says of them, of a sample of documents sorted by id.
 
-    `words` are the listed ones that count; the other arguments are those of `QualityConfig`.
+    `words` are the listed ones that count, `scorer` loads `model`; the other arguments are those of `QualityConfig`.
     """
     generator = np.random.default_rng(seed)
     held_out = np.arange(len(sample)) % HELD_OUT == 0
@@ -108,7 +109,8 @@ def train(
     quality_R, slopes, quality_facts = _quality(sample, reference, held_out, generator)
     offensive_R, judged, offensive_facts = _offensive(sample, words, material, offensive_share)
     tables = byte_ngrams.Tables(language_OR, np.float32(empty), byte_ngrams.pack(quality_R, offensive_R))
-    scales = sentence_scales(sentence_bits(tables, model), sample.filter(pa.array(held_out)), least_bytes, generator)
+    bits = sentence_bits(tables, scorer, model)
+    scales = sentence_scales(bits, sample.filter(pa.array(held_out)), least_bytes, generator)
     facts = {
         "sampled bytes": int(pc.sum(pc.binary_length(sample["text"])).as_py() or 0),
         "bits per byte": {language or "others": scale._asdict() for language, scale in scales.items()},
@@ -152,12 +154,14 @@ def _garbage(size: int, generator: np.random.Generator, language: str = "") -> s
     return "".join(LETTERS[generator.integers(0, len(LETTERS), size)])
 
 
-def sentence_bits(tables: byte_ngrams.Tables, model: str) -> perplexity.SentenceBits:
-    """What sentences are scored by: the n-gram model of the tables, or the transformer at a path."""
-    return transformer(model) if model else perplexity.ngram_bits(byte_ngrams.place(tables))
+def sentence_bits(tables: byte_ngrams.Tables, scorer: perplexity.Scorer, model: str) -> perplexity.SentenceBits:
+    """What sentences are scored by: the n-gram model of the tables, or what the scorer loads from a path."""
+    return _loaded(scorer, model) if model else perplexity.ngram_bits(byte_ngrams.place(tables))
 
 
-transformer = functools.lru_cache(maxsize=1)(perplexity.transformer_bits)
+@functools.lru_cache(maxsize=1)
+def _loaded(scorer: perplexity.Scorer, model: str) -> perplexity.SentenceBits:
+    return scorer.load(model)
 
 
 def _quality(

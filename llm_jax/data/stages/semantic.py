@@ -60,6 +60,10 @@ class Semantic:
     config: SemanticConfig = SemanticConfig()
     name: str = "semantic"
 
+    def files(self) -> list[Path]:
+        """Those of the encoder, where it is the user's own."""
+        return embeddings.encoder_files(self.config.encoder) if self.config.encoder else []
+
     def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
         """Learn clusters, give each document its own, and compare the documents of each."""
         with threadpool_limits(1):  # Daft has a thread for each core: BLAS's own would wait for each other

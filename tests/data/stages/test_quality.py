@@ -15,8 +15,6 @@ import pytest
 from scipy import special
 from sklearn import linear_model, metrics
 
-from llm_jax import models as transformers
-from llm_jax.config import ModelConfig
 from llm_jax.data.stages import (
     BECAUSE,
     DROPPED,
@@ -30,6 +28,7 @@ from llm_jax.data.stages import (
 )
 from llm_jax.data.stages.quality import GARBAGE, OFFENSIVE, Quality, QualityConfig
 from llm_jax.errors import UserError
+from llm_jax.evaluation.sentence_bits import TRANSFORMERS
 from tests.data.stages.invented import Language
 
 VILE = ("grobnik", "vlukdor", "脏秽")
@@ -91,7 +90,7 @@ def config():
 def run(documents, config, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(offensive, "load", lambda cache: material())
-        result = Quality(config).apply(documents, folder)
+        result = Quality(config, TRANSFORMERS).apply(documents, folder)
     return {row["id"]: row for row in result.documents.to_pylist()}, result.facts
 
 
@@ -319,29 +318,6 @@ def test_weights_are_packed_to_eight_bits_of_mantissa():
     packed = byte_ngrams.pack(*weights)
     np.testing.assert_allclose((packed & 0xFFFF0000).view(np.float32), weights[0], rtol=2**-8)
     np.testing.assert_allclose((packed << np.uint32(16)).view(np.float32), weights[1], rtol=2**-8)
-
-
-def test_a_transformer_says_how_likely_sentences_are(monkeypatch):
-    class Letters:
-        bos_id = 0
-
-        def encode_batch(self, texts):
-            return [[1 + ord(c) % 30 for c in text] for text in texts]
-
-    config = ModelConfig(vocab_size=32, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8,
-                         ffn_size=32, max_length=64)  # fmt: skip
-    params = transformers.init(config, jax.random.key(0))
-    from llm_jax.interop import pretrained
-
-    monkeypatch.setattr(pretrained, "load", lambda path: pretrained.Pretrained(config, params, Letters(), ""))
-    found = byte_ngrams.buffer(pa.array(["abc. Defgh.", "x"]))
-    bits = perplexity.transformer_bits("a/run")(found, byte_ngrams.sentences(found))
-    for text, got in zip(["abc. ", "Defgh.", "x"], bits, strict=True):
-        ids = [0, *Letters().encode_batch([text])[0]]
-        hidden = transformers.hidden_states(params, config, np.array([ids[:-1]]))[0]
-        logprobs = jax.nn.log_softmax(hidden @ transformers.unembedding(params, config).T)
-        wanted = -sum(float(logprobs[i, token]) for i, token in enumerate(ids[1:])) / math.log(2)
-        assert got == pytest.approx(wanted, rel=1e-4)
 
 
 def test_corrupted_texts_are_spoiled_in_the_way_that_is_said():
