@@ -39,7 +39,7 @@ class ProseRules:
     min_letters: float = 0.2  # Gopher: 80 % of the words have one
     max_digits: float = 0.4  # ours
     max_symbols: float = 0.45  # neither letters, digits nor punctuation; Gopher: 0.1 a word, of # and ...
-    max_broken: float = 0.03  # control, private-use and replacement characters: text in a wrong encoding; ours
+    max_broken: float = 0.03  # three or more control, private-use, replacement characters: a wrong encoding; ours
     min_stop_words: float = 0.005  # of the units, of texts of 100 or more; Gopher: two in a document
     max_top_ngram: float = 0.16  # the most frequent 4-gram's share of all; Gopher's number
     max_repeated_ngrams: float = 0.5  # 10-grams that were there before; Gopher: 0.1, which drops statutes and psalms
@@ -133,8 +133,6 @@ def _breaks(
         wrong = value < limit if bound == MINIMUM else value > limit
         if name == "stop_words":
             wrong &= values["units"] >= LONG
-        if name == "word_length":
-            wrong &= value > 0
         mask = np.zeros(count, np.bool_)
         mask[rows[wrong]] = True
         reason = f"{'few' if bound == MINIMUM else 'many'} {name}".replace("_", " ")

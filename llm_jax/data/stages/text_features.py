@@ -52,12 +52,16 @@ GENERATED = (
     "file is generated", "file was generated", "generated file",
 )  # fmt: skip
 FEW_LINES = 4  # of fewer lines the share that begins or ends in a way says nothing
+FEW_BROKEN = 3  # fewer broken characters are one that a font had, not a wrong encoding, however short the text
 SLOT_SHIFT = np.uint64(44)  # the first 20 bits of a hash find a stop word
 GENERATED_BYTES = 600  # a generated file says so where it begins
 
 
 def of_prose(texts: pa.Array, languages: pa.Array) -> dict[str, Floats]:
-    """The features of texts in natural languages, each [N]: see `HeuristicsConfig` for what they are."""
+    """The features of texts in natural languages, each [N]: see `HeuristicsConfig` for what they are.
+
+    NaN is what a text has none of: the length of words where there are none, stop words where there is no list of them.
+    """
     data, edges = utf8_buffer(texts)
     counts = _character_kinds(data, edges)
     visible = np.maximum(counts[:, LETTER : BROKEN + 1].sum(axis=1), 1)
@@ -68,11 +72,11 @@ def of_prose(texts: pa.Array, languages: pa.Array) -> dict[str, Floats]:
     wide = np.where(cjk * 2 > number, 2, 1)
     return {
         "units": number.astype(np.float64),
-        "word_length": letters / np.maximum(number - cjk, 1),
+        "word_length": np.where(number > cjk, letters / np.maximum(number - cjk, 1), np.nan),
         "letters": counts[:, LETTER] / visible,
         "digits": counts[:, DIGIT] / visible,
         "symbols": counts[:, SYMBOL] / visible,
-        "broken": counts[:, BROKEN] / visible,
+        "broken": _broken(counts[:, BROKEN], visible),
         "stop_words": _stop_words(found.hashes, found.offsets, languages),
         "top_ngram": _repetition(found, TOP_WIDTH * wide)[1],
         "repeated_ngrams": _repetition(found, REPEAT_WIDTH * wide)[0],
@@ -99,9 +103,14 @@ def of_code(texts: pa.Array) -> dict[str, Floats]:
         "data": _shares(lengths * wordless, lengths, parents, len(texts)),
         "letters": counts[:, LETTER] / visible,
         "digits": counts[:, DIGIT] / visible,
-        "broken": counts[:, BROKEN] / visible,
+        "broken": _broken(counts[:, BROKEN], visible),
         "generated": np.minimum(_occurrences(heads, GENERATED), 1.0),
     }
+
+
+def _broken(count: Integers, visible: Integers) -> Floats:
+    """The share of broken characters, 0 where there are only a few."""
+    return np.where(count >= FEW_BROKEN, count / visible, 0.0)
 
 
 def _shares(part: Numbers, whole: Numbers, parents: Integers, count: int) -> Floats:
@@ -146,16 +155,17 @@ def _character_kinds(data: npt.NDArray[np.uint8], edges: Integers) -> Integers:
 
 
 def _stop_words(hashes: Hashes, offsets: Integers, languages: pa.Array) -> Floats:
-    """The share of units that are stop words of the text's language; 1 where there is no list of them."""
+    """The share of units that are stop words of the text's language; NaN where there is no list of them."""
     every, slots, tables = _stop_word_tables()
     word = slots[hashes >> SLOT_SHIFT]
     word = np.where(every[word] == hashes, word, len(every) - 1)
     encoded = languages.dictionary_encode()
     bases = [(name or "").partition("-")[0] for name in [*encoded.dictionary.to_pylist(), None]]
-    table = np.array([tables.get(base, np.ones(len(every))) for base in bases])
+    table = np.array([tables.get(base, np.zeros(len(every))) for base in bases])
     counts = np.diff(offsets)
-    language = np.repeat(np.asarray(encoded.indices.fill_null(len(encoded.dictionary))), counts)
-    return _sums(table[language, word], offsets) / np.maximum(counts, 1)
+    languages_N = np.asarray(encoded.indices.fill_null(len(encoded.dictionary)))
+    shares = _sums(table[np.repeat(languages_N, counts), word], offsets) / np.maximum(counts, 1)
+    return np.where(np.array([base in tables for base in bases])[languages_N], shares, np.nan)
 
 
 @functools.cache

@@ -48,6 +48,7 @@ def slow_repetition(tokens: list[str], width: int) -> tuple[float, float]:
 
 
 @example(["1\n1\n1\n ", "-"])
+@example(["\x07 a 的 \x07", "a\x07\x07\x07的"])
 @given(st.lists(st.text("ab 的。\n.-1$\u2026é\x07", max_size=60), min_size=1, max_size=5))
 @settings(max_examples=150, deadline=None)
 def test_numbers_are_those_of_a_loop(texts: list[str]) -> None:
@@ -63,11 +64,11 @@ def test_numbers_are_those_of_a_loop(texts: list[str]) -> None:
         bullets = sum(line.lstrip(" ").startswith("-") for line in lines if len(line) - len(line.lstrip(" ")) <= 4)
         expected = {
             "units": len(tokens),
-            "word_length": sum(len(word.encode()) for word in words) / max(len(words), 1),
+            "word_length": sum(len(word.encode()) for word in words) / len(words) if words else np.nan,
             "letters": len(re.findall(r"[abé的]", text)) / visible,
             "digits": text.count("1") / visible,
             "symbols": text.count("$") / visible,
-            "broken": text.count("\x07") / visible,
+            "broken": text.count("\x07") / visible if text.count("\x07") >= 3 else 0.0,
             "stop_words": tokens.count("a") / max(len(tokens), 1),
             "repeated_ngrams": slow_repetition(tokens, 10 * wide)[0],
             "top_ngram": slow_repetition(tokens, 4 * wide)[1],
@@ -78,7 +79,7 @@ def test_numbers_are_those_of_a_loop(texts: list[str]) -> None:
         }
         assert expected.keys() == found.keys()
         for name, value in expected.items():
-            assert found[name][i] == pytest.approx(value), name
+            assert found[name][i] == pytest.approx(value, nan_ok=True), name
 
 
 def test_ngrams_are_twice_as_long_without_spaces() -> None:
@@ -127,8 +128,9 @@ def test_each_rule_drops_what_it_is_for(tmp_path: Path, language: str, text: str
 def test_good_texts_are_kept(tmp_path: Path) -> None:
     verse = "Tyger Tyger, burning bright,\nIn the forests of the night;\nWhat immortal hand or eye,\nCould frame it?"
     entry = "鼓舌摇唇（gǔ shé yáo chún）：鼓动嘴唇，摇动舌头。形容利用口才进行煽动或游说。"
+    review = "早餐30,不能退,也不能\ue139期,太無理.以后不再訂這酒店."  # one character of a font's own
     listing = "Things to bring along for the walk:\n" + "\n".join(f"- the {thing}" for thing in ("map", "rope", "tent"))
-    good = [("en", ENGLISH), ("zh", CHINESE), ("en", PSALM), ("en", verse), ("zh", entry), ("zh-CN", CHINESE),
+    good = [("en", ENGLISH), ("zh", CHINESE), ("en", PSALM), ("en", verse), ("zh", entry), ("zh", review), ("zh-CN", CHINESE),
             ("en", listing), ("code", CODE), ("und", ENGLISH), ("code", inspect.getsource(text_features))]  # fmt: skip
     rows, facts = run(good, tmp_path)
     assert [row["dropped"] for row in rows] == [None] * len(good), rows
@@ -141,6 +143,14 @@ def test_facts_count_every_broken_rule_and_have_quantiles(tmp_path: Path) -> Non
     assert [row["dropped"] for row in rows] == [None, None, None, "few units", None]
     assert facts["by_language"]["en"]["units"][2] == pytest.approx(len(ENGLISH.split()), rel=0.03)
     assert "longest_line" in facts["by_language"]["code"]
+
+
+def test_quantiles_are_of_the_texts_that_have_a_number(tmp_path: Path) -> None:
+    texts = [CHINESE] * 9 + ["我们 said hello 了三次，所以他们都走了。"]
+    _, facts = run([("zh", text) for text in texts] + [("und", ENGLISH), ("code", CODE)], tmp_path)
+    assert np.allclose(facts["by_language"]["zh"]["word_length"], 4.5, rtol=0.03)  # of the one text with words
+    assert "word_length" not in facts["by_language"]["code"]
+    assert "stop_words" not in facts["by_language"]["und"]
 
 
 def test_bounds_are_settings(tmp_path: Path) -> None:
