@@ -27,6 +27,7 @@ CENTRAL = "ąćęłńóśźżĄĆĘŁŃÓŚŹŻáčďéěíňóřšťúůýžÁ�
 CONTROLS = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 SURROGATES = re.compile("[\ud800-\udfff]")
 REPLACEMENT = "\ufffd"
+BYTE_ORDER_MARK = "\ufeff"
 
 
 class Decoded(NamedTuple):
@@ -129,17 +130,18 @@ class Cleaned(NamedTuple):
 
     text: str
     nulls: int
+    marks: int
     surrogates: int
 
 
 def clean(text: str) -> Cleaned:
-    """Without null characters, and with U+FFFD for halves of surrogate pairs."""
-    nulls = text.count("\0")
-    if nulls:
-        text = text.replace("\0", "")
+    """Without null characters and byte-order marks, and with U+FFFD for halves of surrogate pairs."""
+    nulls, marks = text.count("\0"), text.count(BYTE_ORDER_MARK)
+    if nulls or marks:
+        text = text.replace("\0", "").replace(BYTE_ORDER_MARK, "")
     try:
         text.encode()
-        return Cleaned(text, nulls, 0)
+        return Cleaned(text, nulls, marks, 0)
     except UnicodeEncodeError:
         text, surrogates = SURROGATES.subn(REPLACEMENT, text)
-        return Cleaned(text, nulls, surrogates)
+        return Cleaned(text, nulls, marks, surrogates)

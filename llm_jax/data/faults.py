@@ -10,8 +10,10 @@ logger = logging.getLogger(__name__)
 ENCODING = "read in another encoding than UTF-8"
 CHARACTERS = "characters that could not be decoded, now U+FFFD"
 NULLS = "null characters, taken out"
+MARKS = "byte-order marks, taken out"
 SURROGATES = "lone surrogates, now U+FFFD"
-REPAIRED = (ENCODING, CHARACTERS, NULLS, SURROGATES)
+REFERENCES = "HTML's character references, now characters"
+REPAIRED = (ENCODING, CHARACTERS, NULLS, MARKS, SURROGATES, REFERENCES)
 
 UNREADABLE = "file that cannot be read"
 DAMAGED = "damaged from here on"

@@ -18,6 +18,7 @@ from llm_jax.data import faults as faults_lib
 from llm_jax.data import files
 from llm_jax.data.documents import HTML, TEXT, split_long
 from llm_jax.data.encodings import clean, decode
+from llm_jax.data.entities import without_residue
 from llm_jax.data.faults import Faults
 from llm_jax.errors import UserError
 
@@ -59,8 +60,11 @@ def read_files(root: Path, paths: Sequence[Path], config: CorpusConfig, faults: 
 def finished(texts: Iterable[Raw], faults: Faults) -> Iterator[Raw]:
     """Texts with a UTF-8 form, those that are no pages cut to document size, blank ones left out."""
     for raw in texts:
-        text, nulls, surrogates = clean(raw.text)
-        for kind, times in ((faults_lib.NULLS, nulls), (faults_lib.SURROGATES, surrogates)):
+        # What a reference becomes may need cleaning, too.
+        text, references = without_residue(raw.text) if raw.format == TEXT else (raw.text, 0)
+        text, *repaired = clean(text)
+        kinds = (faults_lib.REFERENCES, faults_lib.NULLS, faults_lib.MARKS, faults_lib.SURROGATES)
+        for kind, times in zip(kinds, (references, *repaired), strict=True):
             if times:
                 faults.add(kind, raw.file, raw.place or "its text", times)
         if not text or text.isspace():

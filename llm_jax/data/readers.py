@@ -22,6 +22,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from llm_jax.data.documents import shuffled
+from llm_jax.data.entities import decoded
 from llm_jax.data.packages import members
 
 PAGE_BYTES = 4096
@@ -239,7 +240,7 @@ def plain_wikitext(text: str) -> str:
     text = re.sub(r"\[https?://\S+ ?([^\]]*)\]", r"\1", text)
     text = re.sub(r"'{2,}|</?[a-zA-Z][^<>]*>|__[A-Z]+__", "", text)
     text = re.sub(r"^[ \t]*=+\s*(.*?)\s*=+[ \t]*$", r"\1", text, flags=re.MULTILINE)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+    return re.sub(r"\n{3,}", "\n\n", decoded(text)[0]).strip()
 
 
 def _without_nested(text: str, innermost: str) -> str:

@@ -1,7 +1,7 @@
 """Encodings told apart on texts encoded by Python, and characters that no text should hold."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llm_jax.data import encodings
@@ -66,8 +66,11 @@ def test_other_beginnings_are_not_wide():
 
 
 @given(st.text(st.characters(codec=None)))
-def test_a_clean_text_has_a_utf8_form_and_loses_only_nulls(text):
+@example("\ufeffa\0\ufeff\ud800")
+def test_a_clean_text_has_a_utf8_form_and_loses_only_nulls_and_marks(text):
     cleaned = encodings.clean(text)
     cleaned.text.encode()
-    assert len(cleaned.text) == len(text) - text.count("\0")
-    assert (cleaned.surrogates, cleaned.nulls) == (sum("\ud800" <= c <= "\udfff" for c in text), text.count("\0"))
+    assert cleaned.nulls == text.count("\0") and cleaned.marks == text.count("\ufeff")
+    assert cleaned.surrogates == sum("\ud800" <= c <= "\udfff" for c in text)
+    kept = [c for c in text if c not in "\0\ufeff"]
+    assert cleaned.text == "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in kept)

@@ -224,6 +224,10 @@ BAD = {
     "surrogate.jsonl": (
         lambda p: p.write_text('{"text": "a"}\n{"text": "b\\ud800c"}\n'), "repaired", faults.SURROGATES, 1, "line 2",
     ),
+    "mark.jsonl": (
+        lambda p: p.write_text('{"text": "a"}\n{"text": "\ufeffb\ufeff"}\n'), "repaired", faults.MARKS, 2, "line 2",
+    ),
+    "reference.txt": (lambda p: p.write_text("Tom &amp; Jerry"), "repaired", faults.REFERENCES, 1, "its text"),
     "utf8.txt": (lambda p: p.write_bytes(CHINESE.encode() + b"\xff"), "repaired", faults.CHARACTERS, 1, "byte 0"),
     "utf8.jsonl": (
         lambda p: p.write_bytes(b'{"text": "' + CHINESE.encode() + b'\xff"}'),
@@ -303,6 +307,14 @@ def test_bad_input_is_counted_and_named_in_one_line(name, folder, caplog, monkey
 def test_what_is_repaired_keeps_its_other_characters(folder):
     (folder / "a.jsonl").write_bytes(b'{"text": "a\0b\\u0000c\\ud800d\\ud83d\\ude00"}')
     assert texts(folder) == ["abc\ufffdd\U0001f600"]
+
+
+def test_pages_and_code_keep_their_references(folder):
+    (folder / "a.html").write_text("<p>Tom &amp; Jerry</p>")
+    (folder / "b.txt").write_text("Tom &amp; Jerry")
+    assert sorted(texts(folder)) == ["<p>Tom &amp; Jerry</p>", "Tom & Jerry"]
+    (raw,) = formats.finished([formats.Raw("s = '&#39;' + a&amp;b\ufeff", "code", "a.py", "")], faults.Faults())
+    assert raw.text == "s = '&#39;' + a&amp;b"
 
 
 def test_of_a_wide_file_that_is_cut_only_the_last_character_is_lost(folder):
