@@ -3,7 +3,8 @@
 A text is cut where a sentence surely ends, between short lines, and at blank lines. The parts between two cuts are its
 sentences, those between two line ends its lines, those between two blank lines its paragraphs; so a menu of short lines
 is seen as a paragraph, and hard-wrapped prose is never cut inside a sentence. Parts are compared by their units (words,
-and characters of scripts without spaces).
+and characters of scripts without spaces). A sentence beside others in its line may be a set phrase, such as laws have,
+so more documents must have it than a line or paragraph of its own.
 
 What stays whoever has it: a text's first line, its title; what is indented by a tab or two spaces, which may be code or
 verse; and all code, which would not run without its repeated lines.
@@ -27,7 +28,9 @@ from llm_jax.data.stages import BECAUSE, DROPPED, HTML, ID, TEXT, Result, groups
 from llm_jax.errors import require
 
 REASON = "boilerplate"
-PART = "part"  # the hash of one
+PART = "part"  # the hash of one; while parts are counted, its last bit says whether it is a line or paragraph here
+ALONE = "alone"  # in how many documents a part is a line or paragraph
+LAST_BIT = np.uint64(1)
 CUT = "\x1e"  # put where a text is cut
 CLOSING = r"""["'”’」』）)\]]*"""
 # Punctuation at the end of a line, a blank line, Chinese marks that end a sentence, and the others before a space;
@@ -45,13 +48,14 @@ class LinesConfig:
     """Deduplication of parts of documents."""
 
     enabled: bool = True
-    documents: int = 10  # a part that more documents have goes
+    documents: int = 10  # a line or paragraph that more documents have goes
+    sentences: int = 30  # a sentence that more documents have goes, even if it is never a line of its own
     words: int = 5  # a part of fewer stays
     characters: int = 10  # the same in scripts without spaces; a part of both needs as much of the two together
     least_left: float = 0.3  # share of its units that a document must keep; else it goes as a whole
 
     def __post_init__(self) -> None:
-        positive(self, "documents", "words", "characters")
+        positive(self, "documents", "sentences", "words", "characters")
         require(0 <= self.least_left <= 1, f"LinesConfig.least_left={self.least_left} must be in [0, 1]")
 
 
@@ -61,7 +65,8 @@ class Parts(NamedTuple):
     starts: Integers
     stops: Integers
     owners: Integers  # the text of each
-    hashes: npt.NDArray[np.uint64]
+    alone: npt.NDArray[np.bool_]  # whether it is a line or paragraph; a sentence that is one is listed as each
+    hashes: npt.NDArray[np.uint64]  # the last bit is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +80,13 @@ class Lines:
         """Count the parts of all documents, then rewrite those that have one to go."""
         prose = documents.where(col("format").is_in([TEXT, HTML])).select(ID, "text")
         marked = marks.mark(prose, self.listed, {PART: DataType.list(DataType.uint64())}, scratch)
-        rows = marked.explode(PART).where(col(PART).not_null())
-        counted = groups.group_by(rows.select(PART), (PART,))
-        common = counted.where(col(groups.COUNT) > lit(self.config.documents)).collect()
-        having = rows.join(common, on=PART).collect()
+        bit = lit(int(LAST_BIT)).cast(DataType.uint64())
+        rows = marked.explode(PART).where(col(PART).not_null()).with_column(ALONE, col(PART).bitwise_and(bit))
+        rows = rows.with_column(PART, col(PART) - col(ALONE))
+        counted = groups.group_by(rows.select(PART, ALONE), (PART,), col(ALONE).sum())
+        often = col(groups.COUNT) > lit(self.config.sentences)
+        common = counted.where(often | (col(ALONE) > lit(self.config.documents))).exclude(ALONE).collect()
+        having = rows.exclude(ALONE).join(common, on=PART).collect()
         affected = prose.join(having.select(ID).distinct(), on=ID)
         gone = np.sort(common.to_arrow()[PART].to_numpy())
         fields = dict.fromkeys(("left", BECAUSE, DROPPED), DataType.string()) | {"removed": DataType.int64()}
@@ -95,15 +103,15 @@ class Lines:
         return Result(_with(documents, rewritten), facts)
 
     def listed(self, table: pa.Table) -> dict[str, pa.Array]:
-        """The hashes of each text's parts, each once."""
+        """The hashes of each text's parts, each once, the last bit set for what is a line or paragraph there."""
         texts = table["text"].combine_chunks()
         found = self.parts(texts, ngrams.units(texts))
-        order = np.lexsort((found.hashes, found.owners))
-        owners, hashes = found.owners[order], found.hashes[order]
+        order = np.lexsort((~found.alone, found.hashes, found.owners))
+        owners, hashes, alone = found.owners[order], found.hashes[order], found.alone[order]
         new = np.ones(len(order), np.bool_)
         new[1:] = (owners[1:] != owners[:-1]) | (hashes[1:] != hashes[:-1])
         offsets = np.searchsorted(owners[new], np.arange(len(texts) + 1))
-        return {PART: pa.LargeListArray.from_arrays(offsets, pa.array(hashes[new]))}
+        return {PART: pa.LargeListArray.from_arrays(offsets, pa.array((hashes | alone)[new]))}
 
     def rewritten(self, table: pa.Table, gone: npt.NDArray[np.uint64]) -> dict[str, pa.Array]:
         """Each text without the parts that are `gone`, how many bytes those had, and whether too little is left."""
@@ -133,7 +141,7 @@ class Lines:
         newlines = np.append(np.flatnonzero(data == ord("\n")), len(data))
         titles = newlines[np.searchsorted(newlines, ends[:-1])]  # where the first line of each text ends
         levels = []
-        for cuts in _cuts(texts):
+        for level, cuts in enumerate(_cuts(texts)):
             offsets = np.searchsorted(units, cuts)
             characters = np.diff(alone[offsets])
             words = np.diff(offsets) - characters
@@ -143,7 +151,8 @@ class Lines:
             first, second = data[cuts[place]], data[cuts[place] + 1]  # a part has more bytes than one
             indented = (first == ord("\t")) | (first == ord(" ")) & (second == ord(" "))
             place, owners = (kept[~title & ~indented] for kept in (place, owners))
-            levels.append(Parts(cuts[place], cuts[place + 1], owners, ngrams.whole(found, offsets)[place]))
+            hashes = ngrams.whole(found, offsets)[place] & ~LAST_BIT
+            levels.append(Parts(cuts[place], cuts[place + 1], owners, np.full(len(place), level > 0), hashes))
         return Parts(*(np.concatenate(column) for column in zip(*levels, strict=True)))
 
     def most_common(self, prose: daft.DataFrame, having: daft.DataFrame) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from llm_jax.data.stages.lines import Lines, LinesConfig, _cuts
 from llm_jax.errors import UserError
 from tests.data.stages import planted
 
-FEW = LinesConfig(documents=3)
+FEW = LinesConfig(documents=3, sentences=3)
 TITLE = "A title that nobody else has, number"
 
 
@@ -57,6 +57,26 @@ def test_what_more_than_so_many_documents_have_goes_and_nothing_else(tmp_path, m
     assert [shown["documents"] for shown in facts["most common"]] == [6, 5, 4]
     assert {shown["text"] for shown in facts["most common"]} == gone
     assert facts["bytes removed"] == sum(len(t.encode()) - len(r["text"].encode()) for t, r in zip(texts, rows)) > 0
+
+
+@pytest.mark.parametrize("make, gap", [(sentence, " "), (chinese, "")])
+def test_a_sentence_beside_others_needs_more_documents_than_one_that_stands_alone(tmp_path, make, gap):
+    """Of four sentences in four, six and nine documents, with 3 as the bar of lines and 6 as that of sentences."""
+    generator = random.Random(5)
+    phrase, often, line, both = (make(generator) for _ in range(4))
+    texts = []
+    for i in range(9):
+        first, second = ([make(generator), make(generator)] for _ in range(2))
+        first.insert(1, often)
+        first[1:1] = [phrase] * (i < 6)
+        second[1:1] = [both] * (i >= 4)
+        alone = [[line]] * (i < 4) + [[both]] * (i < 4)
+        texts.append(f"{TITLE} {i}\n\n" + "\n\n".join(gap.join(part) for part in (first, *alone, second)))
+    rows, facts = run(texts, tmp_path, LinesConfig(documents=3, sentences=6))
+    assert {shown["text"] for shown in facts["most common"]} == {often, line, both}
+    left = [row["text"] for row in rows]
+    assert sum(phrase in text for text in left) == 6
+    assert not any(other in text for text in left for other in (often, line, both))
 
 
 def test_menus_go_as_paragraphs_though_their_lines_are_short(tmp_path):
@@ -157,3 +177,5 @@ def test_nothing_to_remove(tmp_path):
 def test_settings_out_of_range_are_refused():
     with pytest.raises(UserError, match=r"LinesConfig.least_left=2 must be in \[0, 1\]"):
         LinesConfig(least_left=2)
+    with pytest.raises(UserError, match="sentences"):
+        LinesConfig(sentences=0)
