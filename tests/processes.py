@@ -1,6 +1,7 @@
 """Several real processes as one job, joined by gloo, with eight simulated devices between them."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from llm_jax.training import metrics
 
+SECONDS = 300  # that a job may take
 ROOT = Path(__file__).parents[1]
 OF_THE_CLOCK = {"kind", "time", "tokens_per_second", "mfu", "seconds_rollout", "seconds_score", "seconds_update"}
 
@@ -18,7 +21,8 @@ OF_THE_CLOCK = {"kind", "time", "tokens_per_second", "mfu", "seconds_rollout", "
 def run_together(arguments: Sequence[str], count: int = 2, status: int = 0) -> list[str]:
     """Run a command of this Python in `count` processes, and return what each wrote to standard error.
 
-    A process that ends with another status than `status` fails the test, with what it wrote.
+    A process that ends with another status than `status` fails the test, with what it wrote; one that does not end in
+    `SECONDS`, with what all of them wrote, and where their threads are.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -27,6 +31,7 @@ def run_together(arguments: Sequence[str], count: int = 2, status: int = 0) -> l
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(count),
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "PYTHONFAULTHANDLER": "1",  # SIGABRT has every thread's stack written
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // count}"),
     }
     processes = [
@@ -40,7 +45,11 @@ def run_together(arguments: Sequence[str], count: int = 2, status: int = 0) -> l
         for index in range(count)
     ]
     try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
+        errors = [process.communicate(timeout=SECONDS)[1] for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.send_signal(signal.SIGABRT)
+        pytest.fail("\n\n".join(process.communicate()[1] for process in processes))
     finally:
         for process in processes:
             process.kill()

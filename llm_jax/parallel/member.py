@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from llm_jax.parallel.supervision import Assignment, Beat
 
 LOST, FROZEN, LATE, KILLED = "host lost", "process frozen", "process never began", "process killed"
 FAILED, HUNG = "process failed", "no step for too long"
+FORWARDED = "JAX_", "XLA_", "LIBTPU_", "NCCL_"  # how variables begin that a host gets of the supervisor's environment
 SIGNALS = 128  # what a shell adds to the number of the signal that ended a process
 TAIL_BYTES = 16_384
 
@@ -113,8 +115,9 @@ class Member:
 
 
 def environment(host: str, address: str, own: Assignment) -> dict[str, str]:
-    """What a process finds in its environment."""
+    """What a process finds in its environment, beside what its host gives to it: ssh brings nothing along."""
     return {
+        **{name: value for name, value in os.environ.items() if name.startswith(FORWARDED)},
         jobs.COORDINATOR: address,
         jobs.COUNT: str(own.processes),
         jobs.INDEX: str(own.process),

@@ -49,11 +49,11 @@ def run_alone(arguments: Sequence[str]) -> None:
 
 
 class Supervised:
-    """A supervisor on simulated hosts, and hands to harm them with."""
+    """A supervisor on simulated hosts, or on those named, and hands to harm them with."""
 
-    def __init__(self, command: Sequence[str], folder: Path, hosts: int, *flags: str) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, hosts: int | Sequence[str], *flags: str) -> None:
         self.workdir, self._memory = folder / "run", folder / "memory"
-        self._names = [f"n{i + 1}" for i in range(hosts)]
+        self._names = [f"n{i + 1}" for i in range(hosts)] if isinstance(hosts, int) else hosts
         self._list = folder / "hosts"
         self.list_hosts()
         arguments = [sys.executable, "-m", "experiments.elastic", f"--workdir={self.workdir}"]
@@ -129,7 +129,7 @@ class Supervised:
 
 
 @contextlib.contextmanager
-def supervised(command: Sequence[str], folder: Path, hosts: int, *flags: str):
+def supervised(command: Sequence[str], folder: Path, hosts: int | Sequence[str], *flags: str):
     """A supervised run, in FOLDER/run, that is ended with the block."""
     run = Supervised(command, folder, hosts, *flags)
     try:

@@ -15,8 +15,8 @@ from llm_jax.errors import UserError
 from llm_jax.parallel.elastic import CHANGED, FAULT, FINISHED, REQUEUE, STOPPED, Supervisor
 from llm_jax.parallel.elastic_config import ElasticConfig
 from llm_jax.parallel.hosts import Hosts
-from llm_jax.parallel.member import HUNG
-from llm_jax.parallel.supervision import Beat
+from llm_jax.parallel.member import HUNG, environment
+from llm_jax.parallel.supervision import Assignment, Beat
 from tests.experiments.test_pretrain import dataset, make_config  # noqa: F401  (a fixture)
 from tests.parallel import fault_injection
 from tests.parallel.fault_injection import FREEZE, KILL, LOSE, supervised
@@ -89,6 +89,16 @@ def test_the_same_failure_again_and_again_is_final(tmp_path):
     )
     assert run.status()["state"].startswith("failed: ")
     assert len(run.status()["faults"]) > 2  # the first made steps
+
+
+def test_a_host_gets_what_concerns_the_accelerator_and_the_job(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "another job's")
+    monkeypatch.setenv("SECRET", "the supervisor's own")
+    own = Assignment(round=0, process=1, processes=2, most_processes=2, beats="", copies="", rescued="", copy_every=1)
+    found = environment("n2", "n1:6000", own)
+    assert (found["XLA_FLAGS"], found["JAX_COORDINATOR_ADDRESS"]) == ("--xla_cpu_enable_fast_math=false", "n1:6000")
+    assert "SECRET" not in found
 
 
 class Standing:
