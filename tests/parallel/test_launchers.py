@@ -1,4 +1,4 @@
-"""Processes that real programs start: Open MPI and MPICH, and a supervisor through OpenSSH. Each where it is installed."""
+"""Processes that real programs start, where they are installed: Open MPI, MPICH, and OpenSSH for a supervisor."""
 
 import dataclasses
 import getpass
@@ -62,8 +62,8 @@ def ssh(tmp_path):
     for key in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / key)], check=True)
     port = free_port()
-    server = f"HostKey {tmp_path}/host\nAuthorizedKeysFile {tmp_path}/user.pub\nStrictModes no\nUsePAM no\nPidFile none\n"
-    (tmp_path / "server").write_text(server + f"Port {port}\nListenAddress 127.0.0.1\nPermitRootLogin yes\n")
+    server = f"HostKey {tmp_path}/host\nAuthorizedKeysFile {tmp_path}/user.pub\nPermitRootLogin yes\nStrictModes no\n"
+    (tmp_path / "server").write_text(server + f"UsePAM no\nPidFile none\nPort {port}\nListenAddress 127.0.0.1\n")
     os.makedirs("/run/sshd", exist_ok=True)
     process = subprocess.Popen([SSHD, "-D", "-f", str(tmp_path / "server")], stderr=subprocess.DEVNULL)
     options = {"Port": port, "User": getpass.getuser(), "IdentityFile": tmp_path / "user", "BatchMode": "yes"}
