@@ -2,6 +2,7 @@
 
 import html
 import re
+from html.entities import html5
 
 REFERENCE = re.compile(r"&(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 # Tags and backquotes: a text that is markup, or shows some. A reference in quotation marks is spoken of.
@@ -19,7 +20,7 @@ def decoded(text: str) -> tuple[str, int]:
 
     def character(found: re.Match[str]) -> str:
         nonlocal times
-        if found[1][0] != "#" and f"{found[1]};" not in html.entities.html5:
+        if found[1][0] != "#" and f"{found[1]};" not in html5:
             return found[0]
         times += 1
         return html.unescape(found[0]).replace("\xa0", " ")
