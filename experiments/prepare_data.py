@@ -46,7 +46,10 @@ def main(config: PrepareConfig, workdir: Path) -> Summary:
     started = time.monotonic()
     config = dataclasses.replace(config, output=config.output or str(workdir / "dataset"))
     tokenizer = tokenizers.load(config.tokenizer)
-    corpus = factory.run(config, workdir, prepare.stages(config, TRANSFORMERS), reading.read)
+    stages = prepare.stages(config, TRANSFORMERS)
+    # What would be refused in the end is refused before hours of work.
+    pipeline.check_output(config, tokenizer, StoredCorpus(factory.expected(config, workdir, stages), config.mixture))
+    corpus = factory.run(config, workdir, stages, reading.read)
     stored = StoredCorpus(corpus, config.mixture)
     tokenising = time.monotonic()
     summary = pipeline.prepare(config, tokenizer, stored)

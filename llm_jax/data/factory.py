@@ -13,9 +13,9 @@
 
 A stage is written to `NN_name.partial`, which gets its name when it is whole. Its fingerprint is a digest of its
 settings, of what is in the files that they name, and of all that came before: a run that was stopped goes on with the
-stage in which it was, and a run with another setting begins where that setting matters. Every stage must give back each
-document once: their number and the sums of their ids' hashes are compared with what it got, and counts by source with
-the rows that the files hold.
+stage in which it was, and a run with another setting begins where that setting matters; what an earlier run did stays
+until the first new stage is whole. Every stage must give back each document once: their number and the sums of their
+ids' hashes are compared with what it got, and counts by source with the rows that the files hold.
 """
 
 import contextlib
@@ -50,6 +50,7 @@ from llm_jax.errors import UserError, require
 from llm_jax.files import write_json, write_lines
 
 STAGES, KEPT, AUDIT, REPORT, ERROR = "stages", "kept", "audit.jsonl", "report.json", "error.txt"
+PARTIAL = ".partial"  # the end of the name of a step's folder that is not whole
 SCRATCH, WRITTEN = "scratch", "written"  # folders of a step that is not whole
 DOCUMENT_ID = "document_id"  # the hash of a document's text as it was read, in hexadecimal: it decides what is held out
 # Settings that change no document.
@@ -91,8 +92,11 @@ def run(config: PrepareConfig, folder: Path, stages: Sequence[Stage], read: Read
     Raises `UserError` for damaged sources, for a stage that fails or loses documents, and if nothing is kept.
     """
     runners.start(config)
-    steps = _steps(config, folder.resolve() / STAGES, stages)
+    steps = _steps(config, folder, stages)
     reports = _finished(steps)
+    stages_folder = steps[0].folder.parent
+    for unfinished in stages_folder.glob(f"*{PARTIAL}"):
+        shutil.rmtree(unfinished)
     console = Console(stderr=True)
     for step in steps[: len(reports)]:
         console.print(f"{step.folder.name}: done earlier", highlight=False, soft_wrap=True)
@@ -100,18 +104,27 @@ def run(config: PrepareConfig, folder: Path, stages: Sequence[Stage], read: Read
         before = steps[index - 1] if index else None
         with _progress(steps[index].folder.name, console), _one_line_errors(steps[index]):
             reports.append(_make(steps[index], before, reports[-1] if before else {}, config, read))
+            _remove_others(stages_folder, steps[:index])
+            _partial(steps[index]).replace(steps[index].folder)
         console.print(_line(steps[index], reports[-1]), highlight=False, soft_wrap=True)
         if before and not config.keep_stages:
             shutil.rmtree(before.folder / KEPT)
+    _remove_others(stages_folder, steps)
     return Corpus(parquet.files(steps[-1].folder / KEPT), steps[-1].fingerprint, reports)
 
 
+def expected(config: PrepareConfig, folder: Path, stages: Sequence[Stage]) -> Corpus:
+    """What `run` will return, without documents and reports: nothing is read but the files that settings name."""
+    return Corpus([], _steps(config, folder, stages)[-1].fingerprint, [])
+
+
 def _partial(step: _Step) -> Path:
-    return step.folder.with_name(step.folder.name + ".partial")
+    return step.folder.with_name(step.folder.name + PARTIAL)
 
 
 def _steps(config: PrepareConfig, folder: Path, stages: Sequence[Stage]) -> list[_Step]:
     """Reading and the stages, each with the digest of all that decides what it gives."""
+    folder = folder.resolve() / STAGES
     fingerprint = _digest(_corpus_facts(config))
     steps = [_Step(folder / f"00_{ORDER[0]}", fingerprint, None)]
     for stage in stages:
@@ -139,7 +152,7 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _finished(steps: Sequence[_Step]) -> list[dict[str, Any]]:
-    """The reports of the steps that need not be done again; what an earlier run left of the others is removed."""
+    """The reports of the steps that need not be done again."""
     reports = []
     for step in steps:
         path = step.folder / REPORT
@@ -149,17 +162,21 @@ def _finished(steps: Sequence[_Step]) -> list[dict[str, Any]]:
         reports.append(report)
     while reports and not (steps[len(reports) - 1].folder / KEPT).is_dir():
         reports.pop()  # its documents were removed to save space
-    kept = [step.folder for step in steps[: len(reports)]]
-    for leftover in steps[0].folder.parent.glob("[0-9][0-9]_*"):
-        if leftover not in kept:
-            shutil.rmtree(leftover)
     return reports
+
+
+def _remove_others(folder: Path, steps: Sequence[_Step]) -> None:
+    """Remove whole steps that an earlier run with other settings did."""
+    wanted = [step.folder for step in steps]
+    for path in folder.glob("[0-9][0-9]_*"):
+        if path not in wanted and path.suffix != PARTIAL:
+            shutil.rmtree(path)
 
 
 def _make(
     step: _Step, before: _Step | None, earlier: dict[str, Any], config: PrepareConfig, read: Read
 ) -> dict[str, Any]:
-    """Do one step and return its report, which is in its folder too."""
+    """Do one step in its unfinished folder and return its report, which is there too."""
     partial = _partial(step)
     partial.mkdir(parents=True)
     _release_memory()
@@ -173,7 +190,6 @@ def _make(
     head = {"name": step.name, "seconds": round(seconds, 3), "peak_mb": round(_peak_mb())}
     report = head | report | {"facts": facts, "fingerprint": step.fingerprint}
     write_json(partial / REPORT, report)
-    partial.replace(step.folder)
     return report
 
 

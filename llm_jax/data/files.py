@@ -45,7 +45,6 @@ def find_sources(path: Path) -> dict[str, list[Path]]:
 
     Files of other kinds are counted in the log. Raises `UserError` if there is nothing to read.
     """
-    require(path.exists(), f"no file or folder at {path} (CorpusConfig.path)")
     found = _files(path)
     known = [file for file in found if kind(file)]
     unknown = ignored(path)
@@ -66,7 +65,10 @@ def ignored(path: Path) -> dict[str, int]:
 
 
 def state(path: Path) -> list[tuple[str, int, int]]:
-    """(path, size, time of change) of every file to read, which stand for what the files hold."""
+    """(path, size, time of change) of every file to read, which stand for what the files hold.
+
+    Raises `UserError` if there is no such path.
+    """
     stats = [(str(file), file.stat()) for file in _files(path) if kind(file)]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
@@ -79,6 +81,7 @@ def digest(path: Path) -> str:
 
 
 def _files(path: Path) -> list[Path]:
+    require(path.exists(), f"no file or folder at {path} (CorpusConfig.path)")
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 

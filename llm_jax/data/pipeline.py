@@ -134,17 +134,11 @@ def prepare(config: CorpusConfig, tokenizer: TextEncoder, documents: Corpus | No
     Raises `UserError` for a corpus that is missing, damaged or empty, and for an output folder that holds something
     else.
     """
-    require(bool(config.output), "CorpusConfig.output is not set: name the dataset's folder")
-    output = Path(config.output)
     documents = documents or RawCorpus(config)
-    facts = [*documents.facts(), config.holdout_fraction, tokenizer.fingerprint]
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    fingerprint = check_output(config, tokenizer, documents)
+    output = Path(config.output)
     if (output / SUMMARY).is_file():
-        return _existing(output, fingerprint, documents)
-    require(
-        not output.exists() or (output.is_dir() and not any(output.iterdir())),
-        f"{output} exists and is not a dataset: choose another CorpusConfig.output",
-    )
+        return _existing(output, documents)
     partial = output.with_name(output.name + ".partial")
     scratch = _open_partial(partial, fingerprint)
     summaries = _write_sources(documents.sources(scratch), partial, config, tokenizer)
@@ -158,12 +152,30 @@ def prepare(config: CorpusConfig, tokenizer: TextEncoder, documents: Corpus | No
     return summary
 
 
-def _existing(output: Path, fingerprint: str, documents: Corpus) -> Summary:
+def check_output(config: CorpusConfig, tokenizer: TextEncoder, documents: Corpus) -> str:
+    """The digest of all that decides what `prepare` writes; nothing of the documents but their facts is asked for.
+
+    Raises `UserError` for an output folder that holds something else.
+    """
+    require(bool(config.output), "CorpusConfig.output is not set: name the dataset's folder")
+    output = Path(config.output)
+    facts = [*documents.facts(), config.holdout_fraction, tokenizer.fingerprint]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    if (output / SUMMARY).is_file():
+        require(
+            read_summary(output).fingerprint == fingerprint,
+            f"{output} holds a dataset of another corpus, tokenizer or settings: remove it or choose another output",
+        )
+    else:
+        require(
+            not output.exists() or (output.is_dir() and not any(output.iterdir())),
+            f"{output} exists and is not a dataset: choose another CorpusConfig.output",
+        )
+    return fingerprint
+
+
+def _existing(output: Path, documents: Corpus) -> Summary:
     summary = read_summary(output)
-    require(
-        summary.fingerprint == fingerprint,
-        f"{output} holds a dataset of another corpus, tokenizer or settings: remove it or choose another output",
-    )
     logger.info("%s is already prepared", output)
     missing = documents.missing(summary)
     if missing:

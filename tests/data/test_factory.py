@@ -149,6 +149,29 @@ def test_a_second_run_does_nothing_and_a_new_setting_what_follows_it(tmp_path, a
     assert applied == [] and not (tmp_path / "stages" / "06_lines").exists()
 
 
+def test_a_setting_that_fails_takes_nothing_of_what_was_done(tmp_path, applied):
+    stages = [Short(100), Shout()]
+    first = run(tmp_path, stages)
+
+    def missing(config, folder):
+        raise UserError("no such folder")
+
+    with pytest.raises(UserError, match="no such folder"):
+        factory.run(dataclasses.replace(CONFIG, text_field="body"), tmp_path, stages, missing)
+    with pytest.raises(UserError, match="04_heuristics failed"):
+        run(tmp_path, [Does(fails, "heuristics"), Shout()])
+    applied.clear()
+    assert run(tmp_path, stages) == first and applied == []
+    assert not list((tmp_path / "stages").glob("*.partial"))
+
+
+def test_what_a_run_will_return_is_known_before_it(tmp_path):
+    stages = [Short(100), Shout()]
+    before = factory.expected(CONFIG, tmp_path, stages)
+    assert before.fingerprint == run(tmp_path, stages).fingerprint
+    assert before.fingerprint != factory.expected(CONFIG, tmp_path, stages[:1]).fingerprint
+
+
 def test_another_corpus_is_read_anew(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("text")
