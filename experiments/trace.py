@@ -49,7 +49,9 @@ class TraceConfig:
 def run(config: TraceConfig, workdir: Path) -> list[dict[str, Any]]:
     """Print the documents asked for, and return what is known of them."""
     console = Console()
-    training = config_lib.load(TrainConfig, Path(config.run) / "config.json") if config.run else TrainConfig()
+    of_batch = not (config.document or config.record)
+    needed = of_batch or not config.dataset
+    training = config_lib.load(TrainConfig, Path(config.run) / "config.json") if needed else TrainConfig()
     dataset = Path(config.dataset or training.data.dataset)
     if config.document:
         found = trace.find(dataset, config.document)

@@ -27,8 +27,8 @@ def model_file(tmp_path_factory):
     return path
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "experiments.prepare_data", *map(str, arguments)]
+def run(*arguments, experiment="prepare_data"):
+    command = [sys.executable, "-m", f"experiments.{experiment}", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
@@ -46,6 +46,17 @@ def test_a_text_folder_becomes_a_dataset(tmp_path, model_file):
     assert summary.sources["pets"].train.documents + summary.sources["pets"].heldout.documents == 50
     again = run("--config=configs/data/own_text.py", *flags, "--config.text_field=body")
     assert again.returncode == 0 and "already prepared" in again.stderr
+    for asked in ("record=train/pets/3", "document=pets/00000003"):
+        traced = run(f"--config.dataset={tmp_path / 'dataset'}", f"--config.{asked}", experiment="trace")
+        assert traced.returncode == 0 and "pets.jsonl: line" in traced.stdout, traced.stderr
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "stages").rglob("*"))
+    for extra, message in (
+        ("--config.exact.enabled=False", "dataset of another corpus, tokenizer or settings"),
+        (f"--config.path={tmp_path / 'text'}", "no file or folder at"),
+    ):
+        refused = run("--config=configs/data/own_text.py", *flags, "--config.text_field=body", extra)
+        assert refused.returncode == 1 and message in refused.stderr and "done earlier" not in refused.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "stages").rglob("*")) == before
 
 
 def test_mistakes_are_one_line(tmp_path, model_file):
