@@ -119,6 +119,7 @@ def scores(histograms: Mapping[str, Mapping[str, Sequence[float]]], path: Path) 
             axes.stairs(found["kept"], found["edges"], color=KEPT, label="kept")
             if any(found["dropped"]):
                 axes.stairs(found["dropped"], found["edges"], color=DROPPED, linewidth=1.6, label="dropped")
+            axes.locator_params("x", nbins=4)  # more of a score's digits would run into each other
             axes.set_yscale("log")
             axes.set_ylim(bottom=0.7)
             axes.set_ylabel("documents")
