@@ -20,17 +20,16 @@ import hashlib
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.peers.turns import Peer, summary, take_turns
 from llm_jax.config import CorpusConfig
-from llm_jax.data import sources
-from llm_jax.data.stages import CODE, COLUMNS, TEXT
+from llm_jax.data import reading
 
 OURS = ("exact_fuzzy", "exact", "lines")
 ON_ALL = ("rensa", "rensa_split", "lines_set")
@@ -39,14 +38,9 @@ ON_SAMPLE = ("datasketch", "datatrove_split", "datatrove")
 
 def write_corpus(path: Path) -> None:
     """All raw documents of the default profile, duplicates included."""
-    rows: dict[str, list[str]] = {name: [] for name in COLUMNS}
-    for source in sources.corpus(CorpusConfig()):
-        kind = CODE if source.language == "code" else TEXT
-        for number, text in enumerate(source.texts()):
-            values = (f"{source.name}/{number:08d}", source.name, source.language, kind, source.name, text)
-            for column, value in zip(rows.values(), values, strict=True):
-                column.append(value)
-    pq.write_table(pa.table(rows), path, row_group_size=4096)
+    with tempfile.TemporaryDirectory() as folder:
+        reading.read(CorpusConfig(), Path(folder))
+        pq.write_table(pq.read_table(folder), path, row_group_size=4096)
 
 
 def write_sample(corpus: Path, path: Path, megabytes: float) -> None:

@@ -1,4 +1,4 @@
-"""Planted truth in a sample: statutes, a Chinese novel, an English encyclopedia's articles and Django's manuals.
+"""Planted truth in a sample: statutes, a Chinese novel, speeches, articles and manuals in English.
 
     python -m experiments.planted_truth --config=configs/planted_truth/tiny.py --workdir=runs/planted_truth_tiny
 

@@ -104,14 +104,10 @@ class Source:
 
     name: str
     language: str
-    read: Callable[
-        [Faults], Iterator[Raw]
-    ]  # raises `SourceError` before the first document; UserError without a library
+    # Its texts, duplicates included, blank ones left out, all but pages cut to document size. Raises `SourceError`
+    # before the first one, and `UserError` without a library.
+    read: Callable[[Faults], Iterator[Raw]]
     size: int  # in bytes, about
-
-    def texts(self) -> Iterator[str]:
-        """Its texts as they are read, cut to document size, duplicates included, blank ones left out."""
-        return (raw.text for raw in self.read(Faults()))
 
     def census(self, holdout_fraction: float) -> Census:
         """One pass that counts the documents and chooses the held-out ones; faults of its files are warned of."""
@@ -237,16 +233,6 @@ def _read_public(public: PublicSource, file: Path | FetchError | None, faults: F
 def cache_folder(config: CorpusConfig) -> Path:
     """Where downloads are kept."""
     return Path(config.cache).expanduser() if config.cache else Path.home() / ".cache" / "llm_jax"
-
-
-def iter_documents(config: CorpusConfig) -> Iterator[Document]:
-    """Every distinct document of the corpus, held-out documents included, source after source.
-
-    Raises `UserError` for what `corpus` refuses.
-    """
-    for source in corpus(config):
-        for _, document in source.documents():
-            yield document
 
 
 def sample_documents(config: CorpusConfig, sample_bytes: int, seed: int) -> Iterator[Document]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from daft import col, lit
 from daft import functions as F
 
-from llm_jax.data import planting, readers
+from llm_jax.data import planting, readers, sources
 from llm_jax.data.stages import COLUMNS, Result
 from tests.data import made_up
 
@@ -28,6 +28,11 @@ def documents(count=40):
         text = f"{'Grüße' if language == 'de' else 'letter'} number {i} " * (i + 1)
         rows.append((f"{source}/{i:08d}", source, language, "text", f"{source}.txt", text))
     return rows
+
+
+def every_document(config):
+    """Every distinct document of a corpus, source after source."""
+    return (document for source in sources.corpus(config) for _, document in source.documents())
 
 
 def library(count):

