@@ -33,13 +33,14 @@ from llm_jax.data.stages import (
     Result,
     byte_ngrams,
     classifiers,
+    letters,
     marks,
     offensive,
     sample,
 )
 from llm_jax.data.stages import quality_models as models
 from llm_jax.data.stages.groups import EXCERPT
-from llm_jax.data.stages.perplexity import Scorer
+from llm_jax.data.stages.perplexity import Scorer, SentenceBits
 from llm_jax.errors import require
 
 # The probability that a sentence offends which has none, one, two or more listed Chinese words: no labels tell.
@@ -166,19 +167,24 @@ class _Judge:
         def per_text(values_S: npt.NDArray) -> npt.NDArray[np.float64]:
             return np.bincount(parts.texts, values_S, len(sizes_N)).astype(np.float64, copy=False)
 
-        bits_S = models.sentence_bits(learnt.tables, self.scorer, config.model)(found, parts)
+        bits = models.sentence_bits(learnt.tables, self.scorer, config.model)
+        bits_S = bits(found, parts)
         groups = [models.group_of(name) for name in names]
         quality, margin_S = _linear(found, parts, groups, language_N, learnt)
         offence_S = _offence(found, parts, groups, language_N, margin_S, learnt)
         garbage_S = _place(bits_S / sizes_S, scales_N2[parts.texts])
         judged_S = ~code[parts.texts]
         is_garbage_S = judged_S & (garbage_S > config.garbage) & (sizes_S >= config.least_bytes)
+        is_garbage_S &= ~_is_indented(found, parts)
+        language_S = language_N[parts.texts]
+        is_garbage_S = self._of_words(found, (parts.starts, parts.stops), is_garbage_S, language_S, names, bits)
         offends_S = judged_S & (offence_S > config.offence)
         garbage_N, bits_N = per_text(is_garbage_S * sizes_S), per_text(bits_S) / sizes_N
         share_N = per_text(offence_S * sizes_S) / sizes_N
         whole_N = _place(bits_N, scales_N2)
-        long = sizes_N >= config.least_bytes
-        is_garbage_N = ~code & ((garbage_N > config.most_garbage * sizes_N) | (long & (whole_N > config.garbage)))
+        is_garbage_N = ~code & (whole_N > config.garbage) & (sizes_N >= config.least_bytes)
+        is_garbage_N = self._of_words(found, (found.starts, found.stops), is_garbage_N, language_N, names, bits)
+        is_garbage_N |= ~code & (garbage_N > config.most_garbage * sizes_N)
         reasons, because = _reasons(config, code, is_garbage_N, garbage_N / sizes_N, bits_N, share_N, quality)
         return {
             "perplexity": pa.array(np.exp2(np.minimum(bits_N, 100)), pa.float32()),
@@ -191,6 +197,37 @@ class _Judge:
             "offensive_bytes": pa.array(per_text(offends_S * sizes_S).astype(np.int64)),
             EXAMPLE: _examples(found, parts, is_garbage_S, offends_S),
         }
+
+    def _of_words(
+        self,
+        found: byte_ngrams.Buffer,
+        spans: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
+        suspected: npt.NDArray[np.bool_],
+        languages: npt.NDArray[np.int32],
+        names: list[str],
+        bits: SentenceBits,
+    ) -> npt.NDArray[np.bool_]:
+        """Which of the suspected spans of a buffer are long enough and garbage by their words alone, too.
+
+        `languages` are places in `names`. Few are suspected, so this is a loop.
+        """
+        config, learnt = self.config, models.load(self.folder, self.stamp)
+        places = np.flatnonzero(suspected)
+        words = [learnt.letters.words(found.data[spans[0][i] : spans[1][i]].tobytes().decode()) for i in places]
+        alone = byte_ngrams.buffer(pa.array([one.words for one in words], pa.large_string()))
+        each = byte_ngrams.Sentences(alone.starts, alone.stops, np.arange(len(words)))
+        scales = [learnt.scales.get(models.alphabet_of(names[i]), learnt.scales[""]) for i in languages[places]]
+        sizes = np.maximum(alone.stops - alone.starts, 1)
+        unlikely = learnt.letters.places(words, _place(bits(alone, each) / sizes, np.array(scales).reshape(-1, 2)))
+        chosen = np.zeros(len(suspected), np.bool_)
+        chosen[places] = (unlikely > config.garbage) & np.array([letters.is_text(one) for one in words], np.bool_)
+        return chosen
+
+
+def _is_indented(found: byte_ngrams.Buffer, parts: byte_ngrams.Sentences) -> npt.NDArray[np.bool_]:
+    """Whether each part begins with a tab or two spaces: it may be code."""
+    first, second = found.data[parts.starts], found.data[np.minimum(parts.starts + 1, len(found.data) - 1)]
+    return (first == ord("\t")) | (first == ord(" ")) & (second == ord(" "))
 
 
 def _place(bits: npt.NDArray, scales_2: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

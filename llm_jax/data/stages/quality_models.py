@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import special
 
-from llm_jax.data.stages import byte_ngrams, classifiers, corruption, offensive, perplexity
+from llm_jax.data.stages import byte_ngrams, classifiers, corruption, letters, offensive, perplexity
 from llm_jax.data.stages.classifiers import Examples
 from llm_jax.data.stages.heuristics import UNSPACED
+from llm_jax.data.stages.letters import IDEOGRAPHS, Letters
 from llm_jax.data.stages.offensive import Lexicon
 
 PIECES = 240  # texts of each class that a quality classifier learns from, for each group of languages
@@ -28,7 +29,6 @@ ENGLISH = "en"
 UNLABELLED = (0.0, 30.0, -20.0)  # without labelled texts a listed word decides: as `Models.offensive`
 HARMLESS = 6000  # texts of the corpus that the offensive-content classifier learns as harmless
 LETTERS = np.array([*string.ascii_letters, *string.digits, " "])  # what garbage is made of
-IDEOGRAPHS = (0x4E00, 0x9FA6)  # likewise: three bytes each, so fewer bits a byte than letters even if any may come
 SUSPICIOUS = 0.6  # share of the bits of random letters from which a sentence is not learnt from
 MOST_SUSPICIOUS = 0.1  # share of such sentences that a language may have which the reference sources speak for
 LEAST_SENTENCES = 20  # of a language, to know its likelihood; the others' is taken for one with less
@@ -46,6 +46,7 @@ class Models:
     """All that a document is judged by."""
 
     tables: byte_ngrams.Tables
+    letters: Letters
     scales: dict[str, Scale]  # by language; "" for any other
     quality: dict[str, tuple[float, float]]  # slope and intercept by group of languages; "" for any other
     offensive: tuple[float, float, float]  # of the margin, of a listed word, and the intercept; English
@@ -56,6 +57,7 @@ class Models:
         arrays: dict[str, Any] = {name: np.asarray(part) for name, part in self.tables._asdict().items()}
         np.savez(folder / "arrays.npz", **arrays)
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
+        values["letters"] = dataclasses.asdict(self.letters)
         (folder / "models.json").write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
 
@@ -66,6 +68,7 @@ def load(folder: Path, stamp: int) -> Models:
     with np.load(folder / "arrays.npz") as arrays:
         tables = byte_ngrams.place(byte_ngrams.Tables(**arrays))
     values = json.loads((folder / "models.json").read_text(encoding="utf-8"))
+    values["letters"] = Letters(**values["letters"])
     values["lexicon"] = Lexicon(*values["lexicon"])
     values["scales"] = {name: Scale(*scale) for name, scale in values["scales"].items()}
     return Models(tables, **values)
@@ -74,6 +77,11 @@ def load(folder: Path, stamp: int) -> Models:
 def group_of(language: str) -> str:
     """The languages whose texts one classifier judges: those of one primary subtag, and code."""
     return language.partition("-")[0]
+
+
+def alphabet_of(language: str) -> str:
+    """Whose scale a language's words in letters have: its own, or any other's where it is written without spaces."""
+    return "" if group_of(language) in UNSPACED else language
 
 
 def seed_of(group: str) -> int:
@@ -105,7 +113,8 @@ def train(
     generator = np.random.default_rng(seed)
     held_out = np.arange(len(sample)) % HELD_OUT == 0
     learnt = sample.filter(pa.array(~held_out))
-    language_OR, empty = perplexity.train(unsuspicious(learnt, reference, least_bytes, generator))
+    clean = unsuspicious(learnt, reference, least_bytes, generator)
+    language_OR, empty = perplexity.train(clean)
     quality_R, slopes, quality_facts = _quality(sample, reference, held_out, generator)
     offensive_R, judged, offensive_facts = _offensive(sample, words, material, offensive_share)
     tables = byte_ngrams.Tables(language_OR, np.float32(empty), byte_ngrams.pack(quality_R, offensive_R))
@@ -117,7 +126,8 @@ def train(
         "quality": quality_facts,
         "offensive": {"listed words": len(material.words), "listed words that count": len(words), **offensive_facts},
     }
-    return Models(tables, scales, slopes, judged, offensive.lexicon(words)), facts
+    known = letters.learn(clean.to_pylist())
+    return Models(tables, known, scales, slopes, judged, offensive.lexicon(words)), facts
 
 
 def unsuspicious(
@@ -148,8 +158,11 @@ def unsuspicious(
 
 
 def _garbage(size: int, generator: np.random.Generator, language: str = "") -> str:
-    """So many bytes of random letters, or of random characters in languages that are written in such."""
-    if language.partition("-")[0] in UNSPACED:
+    """So many bytes of random letters, or of random characters in languages that are written in such.
+
+    An ideograph has three bytes, so fewer bits a byte than letters even if any may come.
+    """
+    if group_of(language) in UNSPACED:
         return "".join(map(chr, generator.integers(*IDEOGRAPHS, size // 3)))
     return "".join(LETTERS[generator.integers(0, len(LETTERS), size)])
 

@@ -21,6 +21,7 @@ from llm_jax.data.stages import (
     byte_ngrams,
     classifiers,
     corruption,
+    letters,
     offensive,
     perplexity,
     quality_models,
@@ -107,6 +108,36 @@ def test_planted_lines_go_and_all_others_stay(corpus, judged):
     untouched = {row[0]: row[5] for row in corpus["rows"] if row[0] not in corpus["planted"].keys() | dropped}
     changed = [i for i, text in untouched.items() if documents[i]["text"] != text]
     assert len(changed) <= 0.01 * len(untouched)
+
+
+def unlikely_lines() -> dict[str, tuple[str, str]]:
+    """What a model of bytes takes for garbage, and is none."""
+    english, chinese = Language(1), Language(2, chinese=True)
+    rare = "".join(chr(0x5000 + 7 * i) for i in range(5))
+    return {
+        "underline": ("en", "^" * 60),
+        "table": ("zh", " | ".join([*chinese.words[:3], "15", "|", *chinese.words[3:6], "%", "20"])),
+        "row of numbers": ("en", "| 1:30 | 90% | 2,304 | 1;1 | <15> | 4/7 | 90~95 |"),
+        "equation": ("en", "H3O+(aq) + OH−(aq) ⇌ H2O(l) + H2O(l)"),
+        "digest": ("en", "<f2d9c76aa7096ef3eed675b9eb824858f9dd81e5>`)."),
+        "code": ("en", "    token = 'eyJmb28iOiJiYXIifQ:1stLsC:JItqZVjmAKivrWI-vGkQVf2hOFoaEqhZHcaI'"),
+        "rare characters": ("zh", f"{chinese.sentence(5)[:-1]}{rare}{chinese.sentence(5)}"),
+        "two scripts": ("zh", f"{chinese.words[5]}{english.words[0]}{chinese.words[9]}{english.words[3]}"),
+        "quotation": ("en", f"{english.words[7]} {english.words[1]} (Ἀτλαντὶς θάλασσα, الطّوب, ਅੱਲਾਹ)"),
+    }
+
+
+def test_what_is_unlikely_and_no_garbage_stays(corpus, config, tmp_path):
+    english, chinese = Language(1), Language(2, chinese=True)
+    rows = {}
+    for name, (language, line) in unlikely_lines().items():
+        around = (english if language == "en" else chinese).paragraph()
+        rows[f"raw_{language}/{name}"] = f"{around}\n{line}\n{around}"
+        if name != "code":  # which is none of a text
+            rows[f"raw_{language}/{name} alone"] = line
+    added = [(name, name[:6], name[4:6], "text", "here", text) for name, text in rows.items()]
+    documents, _ = run(frame(corpus["rows"] + added), config, tmp_path)
+    assert {name for name, text in rows.items() if documents[name]["text"] != text or documents[name][DROPPED]} == set()
 
 
 def test_documents_of_garbage_and_of_offence_are_dropped_and_told_apart(corpus, judged):
@@ -385,10 +416,13 @@ def test_models_are_read_as_they_were_saved(tmp_path):
     tables = byte_ngrams.Tables(np.ones((byte_ngrams.ORDER, 2), np.uint32), np.float32(0.5), np.ones(2, np.uint32))
     lexicon = offensive.Lexicon("a", "脏")
     scales = {"": quality_models.Scale(1.0, 2.0)}
-    saved = quality_models.Models(tables, scales, {"": (1.0, 0.0)}, (1.0, 2.0, 3.0), lexicon)
+    saved = quality_models.Models(
+        tables, letters.learn(["abc 中文"]), scales, {"": (1.0, 0.0)}, (1.0, 2.0, 3.0), lexicon
+    )
     saved.save(tmp_path)
     read = quality_models.load(tmp_path, 0)
     assert read.scales[""].garbage == 2.0
+    assert read.letters == saved.letters and read.letters.common == "abc"
     assert read.lexicon.chinese == "脏"
     np.testing.assert_array_equal(np.asarray(read.tables.linear_R), tables.linear_R)
     dataclasses.replace(saved, lexicon=offensive.Lexicon("b", "秽")).save(tmp_path)
