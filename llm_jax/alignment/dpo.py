@@ -214,7 +214,7 @@ def heldout_losses(
     with jax.set_mesh(mesh):
         for source, pairs in heldout.items():
             for batch in heldout_batches(pairs, data, jax.process_index(), jax.process_count()):
-                whole, by_strength_S = jax.device_get(score(params, place(batch, mesh)))
+                whole, by_strength_S = jax.device_get(shares.settled(score(params, place(batch, mesh))))
                 add("", whole)
                 add(f"/{source}", whole)
                 for index in range(MOST_STEPS):

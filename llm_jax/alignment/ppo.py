@@ -144,7 +144,7 @@ class Ppo:
         prompts, streams = self._data.prompts.batch(drawn), self._data.prompts.streams(drawn)
         with jax.set_mesh(self.mesh):
             seen = self.observe(state, prompts, streams, int(state.seed))
-            found, metrics = _done(
+            found, metrics = shares.settled(
                 ppo_experience.learnable(
                     self._shaping,
                     state.moments,
@@ -231,11 +231,17 @@ class Ppo:
         settings = self._policy_settings
         groups = self._responses // self.config.minibatch_size * settings.microbatches
         options = (settings.temperature, settings.chunk_size, groups)
-        own = _done(ppo_experience.logprobs_of(policy.config, *options)(_computed(policy, state.policy), batch))
-        others = _done(ppo_experience.logprobs_of(reference.config, *options)(offload.fetch(reference.params), batch))
+        own = shares.settled(
+            ppo_experience.logprobs_of(policy.config, *options)(_computed(policy, state.policy), batch)
+        )
+        others = shares.settled(
+            ppo_experience.logprobs_of(reference.config, *options)(offload.fetch(reference.params), batch)
+        )
         values_BT = jnp.zeros_like(own.logprobs_BT)
         if critic is not None and state.critic is not None:
-            values_BT = _done(ppo_experience.values_of(critic.config, groups)(_computed(critic, state.critic), batch))
+            values_BT = shares.settled(
+                ppo_experience.values_of(critic.config, groups)(_computed(critic, state.critic), batch)
+            )
         assert own.entropies_BT is not None  # asked for
         return Judged(own.logprobs_BT, own.entropies_BT, others.logprobs_BT, values_BT)
 
@@ -276,7 +282,7 @@ class Ppo:
             others = self._on_mesh(self._pretraining_batch(int(state.pretraining_drawn)))[0]
             state = state._replace(pretraining_drawn=state.pretraining_drawn + 1)
         numbers = (self._seed, self._policy_schedule)
-        policy, report = _done(update(state.policy, rows, indices_M, others, *numbers, *part.frozen))
+        policy, report = shares.settled(update(state.policy, rows, indices_M, others, *numbers, *part.frozen))
         return state._replace(policy=policy), report
 
     def _update_critic(self, state: PpoState, rows: ValueRows, indices_M: np.ndarray) -> tuple[PpoState, step.Metrics]:
@@ -286,7 +292,9 @@ class Ppo:
             part.config, self.actors.critic_lora, self.config.loss.value_clip, self.config.training.microbatches
         )
         update = ppo_update.critic_update(settings, part.optimizer)
-        critic, report = _done(update(state.critic, rows, indices_M, self._seed, self._critic_schedule, *part.frozen))
+        critic, report = shares.settled(
+            update(state.critic, rows, indices_M, self._seed, self._critic_schedule, *part.frozen)
+        )
         return state._replace(critic=critic), report
 
     def _pretraining_batch(self, number: int) -> Batch:
@@ -311,15 +319,6 @@ class Ppo:
                 f"no update of the {' and the '.join(skipped)} was finite in iteration {iteration + 1}: resume from "
                 "the last checkpoint with a lower learning rate, or look at the scores of its responses"
             )
-
-
-def _done(results: Any) -> Any:
-    """The results of a program that has ended before the next one begins.
-
-    Different programs with collectives that are in flight together can wait for each other's threads without end where
-    several devices are simulated on a CPU; elsewhere a program takes far longer than its start.
-    """
-    return jax.block_until_ready(results)
 
 
 def _computed(part: Any, state: TrainState) -> Any:

@@ -14,6 +14,7 @@ from llm_jax import models
 from llm_jax.config import LossConfig, ModelConfig
 from llm_jax.data.batch import Batch
 from llm_jax.losses.weighted import WeightedSum
+from llm_jax.parallel import shares
 from llm_jax.training.language_model import loss_function
 from llm_jax.training.loop import place
 from llm_jax.training.together import map_runs, vectorizes
@@ -70,7 +71,7 @@ def scorer(
         tokens = 0.0
         with jax.set_mesh(mesh):
             for batch in batches:
-                total, weight = jax.device_get(score(params, place(batch, mesh)))
+                total, weight = jax.device_get(shares.settled(score(params, place(batch, mesh))))
                 nats, tokens = nats + total.astype(np.float64), tokens + float(weight)
         return Heldout(nats, tokens)
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.parallel import distributed, rules
 
@@ -26,7 +26,25 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 def all_rows(tree: Any) -> Any:
     """The rows of all processes as numpy arrays: of arrays on a mesh, or of arrays of which each process has a part."""
-    return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(lambda x: np.asarray(x) if jax.process_count() == 1 else _gathered(x), tree)
+
+
+def _gathered(x: Any) -> np.ndarray:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        processes = Mesh(np.array(jax.devices()).reshape(jax.process_count(), -1), ("processes", "local"))
+        x = multihost_utils.host_local_array_to_global_array(np.asarray(x), processes, PartitionSpec("processes"))
+    everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+    return np.asarray(settled(jax.jit(lambda x: x, out_shardings=everywhere)(x)).addressable_data(0))
+
+
+def settled(tree: Any) -> Any:
+    """Arrays that a program with collectives makes, when all of this process's devices have done with it.
+
+    Whoever takes a value from the first device begins the next program while the others may be at the end of this one.
+    On CPUs nothing keeps the two apart: what one device of the next program sends, another takes for this one's, and
+    both wait for ever. So programs of which none needs what another makes each have to be waited for in this way.
+    """
+    return jax.block_until_ready(tree)
 
 
 def own_rows(whole: Any, mesh: Mesh) -> Any:

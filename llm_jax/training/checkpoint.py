@@ -78,13 +78,14 @@ class Checkpointer:
             config.keep_every_tokens, tokens_per_step, config.every_steps, config.keep_published, workdir / PUBLISHED
         )
         policies = [checkpoint_managers.LatestN(config.keep_last), self._publication]
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
-        )
         self.config = config
         self._model = model
         self._workdir = workdir
-        self._manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options)
+        self._manager = _manager(
+            workdir / FOLDER,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+        )
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -169,6 +170,18 @@ class Checkpointer:
         saved = dataclasses.replace(_read_config(self._step(step)), param_dtype=self._model.param_dtype)
         _check_architecture(saved, self._model, str(self._manager.directory))
         return _restore(self._step(step), params=abstract.params)["params"]
+
+
+def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+    """Orbax's manager of a folder's checkpoints, whose processes meet where the job's do, and not on their devices.
+
+    Left to itself, it has the devices add up numbers in order to wait: see `shares.settled` for what comes of that.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    everybody = set(range(jax.process_count())) if jax.process_count() > 1 else None
+    processes = ocp.options.MultiprocessingOptions(active_processes=everybody, barrier_sync_key_prefix="checkpoints")
+    manager = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=processes, **options)
+    return ocp.CheckpointManager(folder.absolute(), options=manager)
 
 
 def _newest(steps: Iterable[int], read: Callable[[int], T]) -> tuple[tuple[T, int] | None, dict[int, DamagedError]]:
@@ -291,7 +304,7 @@ def save_model(workdir: Path, config: ModelConfig, params: Any) -> None:
     folder = (workdir / FOLDER).absolute()
     require(not folder.exists() or not any(folder.iterdir()), f"{folder} has checkpoints already: choose a new folder")
     require(models.is_stacked(params), "parameters laid out for decoding are not saved: save those they were made of")
-    with ocp.CheckpointManager(folder) as manager:
+    with _manager(folder) as manager:
         manager.save(0, args=_model_alone(config, params))
 
 
@@ -300,8 +313,7 @@ def replace_model(workdir: Path, config: ModelConfig, params: Any, step: int) ->
 
     The one that was there goes only then. A step that is there already is left alone.
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
-    with ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options) as manager:
+    with _manager(workdir / FOLDER, max_to_keep=1, cleanup_tmp_directories=True) as manager:
         if step not in manager.all_steps():
             manager.save(step, args=_model_alone(config, params))
 
@@ -327,7 +339,7 @@ def load_model(
     """
     folder = (workdir / FOLDER).absolute()
     require(folder.is_dir(), f"no checkpoints in {workdir}: is this the --workdir of a training run?")
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with _manager(folder, read_only=True) as manager:
         steps = sorted(manager.all_steps())
         require(bool(steps), f"{folder} holds no whole checkpoint yet")
         require(

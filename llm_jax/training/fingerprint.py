@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm_jax.parallel import shares
+
 MULTIPLIER = 0x9E3779B1  # 2^32 over the golden ratio, odd: neighbouring places get far weights
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 HALVES = ("bfloat16", "float16")  # which float32 holds exactly
@@ -42,8 +44,7 @@ def _arrays(tree: Any) -> dict[str, jax.Array]:
 
 
 def _number(x: jax.Array, dtype: jnp.dtype) -> int:
-    # One program after the other: several in flight could wait for each other's threads on simulated devices.
-    return int(_sum(x, dtype))
+    return int(shares.settled(_sum(x, dtype)))
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -39,6 +39,7 @@ own = shares.own_rows(whole, mesh)
 assert own["ends"].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]][jax.process_index()]
 placed = place(own, mesh)
 jax.tree.map(np.testing.assert_array_equal, shares.all_rows(placed), whole)
+assert shares.all_rows(np.array([[7, jax.process_index()]])).tolist() == [[7, 0], [7, 1]]
 local = mesh_lib.of_this_process(mesh)
 assert dict(local.shape) == {"replica": 1, "data": 2, "tensor": 2}
 assert sorted(device.id for device in local.devices.flat) == [device.id for device in jax.local_devices()]
