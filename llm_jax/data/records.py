@@ -287,7 +287,7 @@ def _serialize(tokens: np.ndarray, text_bytes: int, document_id: str) -> bytes:
     feature["tokens"].bytes_list.value.append(tokens.tobytes())
     feature["text_bytes"].int64_list.value.append(text_bytes)
     feature["document_id"].bytes_list.value.append(document_id.encode())
-    return example.SerializeToString()
+    return example.SerializeToString(deterministic=True)  # else features come in another order in each process
 
 
 def _features(record: bytes) -> Any:

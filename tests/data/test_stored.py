@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader
 
+from experiments import runner
 from llm_jax.config import DataConfig
 from llm_jax.data import factory, loader, pipeline, records, stored, trace
 from llm_jax.data.documents import HASH_RANGE, text_hash
@@ -209,3 +213,17 @@ def test_the_dataset_does_not_depend_on_the_layout_of_the_files(tmp_path, datase
             lengths = [np.load(records.lengths_path(folder, name, split)) for folder in (dataset, tmp_path / "dataset")]
             np.testing.assert_array_equal(*lengths)
             assert texts_of(dataset, name, split) == texts_of(tmp_path / "dataset", name, split)
+
+
+def test_the_files_of_a_dataset_are_the_same_in_every_process(tmp_path, dataset):
+    code = (
+        f"from pathlib import Path; from tests.data import test_stored\ntest_stored.prepared(Path({str(tmp_path)!r}))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=runner.REPOSITORY, check=True, capture_output=True)
+    paths = [path.relative_to(dataset) for path in sorted(dataset.rglob("*")) if path.is_file()]
+    assert len(paths) > 10
+    for path in paths:
+        assert (dataset / path).read_bytes() == (tmp_path / "dataset" / path).read_bytes(), path
+    (record,) = ArrayRecordReader(str(next(dataset.glob("*.array_record*")))).read([0])
+    features = ("document_id", "text_bytes", "tokens")  # protobuf's maps have an order of their own in each process
+    assert sorted(features, key=lambda name: record.index(name.encode())) == list(features)
