@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,8 @@ EXCERPTS = (
     160,
 )  # characters of harmless texts: as long as offensive ones, and short as some sentences
 # The English list's own categories, in ours.
+WORD = re.compile("[A-Za-z]{4,}")  # as long as a listed one is at least
+INSIDE = re.compile("[a-z,;] $")  # what is before a word inside of a sentence
 CATEGORIES = {
     "sexual anatomy / sexual acts": "pornography",
     "bodily fluids / excrement": "abuse",
@@ -136,14 +139,15 @@ class Lexicon(NamedTuple):
 
     english: str
     chinese: str
+    characters: list[str]  # the Chinese words
 
 
 def lexicon(words: Iterable[str]) -> Lexicon:
     """The expressions that find listed words in lower-cased texts; "" finds nothing."""
     words = sorted(words)
     spaced = [word for word in words if word.isascii()]
-    anywhere = [re.escape(word) for word in words if not word.isascii()]
-    return Lexicon(rf"\b(?:{'|'.join(spaced)})\b" if spaced else "", "|".join(anywhere))
+    chinese = [word for word in words if not word.isascii()]
+    return Lexicon(rf"\b(?:{'|'.join(spaced)})\b" if spaced else "", "|".join(map(re.escape, chinese)), chinese)
 
 
 def hits(expression: str, texts: pa.Array) -> pa.BooleanArray:
@@ -153,12 +157,35 @@ def hits(expression: str, texts: pa.Array) -> pa.BooleanArray:
     return pc.match_substring_regex(texts, expression)
 
 
-def counts(expression: str, texts: pa.Array) -> npt.NDArray[np.int64]:
-    """How many listed words each of the lower-cased texts has."""
-    found = np.asarray(hits(expression, texts)).astype(np.int64)
+def counts(listed: Lexicon, texts: pa.Array) -> npt.NDArray[np.int64]:
+    """How many different listed Chinese words each of the lower-cased texts has; one inside of another is none."""
+    found = np.asarray(hits(listed.chinese, texts)).astype(np.int64)
     if found.any():
-        found[found > 0] = np.asarray(pc.count_substring_regex(texts.filter(pa.array(found > 0)), expression))
+        words, sizes = set(listed.characters), {len(word) for word in listed.characters}
+        few = texts.filter(pa.array(found > 0)).to_pylist()
+        found[found > 0] = [_different(text, words, sizes) for text in few]
     return found
+
+
+def _different(text: str, words: set[str], sizes: set[int]) -> int:
+    there = {part for size in sizes for i in range(len(text) - size + 1) if (part := text[i : i + size]) in words}
+    return sum(not any(word in other for other in there - {word}) for word in there)
+
+
+def names(words: Iterable[str], texts: Iterable[str]) -> set[str]:
+    """The listed English words that English texts write as names: with a capital inside of sentences, mostly.
+
+    Words all in capitals, which may be headings, count for neither.
+    """
+    single = {word for word in words if word.isascii() and " " not in word}
+    seen: Counter[tuple[str, bool]] = Counter()
+    for text in texts:
+        for found in WORD.finditer(text):
+            if (word := found[0].lower()) in single and not found[0].isupper():
+                capital = found[0][0].isupper()
+                if not capital or INSIDE.search(text, max(found.start() - 2, 0), found.start()):
+                    seen[word, capital] += 1
+    return {word for word in single if seen[word, True] > seen[word, False]}
 
 
 def unused(words: dict[str, str], sentences: pa.Array) -> dict[str, str]:

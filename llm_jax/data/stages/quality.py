@@ -43,7 +43,7 @@ from llm_jax.data.stages.groups import EXCERPT
 from llm_jax.data.stages.perplexity import Scorer, SentenceBits
 from llm_jax.errors import require
 
-# The probability that a sentence offends which has none, one, two or more listed Chinese words: no labels tell.
+# The probability that a sentence offends, by how many different listed Chinese words it has: no labels tell.
 LISTED = np.array([0.0, 0.5, 0.99])
 GARBAGE, OFFENSIVE, LOW = "garbage", "offensive", "low quality"
 EXAMPLE = "example"  # the first sentence that was cut out of a text that stays
@@ -111,6 +111,8 @@ class Quality:
         if config.lists:
             material = offensive.load(cache_folder(CorpusConfig(cache=config.cache)))
         words = offensive.unused(material.words, _proper_sentences(documents, config.reference, material.words))
+        named = _names(documents, words)
+        words = {word: category for word, category in words.items() if word not in named}
         learnt, facts = models.train(
             sample.excerpts(documents, config.sample_bytes),
             material,
@@ -141,6 +143,21 @@ def _proper_sentences(documents: daft.DataFrame, reference: tuple[str, ...], wor
     having = documents.where(col("source").is_in(list(reference)) & F.regexp(col("text"), expression)).select("text")
     found = byte_ngrams.buffer(having.to_arrow()["text"].combine_chunks())
     return byte_ngrams.lower(found, byte_ngrams.sentences(found))
+
+
+def _names(documents: daft.DataFrame, words: Iterable[str]) -> set[str]:
+    """The listed words that are names in this corpus."""
+    english = documents.where(col("language") == models.ENGLISH)
+
+    def of(words: Iterable[str], expression: str) -> set[str]:
+        capitals = "|".join(word.capitalize() for word in words)
+        chosen = english.where(F.regexp(col("text"), expression.format("|".join(words), capitals)))
+        return offensive.names(words, chosen.select("text").to_pydict()["text"])
+
+    single = [word for word in words if word.isascii() and " " not in word]
+    # Of the documents that have a capital, then of all, as the first are few.
+    perhaps = of(single, r"[a-z,;] (?:{1})\b") if single else set()
+    return of(perhaps, r"\b(?:{0}|{1})\b") if perhaps else set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +288,7 @@ def _offence(
         offence_S[english_S] = special.expit(margin * margin_S[english_S] + hit * hits + intercept)
     others_S = ~english_S & (group_S != CODE)
     if others_S.any():
-        counts = offensive.counts(learnt.lexicon.chinese, sentences.filter(pa.array(others_S)))
+        counts = offensive.counts(learnt.lexicon, sentences.filter(pa.array(others_S)))
         offence_S[others_S] = LISTED[np.minimum(counts, len(LISTED) - 1)]
     return offence_S
 

@@ -32,7 +32,7 @@ from llm_jax.errors import UserError
 from llm_jax.evaluation.sentence_bits import TRANSFORMERS
 from tests.data.stages.invented import Language
 
-VILE = ("grobnik", "vlukdor", "脏秽")
+VILE = ("grobnik", "vlukdor", "脏秽", "丑虫", "shylock")
 
 
 def material() -> offensive.Material:
@@ -70,7 +70,7 @@ def corpus():
         planted[add("raw_en", "en", "\n".join([lines[0], toxic, *lines[1:]]))] = lines
     for _ in range(10):
         lines = chinese.paragraph().split("\n")
-        planted[add("raw_zh", "zh", "\n".join([lines[0], f"你脏秽，真脏秽{lines[1][:9]}", *lines[1:]]))] = lines
+        planted[add("raw_zh", "zh", "\n".join([lines[0], f"你脏秽，真丑虫{lines[1][:9]}", *lines[1:]]))] = lines
     ruined = [add("raw_en", "en", "\n".join(english.garbage() for _ in range(6))) for _ in range(5)]
     vile = [add("raw_en", "en", " ".join(random_vile(english) for _ in range(20))) for _ in range(5)]
     code = [add("code", "code", f"{{[(;;)]}}=<>_\n\t{i}:" * 40, "code") for i in range(3)]
@@ -396,9 +396,21 @@ def test_what_proper_texts_write_is_no_evidence():
     assert set(offensive.unused(words, sentences)) == {"脏秽", "grobnik"}
     expressions = offensive.lexicon(words)
     texts = pa.array(["脏秽脏秽", "grobniks", "a grobnik!", ""])
-    assert offensive.counts(expressions.chinese, texts).tolist() == [2, 0, 0, 0]
+    assert offensive.counts(expressions, texts).tolist() == [1, 0, 0, 0]
+    other = offensive.lexicon(["脏秽", "丑虫", "大丑虫"])
+    assert offensive.counts(other, pa.array(["丑虫，脏秽", "大丑虫", "大丑虫和脏秽", "丑脏"])).tolist() == [2, 1, 2, 0]
     assert offensive.hits(expressions.english, texts).to_pylist() == [False, False, True, False]
     assert offensive.hits("", texts).to_pylist() == [False] * 4
+
+
+def test_what_is_mostly_written_as_a_name_is_no_evidence(corpus, config, tmp_path):
+    texts = ["Shylock came. I saw Shylock, Grobnik and a vlukdor.", "SHYLOCK\nGrobnik! the grobnik, a Vlukdor"]
+    assert offensive.names(["shylock", "grobnik", "vlukdor", "脏秽", "two words"], texts) == {"shylock"}
+    line = "We met the old Shylock and a Vlukdor at last."  # of which the others write small letters
+    english = Language(1)
+    added = [(f"raw_en/{i}", "raw_en", "en", "text", "here", f"{english.paragraph()}\n{line}") for i in range(3)]
+    _, facts = run(frame(corpus["rows"] + added), config, tmp_path)
+    assert facts["offensive"]["listed words that count"] == len(VILE) - 1
 
 
 def test_samples_are_of_every_source_and_of_no_order(corpus):
@@ -414,7 +426,7 @@ def test_samples_are_of_every_source_and_of_no_order(corpus):
 
 def test_models_are_read_as_they_were_saved(tmp_path):
     tables = byte_ngrams.Tables(np.ones((byte_ngrams.ORDER, 2), np.uint32), np.float32(0.5), np.ones(2, np.uint32))
-    lexicon = offensive.Lexicon("a", "脏")
+    lexicon = offensive.Lexicon("a", "脏", ["脏"])
     scales = {"": quality_models.Scale(1.0, 2.0)}
     saved = quality_models.Models(
         tables, letters.learn(["abc 中文"]), scales, {"": (1.0, 0.0)}, (1.0, 2.0, 3.0), lexicon
@@ -425,5 +437,5 @@ def test_models_are_read_as_they_were_saved(tmp_path):
     assert read.letters == saved.letters and read.letters.common == "abc"
     assert read.lexicon.chinese == "脏"
     np.testing.assert_array_equal(np.asarray(read.tables.linear_R), tables.linear_R)
-    dataclasses.replace(saved, lexicon=offensive.Lexicon("b", "秽")).save(tmp_path)
+    dataclasses.replace(saved, lexicon=offensive.Lexicon("b", "秽", ["秽"])).save(tmp_path)
     assert quality_models.load(tmp_path, 1).lexicon.chinese == "秽"
