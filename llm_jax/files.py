@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llm_jax.errors import UserError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -19,6 +21,14 @@ def write_json(path: Path, values: Any) -> None:
     """Write values as indented JSON."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; `UserError` where the file is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it and run what wrote it again") from None
 
 
 def write_lines(path: Path, records: Iterable[Any]) -> None:

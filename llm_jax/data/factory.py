@@ -47,7 +47,7 @@ from llm_jax.data.documents import text_hash
 from llm_jax.data.prepare import ORDER, PrepareConfig
 from llm_jax.data.stages import BECAUSE, COLUMNS, DROPPED, ID, Result, Stage
 from llm_jax.errors import UserError, require
-from llm_jax.files import write_json, write_lines
+from llm_jax.files import read_json, write_json, write_lines
 
 STAGES, KEPT, AUDIT, REPORT, ERROR = "stages", "kept", "audit.jsonl", "report.json", "error.txt"
 PARTIAL = ".partial"  # the end of the name of a step's folder that is not whole
@@ -156,7 +156,7 @@ def _finished(steps: Sequence[_Step]) -> list[dict[str, Any]]:
     reports = []
     for step in steps:
         path = step.folder / REPORT
-        report = json.loads(path.read_text()) if path.is_file() else {}
+        report = read_json(path) if path.is_file() else {}
         if report.get("fingerprint") != step.fingerprint:
             break
         reports.append(report)

@@ -15,7 +15,7 @@ from llm_jax.evaluation import corpus_tables as tables
 from llm_jax.evaluation import report
 from llm_jax.evaluation.corpus_tables import Reports
 from llm_jax.evaluation.tables import Table, as_html
-from llm_jax.files import replacing
+from llm_jax.files import read_json, replacing
 
 TITLE = "What became of the corpus"
 STAGES, REPORT, AUDIT = "stages", "report.json", "audit.jsonl"  # as the factory names them
@@ -41,18 +41,18 @@ class Run(NamedTuple):
 
 
 def read(folder: Path) -> Run:
-    """Read what a run of `experiments.prepare_data` left. Raises `UserError` where no stage is done."""
+    """Read what a run of `experiments.prepare_data` left. `UserError` where no stage is done or a report is damaged."""
     paths = sorted((folder / STAGES).glob(f"[0-9][0-9]_*/{REPORT}"))
     paths = [path for path in paths if not path.parent.name.endswith(".partial")]
     require(bool(paths), f"no stage is done in {folder / STAGES}: is it a workdir of experiments.prepare_data?")
     stages, audits = {}, {}
     for path in paths:
-        stage = json.loads(path.read_text(encoding="utf-8"))
+        stage = read_json(path)
         stages[stage["name"]] = stage
         audit = path.with_name(AUDIT)
         audits[stage["name"]] = _lines(audit) if audit.is_file() else []
     whole = folder / REPORT
-    rest = json.loads(whole.read_text(encoding="utf-8")) if whole.is_file() else {}
+    rest = read_json(whole) if whole.is_file() else {}
     done = rest.get("stages") == list(stages.values())  # else it is of an earlier run in this folder
     return Run(stages, audits, rest if done else {})
 

@@ -165,6 +165,16 @@ def test_a_setting_that_fails_takes_nothing_of_what_was_done(tmp_path, applied):
     assert not list((tmp_path / "stages").glob("*.partial"))
 
 
+def test_a_damaged_report_is_named(tmp_path):
+    run(tmp_path, [Short(100)])
+    report = tmp_path / "stages" / "00_read" / "report.json"
+    report.write_text(report.read_text()[:100])
+    with pytest.raises(UserError, match=r"00_read/report.json is damaged .*remove it and run"):
+        run(tmp_path, [Short(100)])
+    report.unlink()
+    assert run(tmp_path, [Short(100)]).documents
+
+
 def test_what_a_run_will_return_is_known_before_it(tmp_path):
     stages = [Short(100), Shout()]
     before = factory.expected(CONFIG, tmp_path, stages)
