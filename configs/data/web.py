@@ -3,7 +3,8 @@
     python -m experiments.prepare_data --config=configs/data/web.py --workdir=runs/web --config.path=FOLDER
 
 FOLDER holds .warc, .wet or .html files, compressed or not, or others that docs/data.md lists. docs/corpus.md says what
-each stage does and what its settings are.
+each stage does and what its settings are. Quality is likeness to the sources (folders and files in FOLDER) that
+--config.quality.reference="('NAME',)" names; where there are none, it only tells texts from spoiled copies of them.
 """
 
 import ml_collections
