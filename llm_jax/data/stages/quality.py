@@ -147,7 +147,7 @@ def _proper_sentences(documents: daft.DataFrame, reference: tuple[str, ...], wor
 
 def _names(documents: daft.DataFrame, words: Iterable[str]) -> set[str]:
     """The listed words that are names in this corpus."""
-    english = documents.where(col("language") == models.ENGLISH)
+    english = documents.where(col("language").is_in([models.ENGLISH]))
 
     def of(words: Iterable[str], expression: str) -> set[str]:
         capitals = "|".join(word.capitalize() for word in words)
