@@ -3,7 +3,7 @@
 The formulas follow the program: which weights are gathered when (`LayerGroup.gather`), what the backward pass finds
 kept and what it computes again (`LayerGroup.remat`), what the tensor axis exchanges. Traffic and FLOPs are exact for
 the products and arrays they name, and leave out what is small: norms, scalars, positions. Memory is what is kept, which
-is exact, and the largest working set, whose factors (`Working`) were fitted to what XLA's compiler for GPUs allocates.
+is exact, and the largest working set, whose factors (`Working`) were fitted to what XLA's compilers allocate.
 
 Legend: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary, T length; b tokens of a microbatch on a
 device and those it shares its activations with.
@@ -21,6 +21,7 @@ from llm_jax.errors import require
 from llm_jax.parallel import links
 from llm_jax.parallel.hardware import Target
 from llm_jax.parallel.links import Bounds, Collective
+from llm_jax.parallel.zero import LANES
 from llm_jax.scaling import flops
 
 DATA = ("replica", "data")
@@ -41,12 +42,24 @@ class Working(NamedTuple):
     wide_again: float = 1.0  # and where its attention is computed once more
     feed_forward: float = 3.0  # [b, F]
     heads: float = 1.0  # [b, N H]
-    weights: Mapping[str, float] = MappingProxyType({"layer": 2.5, "group": 1.0, "step": 0.0})  # of layers
-    gradients: Mapping[str, float] = MappingProxyType({"layer": 1.0, "group": 1.0, "step": 4.0})  # float32, of layers
+    gathered_ahead: float = 1.0  # [b, D]: of another layer, along the tensor axis
+    weights: Mapping[str, float] = MappingProxyType({"layer": 1.5, "group": 1.0, "step": 0.0})  # of layers
+    gradients: Mapping[str, float] = MappingProxyType({"layer": 1.0, "group": 1.0, "step": 3.5})  # float32, of layers
     logits: float = 3.0  # float32, of a chunk
     loss_wide: float = 3.0  # [b, D] in the loss
-    kept_again: float = 0.4  # of what is kept, with several microbatches
+    head_weights: float = 1.0  # [V, D] in the loss
+    loss_gradients: float = 1.0  # float32 [V, D] in the loss
     head_gradients: float = 2.0  # float32 [V, D]: as it was added up, and transposed
+
+
+# A TPU sums a layer's gradients one after the other. Of the head it has the weights as they were gathered and as they
+# are used, and the gradient as it was added up and as rows of tiles (`zero.scattered_sum`).
+TPU_WORKING = Working(
+    weights=MappingProxyType({"layer": 1.0, "group": 1.0, "step": 0.0}),
+    gradients=MappingProxyType({"layer": 0.5, "group": 0.5, "step": 1.0}),
+    head_weights=2.0,
+    loss_gradients=2.0,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +143,14 @@ class _Plan:
         return self.sizes["tensor"]
 
     @property
+    def is_torus(self) -> bool:
+        return self.target.hardware.torus_axes > 0
+
+    @property
+    def working(self) -> Working:
+        return TPU_WORKING if self.is_torus else Working()
+
+    @property
     def shares(self) -> int:
         """Over how many devices the batch is divided."""
         return self.sizes["replica"] * self.sizes["data"]
@@ -168,7 +189,6 @@ class _Plan:
             "batch": 5 * 4 * self.work.tokens / self.shares,
             "weights gathered for the step": self.early_bytes(),
             "activations kept for the backward pass": kept,
-            "copies in the loop over microbatches": self.copied_bytes(),
             f"working memory of {fullest}": moments[fullest],
         }
 
@@ -179,22 +199,6 @@ class _Plan:
         parts.append((self.model.gather_tables, tables * self.table))
         divided = {"layer": 0.0, "step": 1.0, "group": 1.0 / self.sizes["data"]}
         return sum(self.compute * weights * divided[gather] for gather, weights in parts)
-
-    def copied_bytes(self) -> float:
-        """Of what XLA holds twice in a loop over microbatches: early weights, the head's gradient, and of activations.
-
-        Of those it copies the layers' inputs or, where more is kept, a part.
-        """
-        if self.work.microbatches == 1:
-            return 0.0
-        inputs = self.compute * self.tokens * self.model.hidden_size / self.tensor
-        again = sum(
-            group.layers * max(inputs, Working().kept_again * self.kept_bytes(group))
-            for group in self.model.layer_groups()
-            if group.remat != "none"
-        )
-        head = (Working().head_gradients * MASTER + self.compute) * self.table
-        return self.early_bytes() + again + head
 
     def waiting_bytes(self, *, offload: bool) -> float:
         """Of all activations that wait for the backward pass in the host's memory, or in the device's."""
@@ -226,20 +230,45 @@ class _Plan:
 
     def working_bytes(self, kept: float) -> dict[str, float]:
         """Beside `kept` activations, in the moments that may be the fullest: the head's gradient outlives those."""
-        model, t, c, working = self.model, self.tensor, self.compute, Working()
+        model, t, c, working = self.model, self.tensor, self.compute, self.working
         gathers = [group.gather for group in model.layer_groups()]
         weights = max(MASTER * working.gradients[when] + c * working.weights[when] for when in gathers)
         again = any(group.remat == "full" for group in model.layer_groups())
-        widths = (working.wide + working.wide_again * again) * model.hidden_size
+        widths = (working.wide + working.wide_again * again + working.gathered_ahead * (t > 1)) * model.hidden_size
         widths += (working.feed_forward * model.ffn_size + working.heads * model.num_heads * model.head_dim) / t
         rows = self.tokens / self.work.length * min(self.work.chunk_size, self.work.length)
         chunks = working.logits * 4 * rows * model.vocab_size / t
         chunks += working.loss_wide * c * self.tokens * model.hidden_size
-        return {
-            "a layer's backward pass": weights * self.layer_weights + c * self.tokens * widths,
-            "the loss": (MASTER + c) * self.table + chunks,
-            "the head's gradient": (working.head_gradients * MASTER + c) * self.table + chunks - kept,
+        head = MASTER * self.table  # the head's gradient, which waits to be summed
+        layer = weights * self.layer_weights + c * self.tokens * widths + head
+        moments = {
+            "a layer's backward pass": layer,
+            "the loss": working.loss_gradients * head + working.head_weights * c * self.table + chunks,
+            "the head's gradient": working.head_gradients * head + c * self.table + chunks - kept,
         }
+        if self.is_torus:
+            moments["the weights' new layout"] = c * self.largest_stack() + head
+            embedded = self.embedding_gradient()
+            moments["the embedding's gradient"] = layer + embedded * (embedded > kept)
+        return moments
+
+    def embedding_gradient(self) -> float:
+        """Bytes of all tokens' gradients for a device's features of the embedding, in rows of whole lanes on a TPU.
+
+        They take the place of the activations, which are gone by then, if they fit there.
+        """
+        features = self.model.hidden_size / self.shares
+        return MASTER * self.tokens * self.shares * max(LANES, features)
+
+    def largest_stack(self) -> float:
+        """Parameters of the largest matrix of all layers whose weights are gathered before the first of them.
+
+        libtpu gathers with the divided axis outermost, and then copies one stack after the other into the layout of
+        the loop over layers. Room for activations and for the head's gradient is taken before that.
+        """
+        model = self.model
+        matrix = model.hidden_size * max(model.ffn_size, model.num_heads * model.head_dim) / self.tensor
+        return max(group.layers * matrix * (group.gather == "step") for group in model.layer_groups())
 
     def flops(self) -> float:
         """Of all matrix products, those that are computed twice too."""

@@ -49,7 +49,7 @@ def sum_gradients(
     """Gradients of the loss's *sum* and the loss output, added up over microbatches in the parameters' dtype."""
     added = once(params) if once else None
 
-    def one(microbatch: Any, index: jax.Array | int) -> tuple[Any, LossOutput]:
+    def one(params: Any, added: Any, microbatch: Any, index: jax.Array | int) -> tuple[Any, LossOutput]:
         def total(params: Any) -> tuple[jax.Array, LossOutput]:
             params = {**params, **added} if added else params
             output = loss_fn(params, microbatch, jax.random.fold_in(key, index), *frozen)
@@ -58,14 +58,17 @@ def sum_gradients(
         return jax.grad(total, has_aux=True)(params)
 
     if microbatches == 1:
-        return one(batch, 0)
+        return one(params, added, batch, 0)
 
     def add(accumulated: Any, item: tuple[Any, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, accumulated, one(*item)), None
+        # One microbatch after the other: to gather the next one's weights early, XLA for GPUs would take a microbatch
+        # out of the loop, and hold its activations, and all gathered weights, beside those of the loop.
+        accumulated, *now = jax.lax.optimization_barrier((accumulated, params, added, *item))
+        return jax.tree.map(jnp.add, accumulated, one(*now)), None
 
     rows = split_microbatches(batch, microbatches)
     first = jax.tree.map(lambda x: x[0], rows)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first, 0))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, params, added, first, 0))
     accumulated, _ = jax.lax.scan(add, zeros, (rows, jnp.arange(microbatches)))
     return accumulated
 

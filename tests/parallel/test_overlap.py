@@ -80,3 +80,17 @@ def test_a_step_for_absent_gpus_gathers_and_reduces_under_compute(tmp_path):
     assert step.hidden_share("reduce-scatter") >= 0.8
     # What is summed whole are scalars: every gradient comes as a shard.
     assert max(entry.size for entry in step.collectives if entry.kind == "all-reduce") < 1024
+
+
+@pytest.mark.slow
+def test_a_step_for_absent_gpus_holds_one_microbatch_at_a_time(tmp_path):
+    pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is not installed: `make aot`")
+    target = hardware.target("a800x16")
+    model = dataclasses.replace(MODEL, groups=(LayerGroup(MODEL.num_layers, "layer", "dots"),))
+    found = []
+    for count in (1, 2):
+        data = DataConfig(sequence_length=1024, batch_size=64 * count)
+        config = TrainConfig(model=model, mesh=MeshConfig(), data=data, microbatches=count)
+        found.append(ahead_of_time.compile_for(config, target, tmp_path / str(count)))
+    gradients = found[0].arguments / 3  # what is added up, as large as the parameters, of which there are two moments
+    assert found[1].temporaries < 1.1 * found[0].temporaries + gradients

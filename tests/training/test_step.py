@@ -172,3 +172,25 @@ def test_packed_documents_train_as_each_alone():
     want = jax.tree.map(jnp.add, *parts)
     for got, expected in zip(jax.tree.leaves(gradient(params, packed)), jax.tree.leaves(want)):
         np.testing.assert_allclose(got, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_microbatch_begins_when_the_one_before_is_added_up():
+    """Else XLA for GPUs takes one out of the loop and holds activations of both (tests/parallel/test_overlap.py)."""
+
+    def loss_fn(params, batch, key):
+        return LossOutput(jnp.sum(params["weight"] * params["early"] * batch), jnp.float32(1), {})
+
+    def once(params):
+        return {"early": jax.lax.stop_gradient(jnp.sin(params["weight"]))}
+
+    def gradients(params, batch):
+        return step.sum_gradients(loss_fn, params, batch, jax.random.key(0), 2, once=once)
+
+    traced = jax.make_jaxpr(gradients)({"weight": jnp.ones(8)}, jnp.ones((4, 8)))
+    (loop,) = (equation for equation in traced.eqns if equation.primitive is jax.lax.scan_p)
+    body, consts = loop.params["jaxpr"].jaxpr, loop.params["num_consts"]
+    barrier = next(equation for equation in body.eqns if equation.primitive.name == "optimization_barrier")
+    assert set(body.invars[consts : consts + loop.params["num_carry"]]) <= set(barrier.invars)
+    others = [name for equation in body.eqns if equation is not barrier for name in equation.invars]
+    passed_by = [name for name in body.invars if any(name is other for other in others)]
+    assert all(name.aval.shape == () for name in passed_by), passed_by  # the key, but no weights and no rows
