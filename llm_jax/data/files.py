@@ -82,7 +82,12 @@ def digest(path: Path) -> str:
 
 def _files(path: Path) -> list[Path]:
     require(path.exists(), f"no file or folder at {path} (CorpusConfig.path)")
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    if path.is_file():
+        return [path]
+    found = sorted(path.rglob("*"))
+    dangling = next((file for file in found if file.is_symlink() and not file.exists()), None)
+    require(dangling is None, f"{dangling} links to a file that is not there: bring it back, or remove the link")
+    return [file for file in found if file.is_file()]
 
 
 def kind(path: Path) -> str | None:

@@ -332,6 +332,13 @@ def test_a_corpus_of_which_nothing_can_be_read_is_refused(folder):
         read(folder / "nowhere")
 
 
+def test_a_link_to_nothing_is_named_and_not_passed_over(folder):
+    (folder / "good.txt").write_text("good")
+    (folder / "moved.txt").symlink_to(folder / "nowhere.txt")
+    with pytest.raises(UserError, match=r"moved\.txt links to a file that is not there"):
+        read(folder)
+
+
 def test_many_faulty_files_are_a_few_lines(folder, caplog):
     for i in range(25):
         (folder / f"{i}.jsonl").write_text("{")
