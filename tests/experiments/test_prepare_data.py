@@ -65,6 +65,8 @@ def test_mistakes_are_one_line(tmp_path, model_file):
         ((f"--config.tokenizer={model_file}",), "no file or folder at"),
         ((f"--config.tokenizer={tmp_path}/none.model",), "no tokenizer at"),
         ((f"--config.tokenizer={model_file}", "--config.profile=clear"), "clean"),
+        ((f"--config.tokenizer={model_file}", "--config.contamination.sets=('mmul',)"), "mmlu"),
+        ((f"--config.tokenizer={model_file}", "--config.language.wanted=('zz',)"), "nothing tells zz"),
     ]:
         done = run(*flags, *extra)
         assert done.returncode == 1

@@ -54,6 +54,8 @@ class ContaminationConfig:
 
     def __post_init__(self) -> None:
         one_of("ContaminationConfig.mode", self.mode, MODES)
+        for name in self.sets:
+            one_of("ContaminationConfig.sets", name, evaluation_sets.NAMES)
         positive(self, "words", "characters", "shortest", "common")
         require(0 <= self.rest <= 1, f"ContaminationConfig.rest={self.rest} must be in [0, 1]")
         require(

@@ -68,9 +68,12 @@ class Language:
     config: LanguageConfig = LanguageConfig()
     name: str = "language"
 
+    def __post_init__(self) -> None:
+        """Raises `UserError` for wanted languages that nothing can tell: before any stage is run."""
+        unknown = sorted(set(self.config.wanted) - set(language_names())) if self.config.wanted else []
+        require(not unknown, f"LanguageConfig.wanted: nothing tells {', '.join(unknown)} from other languages")
+
     def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
-        """Raises `UserError` for wanted languages that nothing can tell."""
-        _check(self.config.wanted)
         fields = {
             "language": DataType.string(),
             "told": DataType.string(),
@@ -117,11 +120,6 @@ class Language:
 def language_names() -> tuple[str, ...]:
     """The languages that can be told."""
     return language_model.load().languages
-
-
-def _check(wanted: Sequence[str]) -> None:
-    unknown = sorted(set(wanted) - set(language_names()))
-    require(not unknown, f"LanguageConfig.wanted: nothing tells {', '.join(unknown)} from other languages")
 
 
 def identify(texts: pa.Array, config: LanguageConfig) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
