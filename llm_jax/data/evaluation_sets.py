@@ -56,8 +56,8 @@ NAMES = tuple(public.name for public in PUBLIC_SETS)
 def read(names: Sequence[str], paths: Sequence[str], cache: Path) -> dict[str, list[str]]:
     """The items' texts of public sets and of .jsonl files, each of which is a set named after it.
 
-    A public set that cannot be had is left out with a warning. Raises `UserError` for two sets of one name, and for files
-    that are missing or hold no item.
+    A public set that cannot be had is left out with a warning. Raises `UserError` for two sets of one name, and for
+    files that are missing or hold no item.
     """
     chosen = [public for public in PUBLIC_SETS if public.name in names]
     fetched = fetch_all(list({public.package for public in chosen}), cache) if chosen else {}

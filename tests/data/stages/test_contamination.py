@@ -159,7 +159,7 @@ def test_faults_are_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no evaluation set at .*missing.jsonl"):
         evaluation_sets.read((), (str(tmp_path / "missing.jsonl"),), tmp_path)
     with pytest.raises(UserError, match="did you mean 'mmlu'"):
-        evaluation_sets.read(("mmlus",), (), tmp_path)
+        ContaminationConfig(sets=("mmlus",))
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{")
     with pytest.raises(UserError, match=r"broken\.jsonl"):
