@@ -137,11 +137,14 @@ def test_the_step_compiled_for_absent_gpus_costs_what_is_estimated(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the compilers of `make aot`")
 def test_compile_time_does_not_depend_on_the_depth(tmp_path):
-    seconds, loops = [], []
+    """As many computations run, of as many instructions, but for gathers of short stacks, which are put together."""
+    seconds, programs = [], []
     for layers in (4, 32):
         found = make(tmp_path / str(layers), f"--config.model.num_layers={layers}", name="llama2_7b")
         seconds.append(found["compiled"]["compile_seconds"])
-        text = (tmp_path / str(layers) / "compiled" / ahead_of_time.TEXT).read_text()
-        loops.append(len(compiled.parse(text).computations))
-    assert loops[0] == loops[1]
+        programs.append(compiled.parse((tmp_path / str(layers) / "compiled" / ahead_of_time.TEXT).read_text()))
+    shallow, deep = programs
+    assert len(compiled.repetitions(shallow)) == len(compiled.repetitions(deep))
+    counts = [sum(len(lines) for lines in program.computations.values()) for program in programs]
+    assert counts[1] == pytest.approx(counts[0], rel=0.05)
     assert seconds[1] < 2 * seconds[0]
