@@ -36,8 +36,8 @@ CLOSING = r"""["'”’」』）)\]]*"""
 # Punctuation at the end of a line, a blank line, Chinese marks that end a sentence, and the others before a space;
 # what is short before a full stop may be an abbreviation. No small letter may follow (see `_cuts`).
 SENTENCE_END = (
-    rf"((?:[^.\s]{{3}}[.]|[!?:;。！？：；…]){CLOSING}[ \t\r]*\n(?:[ \t\r]*\n)*|\n(?:[ \t\r]*\n)+"
-    rf"|[。！？]{CLOSING}|(?:\p{{Ll}}{{4}}[.]|[!?]){CLOSING}[ \t]+)"
+    rf"(?:[^.\s]{{3}}[.]|[!?:;。！？：；…]){CLOSING}[ \t\r]*\n(?:[ \t\r]*\n)*|\n(?:[ \t\r]*\n)+"
+    rf"|[。！？]{CLOSING}|(?:\p{{Ll}}{{4}}[.]|[!?]){CLOSING}[ \t]+"
 )
 SHORT_LINE = 60  # bytes: of two neighbours that are no longer, the first is taken for a whole one, as in a menu
 Integers = npt.NDArray[np.int64]
@@ -189,7 +189,7 @@ def _cuts(texts: pa.Array) -> tuple[Integers, Integers, Integers]:
     letter.
     """
     data, ends = ngrams.utf8_buffer(texts)
-    cut = pc.replace_substring_regex(pc.replace_substring(texts, CUT, " "), SENTENCE_END, rf"\1{CUT}")
+    cut = pc.replace_substring_regex(pc.replace_substring(texts, CUT, " "), SENTENCE_END, rf"\0{CUT}")
     places = np.flatnonzero(ngrams.utf8_buffer(cut)[0] == ord(CUT))
     newlines = np.union1d(np.flatnonzero(data == ord("\n")) + 1, ends)
     short = np.diff(newlines) <= SHORT_LINE
