@@ -199,9 +199,14 @@ def weights(found: Buffer, groups_N: npt.NDArray[np.uint32], tables: Tables) -> 
 
 
 def blocks(array: npt.NDArray) -> Iterator[tuple[int, int, jax.Array]]:
-    """(start, stop, `array[start:stop]` after the `WIDTH` values before it, filled up to the programs' size)."""
-    size = BLOCK if len(array) > LEAST_BLOCK else LEAST_BLOCK
-    for start in range(0, len(array), size):
+    """(start, stop, `array[start:stop]` after the `WIDTH` values before it, filled up to the programs' size).
+
+    Pads make a buffer a little longer than whole blocks: what is left over is a small block.
+    """
+    stop = 0
+    while stop < len(array):
+        start = stop
+        size = BLOCK if len(array) - start > LEAST_BLOCK else LEAST_BLOCK
         stop = min(start + size, len(array))
         before = min(start, WIDTH)
         block = np.full(size + WIDTH, 10, array.dtype)

@@ -265,6 +265,15 @@ def test_a_text_has_the_same_values_in_any_company(small_tables):
         )
 
 
+def test_what_pads_add_to_whole_blocks_is_a_small_block():
+    array = np.arange(byte_ngrams.BLOCK + 100).astype(np.uint8)
+    (_, _, whole), (start, stop, rest) = byte_ngrams.blocks(array)
+    assert (start, stop) == (byte_ngrams.BLOCK, len(array))
+    width = byte_ngrams.WIDTH
+    assert [len(block) - width for block in (whole, rest)] == [byte_ngrams.BLOCK, byte_ngrams.LEAST_BLOCK]
+    np.testing.assert_array_equal(rest[: width + 100], array[start - width :])
+
+
 def test_sentences_end_where_a_loop_ends_them():
     texts = [
         "One. Two?  Three!\n\nFour 3.14 e.g.x\n",
