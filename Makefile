@@ -6,7 +6,7 @@ BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 help:
-	@echo 'make demo      the whole path on 2 cores in about 10 minutes: corpus, tokenizer, dataset, model, report'
+	@echo 'make demo      the whole path on 2 cores in about 12 minutes: corpus, tokenizer, dataset, model, report'
 	@echo 'make test      the tests, without the slow ones'
 	@echo 'make test-all  all the tests'
 	@echo 'make lint      ruff and mypy'

@@ -1,4 +1,4 @@
-"""From public texts to a small pre-trained model, its samples and a report, in about ten minutes on two cores.
+"""From public texts to a small pre-trained model, its samples and a report, in about twelve minutes on two cores.
 
     python -m experiments.demo --config=configs/demo/default.py --workdir=runs/demo
 

@@ -2,7 +2,7 @@
 
     python -m experiments.demo --config=configs/demo/default.py --workdir=runs/demo
 
-About ten minutes on two cores with the downloads (176 MB). Expect 2.3 bits per byte over all held-out text, where the
+About twelve minutes on two free cores with the downloads (266 MB). Expect 2.3 bits per byte over all held-out text, where the
 unigram model needs 3.4 and xz -9e 2.7.
 """
 
