@@ -2,8 +2,8 @@
 
     python -m experiments.demo --config=configs/demo/default.py --workdir=runs/demo
 
-About twelve minutes on two free cores with the downloads (266 MB). Expect 2.3 bits per byte over all held-out text, where the
-unigram model needs 3.4 and xz -9e 2.7.
+About twelve minutes on two free cores, with 266 MB of downloads. Expect 2.3 bits per byte over all held-out text, where
+the unigram model needs 3.4 and xz -9e 2.8.
 """
 
 import ml_collections
