@@ -262,11 +262,14 @@ def test_many_faults_in_one_run(dataset, tmp_path, capsys, faults, steps):  # no
     config = make_config(dataset, steps=steps, eval_every=0, eval_batches=1)
     model = dataclasses.replace(config.model, hidden_size=48, head_dim=12)
     data = dataclasses.replace(config.data, batch_size=24)
+    # At ten times this rate 300 steps make 2e-3 of what rounding makes of another number of devices, without a fault.
+    slow = dataclasses.replace(config.optimizer, learning_rate=1e-3)
     rare = CheckpointConfig(every_steps=10**6)
-    save(dataclasses.replace(config, model=model, data=data, checkpoint=rare), tmp_path / "wanted.json")
+    wanted = dataclasses.replace(config, model=model, data=data, optimizer=slow, checkpoint=rare)
+    save(wanted, tmp_path / "wanted.json")
     fault_injection.main(tmp_path / "wanted.json", tmp_path / "runs", faults, seed=7)
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["faults"] >= faults
-    assert summary["largest_loss_difference"] < 1e-4
+    assert summary["largest_loss_difference"] < 1e-5
     assert summary["steps_begun_again"] <= 2 * summary["faults"]
     assert (tmp_path / "runs/overlay.png").stat().st_size > 1000
