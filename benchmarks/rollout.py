@@ -36,8 +36,8 @@ from llm_jax.alignment import rollout
 from llm_jax.alignment.policy_config import RolloutConfig
 from llm_jax.alignment.prompts import Prompt
 from llm_jax.config import SamplingConfig
+from llm_jax.host_memory import keep_freed_memory
 from llm_jax.sampling.generate import generate
-from llm_jax.training.host_memory import keep_freed_memory
 
 BASES = {"roll": "generate", "roll_with_layout": "generate", "taken_over": "waited"}
 MORE = 4  # times as many prompts where lengths differ

@@ -32,9 +32,9 @@ from ml_collections import config_flags
 from llm_jax import config as config_lib
 from llm_jax.config import Config
 from llm_jax.errors import UserError, require
+from llm_jax.host_memory import keep_freed_memory
 from llm_jax.parallel import job as jobs
 from llm_jax.parallel import supervision
-from llm_jax.training.host_memory import keep_freed_memory
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HELP_FLAGS = ("-h", "-help", "--help", "-helpfull", "--helpfull")

@@ -9,11 +9,11 @@ from benchmarks.peers import shapes
 from benchmarks.peers.serve import serve
 from llm_jax.config import LossConfig, MeshConfig, ModelConfig, OptimizerConfig
 from llm_jax.data.batch import Batch
+from llm_jax.host_memory import keep_freed_memory
 from llm_jax.optim import adamw, schedules
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.training import language_model, loop, state
 from llm_jax.training import step as step_lib
-from llm_jax.training.host_memory import keep_freed_memory
 
 OPTIMIZER = OptimizerConfig(
     learning_rate=shapes.LEARNING_RATE,

@@ -14,11 +14,11 @@ from benchmarks.peers.ours import OPTIMIZER
 from benchmarks.peers.serve import serve
 from llm_jax.alignment import finetune, reward
 from llm_jax.alignment.config import FineTuneConfig, RewardLossConfig
+from llm_jax.host_memory import keep_freed_memory
 from llm_jax.interop.pretrained import Pretrained
 from llm_jax.optim import schedules
 from llm_jax.training import language_model, loop, state
 from llm_jax.training import step as step_lib
-from llm_jax.training.host_memory import keep_freed_memory
 from llm_jax.training.step import LossFunction
 
 

@@ -9,8 +9,8 @@ from benchmarks.peers.serve import serve
 from benchmarks.peers.shapes import GENERATIONS, Generation
 from llm_jax import models
 from llm_jax.config import ModelConfig, SamplingConfig
+from llm_jax.host_memory import keep_freed_memory
 from llm_jax.sampling.generate import generate
-from llm_jax.training.host_memory import keep_freed_memory
 
 
 def model_config(shape: Generation) -> ModelConfig:

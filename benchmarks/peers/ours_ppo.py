@@ -34,10 +34,10 @@ from llm_jax.alignment.ppo import Data, Ppo
 from llm_jax.alignment.prompts import Prompt, PromptStream
 from llm_jax.alignment.rewards import Response
 from llm_jax.config import ModelConfig, OptimizerConfig, SamplingConfig
+from llm_jax.host_memory import keep_freed_memory
 from llm_jax.interop.pretrained import Pretrained
 from llm_jax.tokenization.chat import Message
 from llm_jax.training import checkpoint
-from llm_jax.training.host_memory import keep_freed_memory
 
 FIRST = 0x4E00  # the character of token 0
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from benchmarks.peers.serve import serve
 from benchmarks.peers.shapes import ALL, Shape
-from llm_jax.training.host_memory import keep_freed_memory
+from llm_jax.host_memory import keep_freed_memory
 
 FLOPS = 4e9  # about so many in one measured step: a small step's products are repeated
 TRIES = 5  # of each way to compute a product, to find the fastest

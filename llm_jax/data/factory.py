@@ -48,6 +48,7 @@ from llm_jax.data.prepare import ORDER, PrepareConfig
 from llm_jax.data.stages import BECAUSE, COLUMNS, DROPPED, ID, Result, Stage
 from llm_jax.errors import UserError, require
 from llm_jax.files import read_json, write_json, write_lines
+from llm_jax.host_memory import keep_freed_memory
 
 STAGES, KEPT, AUDIT, REPORT, ERROR = "stages", "kept", "audit.jsonl", "report.json", "error.txt"
 PARTIAL = ".partial"  # the end of the name of a step's folder that is not whole
@@ -56,7 +57,7 @@ DOCUMENT_ID = "document_id"  # the hash of a document's text as it was read, in 
 # Settings that change no document.
 NO_CONTENT = {"cache", "tokenizer", "output", "holdout_fraction", "workers", "runner", "ray_address"}
 NO_CONTENT |= {"seed", "audit", "keep_stages"}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, as malloc.h numbers them
+FREED_BYTES = 64 << 20  # of NumPy's arrays, which a step allocates again and again, stay with the process
 FLOATS = (DataType.float32(), DataType.float64())
 Read = Callable[[CorpusConfig, Path], dict[str, Any]]
 
@@ -93,7 +94,7 @@ def run(config: PrepareConfig, folder: Path, stages: Sequence[Stage], read: Read
     Raises `UserError` for damaged sources, for a stage that fails or loses documents, and if nothing is kept.
     """
     runners.start(config)
-    _keep_freed_memory()
+    keep_freed_memory(FREED_BYTES)
     steps = _steps(config, folder, stages)
     reports = _finished(steps)
     stages_folder = steps[0].folder.parent
@@ -359,16 +360,6 @@ def _one_line_errors(step: _Step) -> Iterator[None]:
             f"stage {step.folder.name} failed: {type(error).__name__}: {reason}; its traceback is in {path}. "
             "The same command goes on with this stage."
         ) from error
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library keep what NumPy frees within a step.
-
-    Stages allocate arrays of some MB again and again; to get each from the system takes a fifth of their time.
-    """
-    for parameter, size in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20)):
-        with contextlib.suppress(OSError, AttributeError):  # glibc has it, others do not
-            ctypes.CDLL(None).mallopt(parameter, size)
 
 
 def _release_memory() -> None:
