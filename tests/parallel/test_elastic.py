@@ -46,7 +46,7 @@ def test_finished_without_faults(tmp_path):
 
 def test_killed_frozen_and_lost(tmp_path):
     """A killed process starts again where it was; a frozen or lost host is left out until the list is written anew."""
-    flags = "--config.frozen_seconds=2.0", "--config.sizes=(4,3,2)"
+    flags = "--config.frozen_seconds=6.0", "--config.sizes=(4,3,2)"  # a busy machine may not let one run for seconds
     with supervised(counter(tmp_path, 10_000), tmp_path, 4, *flags) as run:
         for count, (kind, index) in enumerate(((KILL, 1), (FREEZE, 2), (LOSE, 0)), 1):
             run.wait_for_steps(3)
@@ -66,7 +66,7 @@ def test_killed_frozen_and_lost(tmp_path):
     assert [fault["host"] for fault in faults] == ["n2", "n3", "n1"]
     assert [(fault["processes"], fault["processes_after"]) for fault in faults] == [(4, 4), (4, 3), (3, 2)]
     assert all(0 <= fault["lost_steps"] <= 30 and fault["downtime_seconds"] > 0 for fault in faults)
-    assert faults[1]["downtime_seconds"] > 2.0
+    assert faults[1]["downtime_seconds"] > 6.0
 
 
 def test_hosts_that_come_and_go_are_no_faults(tmp_path):
