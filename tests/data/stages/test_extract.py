@@ -11,6 +11,7 @@ from llm_jax.data.prepare import PrepareConfig, stages
 from llm_jax.data.stages import COLUMNS
 from llm_jax.data.stages.extract import Extract, ExtractConfig
 from llm_jax.errors import UserError
+from llm_jax.evaluation.sentence_bits import TRANSFORMERS
 
 SENTENCES = [f"Sentence number {i} of the main text says something that no other one says." for i in range(12)]
 CODE = "def f(x):\n    if x:\n        return 1\n\n    return 2"
@@ -166,4 +167,4 @@ def test_limits_are_positive():
 
 
 def test_it_is_the_factorys_first_stage():
-    assert stages(PrepareConfig())[0] == Extract(ExtractConfig())
+    assert stages(PrepareConfig(), TRANSFORMERS)[0] == Extract(ExtractConfig())
