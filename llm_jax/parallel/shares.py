@@ -34,7 +34,12 @@ def _gathered(x: Any) -> np.ndarray:
         processes = Mesh(np.array(jax.devices()).reshape(jax.process_count(), -1), ("processes", "local"))
         x = multihost_utils.host_local_array_to_global_array(np.asarray(x), processes, PartitionSpec("processes"))
     everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
-    return np.asarray(settled(jax.jit(lambda x: x, out_shardings=everywhere)(x)).addressable_data(0))
+    return np.asarray(settled(jax.jit(_same, out_shardings=everywhere)(x)).addressable_data(0))
+
+
+def _same(x: jax.Array) -> jax.Array:
+    """A function that keeps its name, so that JAX compiles it once for each shape and not in every call."""
+    return x
 
 
 def settled(tree: Any) -> Any:
