@@ -12,7 +12,7 @@ import io
 import logging
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -47,7 +47,7 @@ def find_sources(path: Path) -> dict[str, list[Path]]:
     """
     found = _files(path)
     known = [file for file in found if kind(file)]
-    unknown = ignored(path)
+    unknown = _others(found)
     counts = ", ".join(f"{count} {suffix}" for suffix, count in unknown.items())
     require(bool(known), f"{path} holds no {', '.join(KINDS)} file" + (f", only {counts}" if counts else ""))
     if unknown:
@@ -60,7 +60,11 @@ def find_sources(path: Path) -> dict[str, list[Path]]:
 
 def ignored(path: Path) -> dict[str, int]:
     """How many files of other kinds there are, by their suffix."""
-    unknown = collections.Counter(file.suffix or "without a suffix" for file in _files(path) if not kind(file))
+    return _others(_files(path))
+
+
+def _others(found: Iterable[Path]) -> dict[str, int]:
+    unknown = collections.Counter(file.suffix or "without a suffix" for file in found if not kind(file))
     return dict(sorted(unknown.items()))
 
 

@@ -51,13 +51,18 @@ class Ngrams(NamedTuple):
 
 def blocks(texts: pa.Array, limit: int = BLOCK_BYTES) -> Iterator[pa.Array]:
     """Cut an array of strings into slices of at most `limit` bytes of text, or of one text."""
-    ends = np.cumsum(np.asarray(pc.fill_null(pc.binary_length(texts), 0)), dtype=np.int64)
-    start = 0
-    while start < len(texts):
-        before = ends[start - 1] if start else 0
-        stop = max(int(np.searchsorted(ends, before + limit, side="right")), start + 1)
+    sizes = np.asarray(pc.fill_null(pc.binary_length(texts), 0))
+    for start, stop in runs(np.append(0, np.cumsum(sizes, dtype=np.int64)), limit):
         yield texts.slice(start, stop - start)
-        start = stop
+
+
+def runs(ends: Integers, limit: int) -> Iterator[tuple[int, int]]:
+    """Cut what ends at `ends[1:]` into runs, from first to last, of `limit` at most or of one."""
+    first = 0
+    while first < len(ends) - 1:
+        last = max(int(np.searchsorted(ends, ends[first] + limit, side="right")) - 1, first + 1)
+        yield first, last
+        first = last
 
 
 def units(texts: pa.Array) -> Units:
@@ -110,6 +115,12 @@ def utf8_buffer(texts: pa.Array) -> tuple[npt.NDArray[np.uint8], Integers]:
 def hashes_of_bytes(data: npt.NDArray[np.uint8], starts: Integers, stops: Integers) -> Hashes:
     """A hash of each part `data[start:stop]`."""
     return hashes_of_parts(_byte_coefficients()[data], starts, stops)
+
+
+def is_indented(data: npt.NDArray[np.uint8], starts: Integers) -> npt.NDArray[np.bool_]:
+    """Whether what begins at each start, before the end of the data, does so with a tab or two spaces: as code may."""
+    first, second = data[starts], data[np.minimum(starts + 1, len(data) - 1)]
+    return (first == ord("\t")) | (first == ord(" ")) & (second == ord(" "))
 
 
 def code_points(data: npt.NDArray[np.uint8]) -> tuple[Integers, npt.NDArray[np.int32]]:

@@ -74,6 +74,7 @@ class Language:
         require(not unknown, f"LanguageConfig.wanted: nothing tells {', '.join(unknown)} from other languages")
 
     def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
+        """The facts hold what sources declare, what was told, and what became of it."""
         fields = {
             "language": DataType.string(),
             "told": DataType.string(),

@@ -148,9 +148,8 @@ class Lines:
             place = np.flatnonzero(words / self.config.words + characters / self.config.characters >= 1)
             owners = np.searchsorted(ends, cuts[place], side="right") - 1
             title = units[offsets[place + 1] - 1] < titles[owners]
-            first, second = data[cuts[place]], data[cuts[place] + 1]  # a part has more bytes than one
-            indented = (first == ord("\t")) | (first == ord(" ")) & (second == ord(" "))
-            place, owners = (kept[~title & ~indented] for kept in (place, owners))
+            shown = ~title & ~ngrams.is_indented(data, cuts[place])
+            place, owners = place[shown], owners[shown]
             hashes = ngrams.whole(found, offsets)[place] & ~LAST_BIT
             levels.append(Parts(cuts[place], cuts[place + 1], owners, np.full(len(place), level > 0), hashes))
         return Parts(*(np.concatenate(column) for column in zip(*levels, strict=True)))

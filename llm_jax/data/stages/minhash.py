@@ -4,7 +4,6 @@ D: documents, G: n-grams of all of them, K: permutations, P: pairs. Broder (1997
 and Ullman, Mining of Massive Datasets, section 3.4, for bands.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -50,7 +49,7 @@ def signatures(sets: Sets, permutations: int) -> npt.NDArray[np.uint32]:
     """
     factors = np.random.default_rng(SEED).integers(0, 1 << 31, permutations, np.uint32) * np.uint32(2) + np.uint32(1)
     least = np.empty((permutations, len(sets.offsets_D) - 1), np.uint32)
-    for first, last in _runs(sets.offsets_D, BLOCK):
+    for first, last in ngrams.runs(sets.offsets_D, BLOCK):
         start = sets.offsets_D[first]
         hashes = sets.hashes_G[start : sets.offsets_D[last]]
         begins = sets.offsets_D[first:last] - start
@@ -109,7 +108,8 @@ def jaccard(sets: Sets, left_P: np.ndarray, right_P: np.ndarray) -> npt.NDArray[
     """Of pairs of texts, given as positions in `sets`, which must be `unique`."""
     sizes = np.diff(sets.offsets_D)
     total_P = sizes[left_P] + sizes[right_P]
-    common = [_common(sets, left_P[a:b], right_P[a:b]) for a, b in _runs(np.append(0, np.cumsum(total_P)), COMPARED)]
+    runs = ngrams.runs(np.append(0, np.cumsum(total_P)), COMPARED)
+    common = [_common(sets, left_P[a:b], right_P[a:b]) for a, b in runs]
     shared_P = np.concatenate([np.zeros(0, np.int64), *common])
     return shared_P / np.maximum(total_P - shared_P, 1)
 
@@ -124,12 +124,3 @@ def _common(sets: Sets, left_P: np.ndarray, right_P: np.ndarray) -> np.ndarray:
     values = np.sort(pairs << np.uint64(32) | sets.hashes_G[where])
     twice = values[1:][values[1:] == values[:-1]]
     return np.bincount((twice >> np.uint64(32)).astype(np.int64), minlength=len(left_P))
-
-
-def _runs(ends: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
-    """Cut what ends at `ends[1:]` into runs, from first to last, of `limit` at most or of one."""
-    first = 0
-    while first < len(ends) - 1:
-        last = max(int(np.searchsorted(ends, ends[first] + limit, side="right")) - 1, first + 1)
-        yield first, last
-        first = last

@@ -43,9 +43,9 @@ EXCERPTS = (
     40,
     160,
 )  # characters of harmless texts: as long as offensive ones, and short as some sentences
-# The English list's own categories, in ours.
 WORD = re.compile("[A-Za-z]{4,}")  # as long as a listed one is at least
 INSIDE = re.compile("[a-z,;] $")  # what is before a word inside of a sentence
+# The English list's own categories, in ours.
 CATEGORIES = {
     "sexual anatomy / sexual acts": "pornography",
     "bodily fluids / excrement": "abuse",

@@ -24,6 +24,7 @@ from daft import functions as F
 from scipy import special
 
 from llm_jax.config import CorpusConfig, non_negative, positive
+from llm_jax.data.ngrams import is_indented
 from llm_jax.data.sources import cache_folder
 from llm_jax.data.stages import (
     BECAUSE,
@@ -48,14 +49,13 @@ LISTED = np.array([0.0, 0.5, 0.99])
 GARBAGE, OFFENSIVE, LOW = "garbage", "offensive", "low quality"
 EXAMPLE = "example"  # the first sentence that was cut out of a text that stays
 EXAMPLES = 10  # of each source that a report shows
-CUT = "cut text"  # the text without what was cut out, null where nothing was
 FIELDS = {
     "perplexity": DataType.float32(),
     "quality": DataType.float32(),
     "offensive": DataType.float32(),
     DROPPED: DataType.string(),
     BECAUSE: DataType.string(),
-    CUT: DataType.string(),
+    marks.REPLACED: DataType.string(),
     "garbage_bytes": DataType.int64(),
     "offensive_bytes": DataType.int64(),
     EXAMPLE: DataType.string(),
@@ -129,10 +129,8 @@ class Quality:
         learnt.save(folder)
         judge = _Judge(config, self.scorer, folder, (folder / "arrays.npz").stat().st_mtime_ns)
         judged = marks.mark(documents, judge, FIELDS, scratch, "source")
-        added = [name for name in FIELDS if name not in (CUT, EXAMPLE, "garbage_bytes", "offensive_bytes")]
-        documents = marks.join(documents, judged, *added, CUT)
-        documents = documents.with_column("text", F.coalesce(col(CUT), col("text"))).exclude(CUT)
-        return Result(documents, facts | _facts(judged))
+        joined = (name for name in FIELDS if name not in (EXAMPLE, "garbage_bytes", "offensive_bytes"))
+        return Result(marks.join(documents, judged, *joined), facts | _facts(judged))
 
 
 def _proper_sentences(documents: daft.DataFrame, reference: tuple[str, ...], words: Iterable[str]) -> pa.Array:
@@ -192,7 +190,7 @@ class _Judge:
         garbage_S = _place(bits_S / sizes_S, scales_N2[parts.texts])
         judged_S = ~code[parts.texts]
         is_garbage_S = judged_S & (garbage_S > config.garbage) & (sizes_S >= config.least_bytes)
-        is_garbage_S &= ~_is_indented(found, parts)
+        is_garbage_S &= ~is_indented(found.data, parts.starts)
         language_S = language_N[parts.texts]
         is_garbage_S = self._of_words(found, (parts.starts, parts.stops), is_garbage_S, language_S, names, bits)
         offends_S = judged_S & (offence_S > config.offence)
@@ -209,7 +207,7 @@ class _Judge:
             "offensive": pa.array(share_N, pa.float32()),
             DROPPED: pa.array(reasons, pa.string()),
             BECAUSE: pa.array(because, pa.string()),
-            CUT: _cut(found, parts, is_garbage_S | offends_S, reasons),
+            marks.REPLACED: _cut(found, parts, is_garbage_S | offends_S, reasons),
             "garbage_bytes": pa.array(garbage_N.astype(np.int64)),
             "offensive_bytes": pa.array(per_text(offends_S * sizes_S).astype(np.int64)),
             EXAMPLE: _examples(found, parts, is_garbage_S, offends_S),
@@ -239,12 +237,6 @@ class _Judge:
         chosen = np.zeros(len(suspected), np.bool_)
         chosen[places] = (unlikely > config.garbage) & np.array([letters.is_text(one) for one in words], np.bool_)
         return chosen
-
-
-def _is_indented(found: byte_ngrams.Buffer, parts: byte_ngrams.Sentences) -> npt.NDArray[np.bool_]:
-    """Whether each part begins with a tab or two spaces: it may be code."""
-    first, second = found.data[parts.starts], found.data[np.minimum(parts.starts + 1, len(found.data) - 1)]
-    return (first == ord("\t")) | (first == ord(" ")) & (second == ord(" "))
 
 
 def _place(bits: npt.NDArray, scales_2: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

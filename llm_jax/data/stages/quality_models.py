@@ -118,7 +118,7 @@ def train(
     quality_R, slopes, quality_facts = _quality(sample, reference, held_out, generator)
     offensive_R, judged, offensive_facts = _offensive(sample, words, material, offensive_share)
     tables = byte_ngrams.Tables(language_OR, np.float32(empty), byte_ngrams.pack(quality_R, offensive_R))
-    bits = sentence_bits(tables, scorer, model)
+    bits = sentence_bits(byte_ngrams.place(tables), scorer, model)
     scales = sentence_scales(bits, sample.filter(pa.array(held_out)), least_bytes, generator)
     facts = {
         "sampled bytes": int(pc.sum(pc.binary_length(sample["text"])).as_py() or 0),
@@ -168,8 +168,8 @@ def _garbage(size: int, generator: np.random.Generator, language: str = "") -> s
 
 
 def sentence_bits(tables: byte_ngrams.Tables, scorer: perplexity.Scorer, model: str) -> perplexity.SentenceBits:
-    """What sentences are scored by: the n-gram model of the tables, or what the scorer loads from a path."""
-    return _loaded(scorer, model) if model else perplexity.ngram_bits(byte_ngrams.place(tables))
+    """What sentences are scored by: the n-gram model of placed tables, or what the scorer loads from a path."""
+    return _loaded(scorer, model) if model else perplexity.ngram_bits(tables)
 
 
 @functools.lru_cache(maxsize=1)

@@ -175,9 +175,10 @@ def near_copies(
     """Of vectors of length 1, best first: those like a better one that stays, the one each is most like, the cosine."""
     copies, originals, cosines = [], [], []
     kept = np.ones(len(vectors_NE), np.bool_)
+    vectors_NE = vectors_NE.astype(np.float32)
     for start in range(0, len(vectors_NE), BLOCK):
         stop = min(start + BLOCK, len(vectors_NE))
-        cosine = vectors_NE[start:stop].astype(np.float32) @ vectors_NE[:stop].astype(np.float32).T
+        cosine = vectors_NE[start:stop] @ vectors_NE[:stop].T
         alike = np.tril(cosine >= similarity, start - 1)
         for row in np.flatnonzero(alike.any(axis=1)):
             better = np.flatnonzero(alike[row] & kept[:stop])
