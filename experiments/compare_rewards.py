@@ -26,6 +26,7 @@ from llm_jax.evaluation import reward_figures, tables
 from llm_jax.evaluation import rewards as judging
 from llm_jax.evaluation.rewards import Accuracies, CalibrationBin, Proportion, Trained
 from llm_jax.evaluation.tables import Table
+from llm_jax.files import read_lines
 
 TABLE_WIDTH = 200
 COMPARISON = "comparison"
@@ -186,9 +187,7 @@ def _calibration(runs: Sequence[Judged]) -> list[CalibrationBin]:
     """Over the pairs of all seeds."""
     gaps = []
     for one in runs:
-        with (one.folder / SCORES).open(encoding="utf-8") as file:
-            scores = [json.loads(line) for line in file]
-        gaps += [score["chosen"] - score["rejected"] for score in scores]
+        gaps += [score["chosen"] - score["rejected"] for score in read_lines(one.folder / SCORES)]
     return judging.calibration(np.array(gaps))
 
 

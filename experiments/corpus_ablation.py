@@ -12,7 +12,6 @@ of experiments.pretrain. What is finished is not done again: a stopped run goes 
 """
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from experiments import own_dataset, pretrain, runner
 from experiments.stages import check_finished, check_workdir, command_of, is_done, write_tables
@@ -32,9 +29,9 @@ from llm_jax.data import loader
 from llm_jax.data.documents import HASH_RANGE
 from llm_jax.data.packing import PackedSource
 from llm_jax.errors import require
-from llm_jax.evaluation import perplexity
+from llm_jax.evaluation import best_of, perplexity
 from llm_jax.evaluation.tables import Table
-from llm_jax.files import replacing, write_json, write_lines
+from llm_jax.files import read_json, read_lines, replacing, write_json, write_lines
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.tokenization import tokenizer as tokenizers
 from llm_jax.training import checkpoint
@@ -111,7 +108,7 @@ def hold_out(config: AblationConfig, workdir: Path) -> None:
     chosen = arm_config(config, FILTERED, ())
     corpus = factory.run(chosen, workdir / FILTERED, prepare.stages(chosen, TRANSFORMERS), partial(_read, config))
     columns = [ID, "source", factory.DOCUMENT_ID, "text"]
-    documents = pa.concat_tables([pq.read_table(path, columns=columns) for path in corpus.documents])
+    documents = parquet.read(corpus.documents, columns)
     by_source: dict[str, list[str]] = {}
     for row in documents.sort_by([(factory.DOCUMENT_ID, "ascending"), (ID, "ascending")]).to_pylist():
         unfit = len(row["text"].encode()) < config.least_bytes or planting.SPOILED in row[ID]
@@ -128,11 +125,8 @@ def _read(config: AblationConfig, corpus: CorpusConfig, folder: Path) -> dict[st
     """Read the corpus as prepare_data does, and spoil it as far as the config says."""
     facts = reading.read(corpus, folder)
     if config.spoiled:
-        files = parquet.files(folder)
-        documents = pa.concat_tables([pq.read_table(path) for path in files])
-        pq.write_table(planting.with_spoiled(documents, config.spoiled, 0), folder / "spoiled.parquet")
-        for path in files:
-            path.unlink()
+        documents = parquet.read(parquet.files(folder))
+        parquet.replace(folder, planting.with_spoiled(documents, config.spoiled, 0))
     return facts
 
 
@@ -140,7 +134,7 @@ def heldout_texts(config: AblationConfig, workdir: Path) -> dict[str, list[str]]
     """What is read of the held-out documents of each source: the beginnings of about `heldout_bytes` of them."""
     found = {}
     for path in sorted((workdir / HELDOUT).iterdir()):
-        texts = [json.loads(line)["text"][: config.excerpt] for line in path.read_text("utf-8").splitlines()]
+        texts = [record["text"][: config.excerpt] for record in read_lines(path)]
         ends = np.cumsum([len(text.encode()) for text in texts])
         found[path.stem] = texts[: int(np.searchsorted(ends, config.heldout_bytes)) + 1]
     return found
@@ -186,7 +180,7 @@ class _Tokens:
 def judged(config: AblationConfig, workdir: Path, folder: Path) -> dict[str, float]:
     """A trained run's bits per byte of each source's held-out text, and of all ("")."""
     if is_done(folder / RESULT):
-        return json.loads((folder / RESULT).read_text())
+        return read_json(folder / RESULT)
     mesh = mesh_lib.build(MeshConfig(), jax.local_devices()[:1])
     model, params, _ = checkpoint.load_model(folder, mesh=mesh)
     tokenizer = tokenizers.load(folder)
@@ -243,8 +237,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
 
 def estimate(values: Sequence[float], form: str) -> str:
     """The mean and, of several values, its standard error."""
-    error = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{form}}{error}"
+    found = best_of.estimate(np.array(values))
+    return f"{found.mean:{form}}" + (f" ± {found.error:.4f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

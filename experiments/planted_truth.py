@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from experiments import runner
 from experiments.stages import command_of, write_tables
@@ -97,36 +95,36 @@ def _read(workdir: Path, config: CorpusConfig, folder: Path) -> dict[str, Any]:
     """Read the corpus as prepare_data does, and plant in it."""
     assert isinstance(config, PlantedTruthConfig)
     facts = reading.read(config, folder)
-    files = parquet.files(folder)
-    documents = pa.concat_tables([pq.read_table(path) for path in files])
-    for path in files:
-        path.unlink()
+    documents = parquet.read(parquet.files(folder))
     planted, plants = planting.plant(documents, config.plant, material(config), config.lines.documents)
     planting.write(plants, workdir / TRUTH)
-    pq.write_table(planted, folder / "planted.parquet", row_group_size=4096)
+    parquet.replace(folder, planted)
     return facts | {"planted": len(plants)}
 
 
 def material(config: PlantedTruthConfig) -> Material:
     """Evaluation items, and labelled texts that the offensive-content classifier has not learnt."""
-    chosen = config.contamination
-    items = evaluation_sets.read(chosen.sets, chosen.paths, cache_folder(CorpusConfig(cache=chosen.cache)))
     labelled = offensive.Material({}, [], [])
     if config.quality.lists:
         labelled = offensive.load(cache_folder(CorpusConfig(cache=config.quality.cache)))
     unseen = ([text for text in some if is_held_out(text)] for some in (labelled.offensive, labelled.harmless))
-    return Material(items, *unseen)
+    return Material(evaluation_items(config), *unseen)
+
+
+def evaluation_items(config: PlantedTruthConfig) -> dict[str, list[str]]:
+    """The items that the contamination stage looks for, by set."""
+    chosen = config.contamination
+    return evaluation_sets.read(chosen.sets, chosen.paths, cache_folder(CorpusConfig(cache=chosen.cache)))
 
 
 def checks(config: PlantedTruthConfig, steps: Sequence[Step]) -> list[planted_truth.Check]:
     """What stages took of all documents, judged by other ways to find it."""
     chosen = config.contamination
     sizes = chosen.words, chosen.characters, chosen.shortest
-    items = material(config).items
     judged: dict[str, Callable[[Step, Step], planted_truth.Check]] = {
         "exact": planted_truth.check_exact,
         "fuzzy": partial(planted_truth.check_fuzzy, config=config.fuzzy),
-        "contamination": partial(planted_truth.check_contamination, items=items, sizes=sizes),
+        "contamination": partial(planted_truth.check_contamination, items=evaluation_items(config), sizes=sizes),
     }
     return [judged[step.name](before, step) for before, step in itertools.pairwise(steps) if step.name in judged]
 
@@ -196,7 +194,7 @@ def faults(steps: Sequence[Step]) -> list[dict[str, Any]]:
                 {"fault": "near-duplicates", "source": EDITIONS, **planted_truth.of_source(before, step, EDITIONS)}
             )
             documents = factory.as_given(parquet.files(before.folder / factory.KEPT))
-            mine = (col("source") == lit(EDITIONS)) & ~col(ID).contains(planted_truth.ORIGIN)
+            mine = (col("source") == lit(EDITIONS)) & ~col(ID).contains(planting.PLANTED)
             with tempfile.TemporaryDirectory() as scratch:
                 facts = Fuzzy(FuzzyConfig(threshold=OTHER_SPELLING)).apply(documents.where(mine), Path(scratch)).facts
             counts = {"documents": found[-1]["documents"], "dropped": facts["duplicates"]}

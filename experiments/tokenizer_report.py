@@ -12,7 +12,6 @@ tokenizers.png.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from llm_jax.data.documents import Document
 from llm_jax.errors import require
 from llm_jax.evaluation import tokenizer_figures
 from llm_jax.evaluation.tables import Table
-from llm_jax.files import write_json, write_lines
+from llm_jax.files import read_json, read_lines, write_json, write_lines
 from llm_jax.tokenization import report as measuring
 from llm_jax.tokenization.published import PUBLISHED, LossyPieces, fetch
 from llm_jax.tokenization.report import EVERYTHING, Compression, Measurable
@@ -165,9 +164,7 @@ def keep_texts(config: TokenizerReportConfig, folder: Path) -> None:
 
 def read_texts(path: Path) -> Iterator[Document]:
     """The documents of a file of `keep_texts`."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield Document(**json.loads(line))
+    return (Document(**record) for record in read_lines(path))
 
 
 def measure(config: TokenizerReportConfig, workdir: Path, name: str) -> None:
@@ -215,7 +212,7 @@ def read_results(workdir: Path, names: Sequence[str]) -> dict[str, Result]:
     for name in names:
         path = workdir / name / RESULT
         if path.is_file():
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             found[name] = Result(values["pieces"], {row["language"]: Compression(**row) for row in values["rows"]})
     return found
 

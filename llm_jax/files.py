@@ -31,6 +31,12 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({error}): remove it and run what wrote it again") from None
 
 
+def read_lines(path: Path) -> Iterator[Any]:
+    """What `write_lines` wrote, record after record."""
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
 def write_lines(path: Path, records: Iterable[Any]) -> None:
     """Write records as JSON Lines, of which there need never be more than one in memory."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:

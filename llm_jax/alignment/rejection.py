@@ -7,7 +7,6 @@ Shapes: P prompts, K samples of each.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from llm_jax.alignment.ppo import Data
 from llm_jax.alignment.prompts import Prompt, stop_ids
 from llm_jax.alignment.sft import Sample
 from llm_jax.config import ModelConfig
-from llm_jax.files import write_lines
+from llm_jax.files import read_lines, write_lines
 from llm_jax.tokenization.chat import Message
 
 Tokens = tuple[int, ...]
@@ -144,8 +143,7 @@ def _record(chosen: Chosen) -> dict[str, Any]:
 
 def read(path: Path) -> list[Chosen]:
     """What `write` wrote."""
-    with path.open(encoding="utf-8") as file:
-        return [_chosen(json.loads(line)) for line in file]
+    return [_chosen(record) for record in read_lines(path)]
 
 
 def _chosen(record: Mapping[str, Any]) -> Chosen:

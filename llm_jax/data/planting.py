@@ -10,7 +10,6 @@ their order.
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from llm_jax.data.documents import CODE, HTML, text_hash
 from llm_jax.data.planted_texts import Generator
 from llm_jax.data.stages import COLUMNS, ID, corruption
 from llm_jax.errors import require
-from llm_jax.files import write_lines
+from llm_jax.files import read_lines, write_lines
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ JUNK = ("language", "heuristics", "quality", "lines")  # stages that may drop or
 COPY, INSIDE, NEW = "copy", "inside", "new"  # a changed copy beside its original; in the document; instead of nothing
 SPARE = 200  # documents from which edited copies get their new words
 LINES = 8  # of a document of offensive or garbled lines
-SPOILED = "/spoiled_"  # in the ids of such documents
+PLANTED, SPOILED = "/planted_", "/spoiled_"  # in the ids of documents that are not the corpus's own
 SPOILED_WAYS = (*corruption.KINDS, "copied", "edited")
 EDITED = 0.02  # of an edited copy
 FRAGMENT = 10  # words of an item, too few to be looked for
@@ -136,7 +135,7 @@ def plant(documents: pa.Table, config: PlantConfig, material: Material, shared_b
         if kind.place == INSIDE:
             identity, changed[row] = host[ID], text
         else:
-            identity = f"{host['source']}/planted_{len(added):06d}"
+            identity = f"{host['source']}{PLANTED}{len(added):06d}"
             added.append(host | {ID: identity, "text": text})
         original = host[ID] if kind.place == COPY else ""
         plants.append(Plant(kind.group, kind.name, kind.language, identity, original, targets, kind.stages, kind.share))
@@ -185,8 +184,8 @@ def write(plants: Sequence[Plant], path: Path) -> None:
 
 def read(path: Path) -> list[Plant]:
     """What `write` wrote."""
-    found = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [Plant(**plant | {name: tuple(plant[name]) for name in ("targets", "stages")}) for plant in found]
+    tuples = ("targets", "stages")
+    return [Plant(**plant | {name: tuple(plant[name]) for name in tuples}) for plant in read_lines(path)]
 
 
 def language_of(language: str, text: str) -> str:

@@ -15,7 +15,7 @@ from llm_jax.evaluation import corpus_tables as tables
 from llm_jax.evaluation import report
 from llm_jax.evaluation.corpus_tables import Reports
 from llm_jax.evaluation.tables import Table, as_html
-from llm_jax.files import read_json, replacing
+from llm_jax.files import read_json, read_lines, replacing
 
 TITLE = "What became of the corpus"
 STAGES, REPORT, AUDIT = "stages", "report.json", "audit.jsonl"  # as the factory names them
@@ -50,16 +50,11 @@ def read(folder: Path) -> Run:
         stage = read_json(path)
         stages[stage["name"]] = stage
         audit = path.with_name(AUDIT)
-        audits[stage["name"]] = _lines(audit) if audit.is_file() else []
+        audits[stage["name"]] = list(read_lines(audit)) if audit.is_file() else []
     whole = folder / REPORT
     rest = read_json(whole) if whole.is_file() else {}
     done = rest.get("stages") == list(stages.values())  # else it is of an earlier run in this folder
     return Run(stages, audits, rest if done else {})
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def write(run: Run, folder: Path) -> Path:

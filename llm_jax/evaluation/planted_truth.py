@@ -12,15 +12,14 @@ import pyarrow.parquet as pq
 
 from llm_jax.data import counts, parquet
 from llm_jax.data.documents import CODE
-from llm_jax.data.factory import KEPT
+from llm_jax.data.factory import KEPT, PARTIAL
 from llm_jax.data.planted_texts import units
-from llm_jax.data.planting import NEAR, Plant
+from llm_jax.data.planting import NEAR, PLANTED, Plant
 from llm_jax.data.stages import BECAUSE, DROPPED, ID
 from llm_jax.data.stages.fuzzy import FuzzyConfig
 from llm_jax.evaluation import near_duplicates
 
 FOUND, MISSED, LOST, WRONG, KEPT_RIGHT = "found", "missed", "lost", "wrong", "kept"
-ORIGIN = "/planted_"  # in the ids of documents that are not the corpus's own
 
 
 class Step(NamedTuple):
@@ -54,7 +53,7 @@ def _rows(folder: Path, columns: Sequence[str], ids: Iterable[str] | None) -> An
 
 def steps(folder: Path) -> list[Step]:
     """The steps of a run, reading first."""
-    found = sorted(path for path in folder.glob("[0-9][0-9]_*") if path.suffix != ".partial")
+    found = sorted(path for path in folder.glob("[0-9][0-9]_*") if path.suffix != PARTIAL)
     return [Step(path.name.partition("_")[2], path) for path in found]
 
 
@@ -252,6 +251,6 @@ def of_source(before: Step, step: Step, source: str) -> dict[str, int]:
     """How many of a source's own documents a stage got, and how many of them it dropped."""
     found: dict[str, Collection[str]] = {"documents": before.sizes(), "dropped": step.dropped()}
     return {
-        side: sum(name.startswith(f"{source}/") and ORIGIN not in name for name in names)
+        side: sum(name.startswith(f"{source}/") and PLANTED not in name for name in names)
         for side, names in found.items()
     }
