@@ -152,6 +152,7 @@ class Supervisor:
         """Wait for the round's outcome: FINISHED, STOPPED, REQUEUE, CHANGED, or FAULT with whose and which it is."""
         asked, stop_by, hung_by = "", math.inf, time.monotonic() + self._config.hung_seconds
         while True:
+            ended = all(one.has_ended_well() for one in round_members)  # what they said last is there to be read
             for one in round_members:
                 one.look()
             if self._note_progress(round_members):
@@ -160,7 +161,7 @@ class Supervisor:
             if any(faults.values()):
                 culprit = min((m for m in round_members if faults[m]), key=lambda m: CAUSES.index(faults[m]))
                 return FAULT, culprit, faults[culprit]
-            if all(one.has_ended_well() for one in round_members):
+            if ended:
                 return asked or FINISHED, None, ""
             if time.monotonic() > min(stop_by, hung_by):
                 return FAULT, min(round_members, key=lambda m: m.beat.step), members.HUNG

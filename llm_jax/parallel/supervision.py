@@ -4,6 +4,7 @@ The supervisor tells each process its `Assignment` in the environment. The proce
 is, to a file of its own: a thread does so even while a step or a compilation takes long, but not in a frozen process.
 """
 
+import atexit
 import dataclasses
 import functools
 import json
@@ -63,12 +64,16 @@ class Signs:
         self._lock = threading.Lock()
         self._written = 0.0
         threading.Thread(target=self._live, daemon=True).start()
+        atexit.register(self._say)  # the last step's line may not be written yet
 
     def _live(self) -> None:
         while True:
-            with self._lock:
-                self._write()
+            self._say()
             time.sleep(BEAT_SECONDS)
+
+    def _say(self) -> None:
+        with self._lock:
+            self._write()
 
     def tell(self, **fields: Any) -> None:
         """Change what is said."""

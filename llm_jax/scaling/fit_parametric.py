@@ -27,6 +27,9 @@ from llm_jax.scaling.trial import TrialResult
 
 MIN_DISTINCT = 3  # of N and of D
 MOST_CORRELATED = 0.98  # of log N with log D; above, the two terms cannot be told apart
+LEAST_FALL = (
+    1e-4  # of a term, as a share of the loss, over the trials' sizes or tokens; below, its exponent means nothing
+)
 REPEATED = 2.0  # data read so often, by one trial at least, is treated as repeated; less, as all new
 
 
@@ -292,9 +295,10 @@ def _intervals(law: Parametric, smallest: float) -> dict[str, tuple[float, float
         intervals["e"][0] > STUCK * smallest,
         "E has no lower bound: too many draws of the noise put it at 0; train larger models on more tokens, or seeds",
     )
-    for name in ("alpha", "beta"):
+    for name, values, term in (("alpha", law.parameters, "a"), ("beta", law.tokens, "b")):
+        fall_S = drawn[term] * (min(values) ** -drawn[name] - max(values) ** -drawn[name])
         require(
-            intervals[name][0] > 0,
+            percentiles(fall_S, law.confidence)[0] > LEAST_FALL * smallest,
             f"{name} may be 0 or less ({intervals[name][0]:.3g}): losses do not fall clearly with "
             + ("parameters" if name == "alpha" else "tokens"),
         )

@@ -1,6 +1,8 @@
 """Signs of life: what a process says reaches its supervisor, whatever becomes of a single write."""
 
 import errno
+import subprocess
+import sys
 import time
 
 from llm_jax import files
@@ -34,3 +36,13 @@ def test_a_disk_that_is_full_for_a_while_ends_neither_the_signs_nor_the_training
     found = wait_for_step(path, 3)
     assert found.step == 3 and found.count > before.count
     assert f"no sign of life could be written to {path}: No space left on device" in caplog.text
+
+
+def test_the_last_step_is_said_before_the_process_ends(tmp_path):
+    """Steps shorter than a write share a line; the last ones' is written at the end."""
+    steps = "for step in range(50): signs.tell(step=step)"
+    begin = (
+        "import pathlib, sys; from llm_jax.parallel.supervision import Signs; signs = Signs(pathlib.Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", f"{begin}\n{steps}", tmp_path / "0.json"], check=True)
+    assert supervision.read_beat(tmp_path / "0.json").step == 49

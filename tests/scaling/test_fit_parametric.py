@@ -190,8 +190,17 @@ def test_refusals():
     refused([*few[:2], few[4]], "sizes cannot tell")
     floorless = [dataclasses.replace(r, loss=r.loss - 1.69) for r in results]
     refused(floorless, "its bound")
-    flat = [dataclasses.replace(r, loss=1.69 + 410.7 / r.tokens**0.28) for r in results]
-    refused(flat, "alpha")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_losses_that_do_not_fall_are_refused(seed):
+    """Where a term is absent, rounding alone says what its exponent is; with noise, chance does."""
+    results = recovery.trials(KNOWN, np.random.default_rng(0))
+    rounding = 1 + (2e-16, 1e-3)[seed % 2] * np.random.default_rng(seed).standard_normal(len(results))
+    for name, constant, axis, exponent in (("alpha", 410.7, "tokens", 0.28), ("beta", 406.4, "parameters", 0.34)):
+        losses = [1.69 + constant / getattr(result, axis) ** exponent for result in results]
+        flat = [dataclasses.replace(r, loss=loss * f) for r, loss, f in zip(results, losses, rounding)]
+        refused(flat, f"{name} may be 0")
 
 
 def test_repetition_that_is_not_seen_is_refused():
