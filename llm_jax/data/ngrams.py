@@ -2,11 +2,10 @@
 
 A *unit* is a word (letters, digits, marks and underscores) or, in scripts that put no spaces between words (Han and
 kana), a single character: an n-gram is n units in a row, in any language. Case is ignored, and what stands between
-units (spaces, punctuation, symbols, emoji) belongs to none. All is NumPy passes over whole buffers, which take some 60
-bytes of memory a byte of text: `blocks` cuts an array into slices small enough.
+units (spaces, punctuation, symbols, emoji) belongs to none.
 
-The hash of a part is that of a polynomial modulo 2^64 whose coefficients are random numbers of its bytes; prefix sums
-over the buffer give it for any part in two look-ups (Karp and Rabin, 1987).
+The hash of a part is that of a polynomial modulo 2^64 whose coefficients are random numbers of its bytes; that of an
+n-gram follows from that of the n-gram before it (Karp and Rabin, 1987).
 """
 
 import functools
@@ -19,11 +18,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llm_jax.data.loops import compiled
 from llm_jax.errors import require
 
 BLOCK_BYTES = 1 << 19  # of text worked on at once: the temporaries stay near the processor
 BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
-GAP, WORD, HEAD, TAIL = range(4)  # a byte is between units, in a word, or first or later in a character alone
+INVERSE = pow(BASE, -1, 1 << 64)
+GAP, WORD, ALONE = range(3)  # a character is between units, in a word, or a unit
 CJK = ((0x3005, 0x3008), (0x3021, 0x302A), (0x3040, 0x3100), (0x31F0, 0x3200), (0x3400, 0x4DC0), (0x4E00, 0xA000),
        (0xF900, 0xFB00), (0x20000, 0x40000))  # fmt: skip
 
@@ -67,39 +68,22 @@ def runs(ends: Integers, limit: int) -> Iterator[tuple[int, int]]:
 
 def units(texts: pa.Array) -> Units:
     """The units of every text of an array of strings; a null has none."""
-    data, edges = utf8_buffer(_lower(texts))
-    kinds = np.full(len(data) + 2, GAP, np.uint8)
-    kinds[1:-1] = _kinds(data)
-    here = kinds[1:-1]
-    first = np.zeros(len(data) + 1, np.bool_)
-    first[edges] = True  # a word does not go on from one text into the next
-    starts = np.flatnonzero((here == HEAD) | ((here == WORD) & ((kinds[:-2] != WORD) | first[:-1])))
-    last = ((here == WORD) | (here == TAIL)) & ((kinds[2:] != here) | first[1:])
-    stops = np.flatnonzero(last) + 1
-    offsets = np.searchsorted(starts, edges)
-    shift = np.repeat(edges[:-1], np.diff(offsets))
-    return Units(hashes_of_bytes(data, starts, stops), starts - shift, stops - shift, here[starts] == HEAD, offsets)
+    return Units(*_units(*utf8_buffer(_lower(texts)), _kinds(), byte_coefficients()))
 
 
 def ngrams(found: Units, width: int | Integers) -> Ngrams:
     """The n-grams of every text, n being `width` for all texts or one number a text; a shorter text has none."""
-    counts = np.diff(found.offsets)
-    widths = np.broadcast_to(np.asarray(width, np.int64), counts.shape)
+    widths = np.full(len(found.offsets) - 1, width, np.int64)
     require(bool(np.all(widths > 0)), f"the width of an n-gram must be positive, got {widths.min(initial=1)}")
-    of_text = np.maximum(counts - widths + 1, 0)
-    offsets = np.concatenate([[0], np.cumsum(of_text)])
-    first = np.arange(offsets[-1]) + np.repeat(found.offsets[:-1] - offsets[:-1], of_text)
-    stops = first + np.repeat(widths, of_text)
-    return Ngrams(hashes_of_parts(found.hashes, first, stops), first, offsets)
+    offsets = np.append(0, np.cumsum(np.maximum(np.diff(found.offsets) - widths + 1, 0)))
+    hashes, first = _ngrams(found.hashes, found.offsets, widths, offsets)
+    return Ngrams(hashes, first, offsets)
 
 
 def whole(found: Units, offsets: Integers | None = None) -> Hashes:
     """A hash of all units of each text, or of those between these offsets; 0 where there are none."""
     offsets = found.offsets if offsets is None else offsets
-    counts = np.diff(offsets)
-    hashes = np.zeros(len(counts), np.uint64)
-    hashes[counts > 0] = ngrams(found._replace(offsets=offsets), np.maximum(counts, 1)).hashes
-    return hashes
+    return hashes_of_parts(found.hashes, offsets[:-1], offsets[1:])
 
 
 def utf8_buffer(texts: pa.Array) -> tuple[npt.NDArray[np.uint8], Integers]:
@@ -107,14 +91,9 @@ def utf8_buffer(texts: pa.Array) -> tuple[npt.NDArray[np.uint8], Integers]:
     texts = texts.cast(pa.large_string()).fill_null("")
     edges = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
     if not len(edges) or texts.buffers()[2] is None:
-        return np.zeros(0, np.uint8), np.zeros(len(texts) + 1, np.int64)
+        return np.frombuffer(b"", np.uint8), np.zeros(len(texts) + 1, np.int64)
     data = np.frombuffer(texts.buffers()[2], np.uint8)[edges[0] : edges[-1]]
     return data, edges - edges[0]
-
-
-def hashes_of_bytes(data: npt.NDArray[np.uint8], starts: Integers, stops: Integers) -> Hashes:
-    """A hash of each part `data[start:stop]`."""
-    return hashes_of_parts(_byte_coefficients()[data], starts, stops)
 
 
 def is_indented(data: npt.NDArray[np.uint8], starts: Integers) -> npt.NDArray[np.bool_]:
@@ -123,24 +102,50 @@ def is_indented(data: npt.NDArray[np.uint8], starts: Integers) -> npt.NDArray[np
     return (first == ord("\t")) | (first == ord(" ")) & (second == ord(" "))
 
 
-def code_points(data: npt.NDArray[np.uint8]) -> tuple[Integers, npt.NDArray[np.int32]]:
-    """Where the characters beyond ASCII begin in valid UTF-8, and their code points."""
-    heads = np.flatnonzero(data >= 0xC0)
-    lead = data[heads].astype(np.int32)
-    second = (np.take(data, heads + 1, mode="clip") & 0x3F).astype(np.int32)
-    third = (np.take(data, heads + 2, mode="clip") & 0x3F).astype(np.int32)
-    points = np.where(lead < 0xE0, (lead & 0x1F) << 6 | second, (lead & 0x0F) << 12 | second << 6 | third)
-    long = np.flatnonzero(lead >= 0xF0)
-    fourth = (np.take(data, heads[long] + 3, mode="clip") & 0x3F).astype(np.int32)
-    points[long] = (lead[long] & 0x07) << 18 | second[long] << 12 | third[long] << 6 | fourth
-    return heads, points
+@compiled
+def code_point(data: npt.NDArray[np.uint8], place: int) -> tuple[np.int64, int]:
+    """The code point of the character that begins at a place of valid UTF-8, and its bytes."""
+    lead = np.int64(data[place])
+    if lead < 0x80:
+        return lead, 1
+    second = np.int64(data[place + 1]) & 0x3F
+    if lead < 0xE0:
+        return (lead & 0x1F) << 6 | second, 2
+    third = np.int64(data[place + 2]) & 0x3F
+    if lead < 0xF0:
+        return (lead & 0x0F) << 12 | second << 6 | third, 3
+    return (lead & 0x07) << 18 | second << 12 | third << 6 | np.int64(data[place + 3]) & 0x3F, 4
 
 
+@compiled
 def mix(values: Hashes) -> Hashes:
     """Spread every bit of a 64-bit number over all bits (the finaliser of splitmix64)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+@compiled
+def hashes_of_parts(values: Hashes, starts: Integers, stops: Integers) -> Hashes:
+    """A hash of each `values[start:stop]`, such as the units from one on, which depends on nothing outside of it."""
+    hashes = np.zeros(len(starts), np.uint64)
+    for part in range(len(starts)):
+        power = np.uint64(1)
+        for place in range(starts[part], stops[part]):
+            hashes[part] += values[place] * power
+            power *= np.uint64(BASE)
+        hashes[part] = mix(hashes[part])
+    return hashes
+
+
+@compiled
+def hash_of_bytes(data: npt.NDArray[np.uint8], start: int, stop: int, coefficients: Hashes) -> np.uint64:
+    """A hash of `data[start:stop]`."""
+    total, power = np.uint64(0), np.uint64(1)
+    for place in range(start, stop):
+        total += coefficients[data[place]] * power
+        power *= np.uint64(BASE)
+    return mix(total)
 
 
 def _lower(texts: pa.Array) -> pa.Array:
@@ -152,50 +157,68 @@ def _lower(texts: pa.Array) -> pa.Array:
     return pc.if_else(same, lower, pc.ascii_lower(texts))
 
 
-def _kinds(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """GAP, WORD, HEAD or TAIL of every byte of valid UTF-8."""
-    kinds = _kinds_of_characters()[data]  # right for ASCII
-    heads, points = code_points(data)
-    kind = _kinds_of_characters()[points]
-    kinds[heads] = kind
-    kind = np.where(kind == HEAD, TAIL, kind).astype(np.uint8)
-    for step, first in ((1, 0), (2, 0x800), (3, 0x10000)):  # code points from `first` on have more than `step` bytes
-        longer = slice(None) if step == 1 else np.flatnonzero(points >= first)
-        kinds[heads[longer] + step] = kind[longer]
-    return kinds
+@compiled
+def _units(
+    data: npt.NDArray[np.uint8], edges: Integers, kinds: npt.NDArray[np.uint8], coefficients: Hashes
+) -> tuple[Hashes, Integers, Integers, npt.NDArray[np.bool_], Integers]:
+    """The fields of `Units`."""
+    hashes, is_cjk = np.empty(len(data), np.uint64), np.empty(len(data), np.bool_)
+    starts, stops, offsets = np.empty(len(data), np.int64), np.empty(len(data), np.int64), np.zeros_like(edges)
+    count = 0
+    for text in range(len(edges) - 1):
+        place, end = edges[text], edges[text + 1]
+        while place < end:
+            point, width = code_point(data, place)
+            start, kind = place, kinds[point]
+            if kind == GAP:
+                place += width
+                continue
+            total, power = np.uint64(0), np.uint64(1)
+            while place == start or (kind == WORD and place < end and kinds[point] == WORD):
+                for _ in range(width):
+                    total += coefficients[data[place]] * power
+                    power *= np.uint64(BASE)
+                    place += 1
+                if place < end:
+                    point, width = code_point(data, place)
+            hashes[count], is_cjk[count] = mix(total), kind == ALONE
+            starts[count], stops[count] = start - edges[text], place - edges[text]
+            count += 1
+        offsets[text + 1] = count
+    return hashes[:count], starts[:count], stops[:count], is_cjk[:count], offsets
+
+
+@compiled
+def _ngrams(hashes: Hashes, of_units: Integers, widths: Integers, offsets: Integers) -> tuple[Hashes, Integers]:
+    """Hashes and first units of n-grams [offsets[-1]], each from the one before it."""
+    grams, firsts = np.empty(offsets[-1], np.uint64), np.empty(offsets[-1], np.int64)
+    for text in range(len(widths)):
+        first, total, power = of_units[text], np.uint64(0), np.uint64(1)
+        if offsets[text] < offsets[text + 1]:
+            for unit in range(first, first + widths[text]):
+                total += hashes[unit] * power
+                power *= np.uint64(BASE)
+        for gram in range(offsets[text], offsets[text + 1]):
+            grams[gram], firsts[gram] = mix(total), first
+            if gram + 1 < offsets[text + 1]:
+                total = (total - hashes[first] + hashes[first + widths[text]] * power) * np.uint64(INVERSE)
+            first += 1
+    return grams, firsts
 
 
 @functools.cache
-def _kinds_of_characters() -> npt.NDArray[np.uint8]:
-    """GAP, WORD or HEAD of every code point below 0x40000, and of those above as one."""
+def _kinds() -> npt.NDArray[np.uint8]:
+    """GAP, WORD or ALONE of every code point below 0x40000, and of those above as one."""
     categories = (unicodedata.category(chr(point))[0] for point in range(0x20000))
     kinds = np.full(0x110000, WORD, np.uint8)
     kinds[:0x20000] = [WORD if category in "LNM" else GAP for category in categories]
     kinds[ord("_")] = WORD
     for start, stop in CJK:
-        kinds[start:stop] = HEAD
+        kinds[start:stop] = ALONE
     return kinds
 
 
 @functools.cache
-def _byte_coefficients() -> Hashes:
+def byte_coefficients() -> Hashes:
+    """For `hash_of_bytes`: a random number for each byte."""
     return mix(np.arange(1, 257, dtype=np.uint64) * np.uint64(BASE))
-
-
-def hashes_of_parts(values: Hashes, starts: Integers, stops: Integers) -> Hashes:
-    """A hash of each `values[start:stop]`, such as the units from one on, which depends on nothing outside of it."""
-    powers, inverses = _powers(1 << (max(len(values), BLOCK_BYTES) - 1).bit_length())
-    prefix = np.zeros(len(values) + 1, np.uint64)
-    np.cumsum(values * powers[: len(values)], out=prefix[1:])
-    return mix((prefix[stops] - prefix[starts]) * inverses[starts])
-
-
-@functools.lru_cache(maxsize=1)
-def _powers(count: int) -> tuple[Hashes, Hashes]:
-    """Of `BASE` and of its inverse modulo 2^64, from 0 on."""
-    both = []
-    for base in (BASE, pow(BASE, -1, 1 << 64)):
-        factors = np.full(count, base, np.uint64)
-        factors[0] = 1
-        both.append(np.cumprod(factors))
-    return both[0], both[1]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.data.ngrams import CJK, Ngrams, Units, blocks, ngrams, units
+from llm_jax.data.ngrams import BASE, CJK, Ngrams, Units, blocks, byte_coefficients, mix, ngrams, units, whole
 
 ALPHABET = "aBß_9 \n.,-’“”éÉİ₂Ωжש้कि国語々〆はカー龜𠀀한국어😀①𝔸，。　Ａ９"
 
@@ -25,6 +25,12 @@ def slow_units(text: str) -> list[str]:
         word = ""
         found += [character] if alone else []
     return found + ([word] if word else [])
+
+
+def slow_hash(values: list[int]) -> int:
+    """That of a polynomial modulo 2^64 with these coefficients."""
+    total = sum(value * pow(BASE, power, 1 << 64) for power, value in enumerate(values))
+    return int(mix(np.array([total % (1 << 64)], np.uint64))[0])
 
 
 def spans(texts: list[str], found: Units) -> list[list[str]]:
@@ -62,6 +68,24 @@ def test_ngrams_are_equal_where_their_units_are(texts: list[str], width: int) ->
         expected = [tuple(row[k : k + width]) for k in range(len(row) - width + 1)]
         pairs |= set(zip(expected, of_text(found, i), strict=True))
     assert len(pairs) == len({gram for gram, _ in pairs}) == len({value for _, value in pairs})
+
+
+@given(st.lists(st.text(ALPHABET, max_size=12), max_size=6), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_hashes_are_those_of_polynomials(texts: list[str], width: int) -> None:
+    found = units(pa.array([text.lower() for text in texts], pa.string()))
+    grams, wholes = ngrams(found, width), whole(found)
+    for i, text in enumerate(texts):
+        hashes = [slow_hash(byte_coefficients()[list(unit.encode())].tolist()) for unit in slow_units(text.lower())]
+        assert of_text(found, i) == hashes
+        assert of_text(grams, i) == [slow_hash(hashes[k : k + width]) for k in range(len(hashes) - width + 1)]
+        assert wholes[i] == slow_hash(hashes)
+
+
+def test_hashes_are_the_same_in_all_versions() -> None:
+    assert units(pa.array(["a 国 Straße"])).hashes.tolist() == [
+        14581546973621404032, 1040732300636392849, 6135625779039104345,
+    ]  # fmt: skip
 
 
 def test_neither_case_nor_punctuation_nor_the_place_matters() -> None:

@@ -82,6 +82,46 @@ def test_numbers_are_those_of_a_loop(texts: list[str]) -> None:
             assert found[name][i] == pytest.approx(value, nan_ok=True), name
 
 
+@given(
+    st.lists(
+        st.sampled_from(["use ", "Use ", "cookie", "cookies", " policy", "accept ", "of ", "terms ", "京ICP备", "\n"])
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_phrases_are_those_of_an_expression(parts: list[str]) -> None:
+    text = "".join(parts)
+    phrases = re.findall("|".join(text_features.BOILERPLATE), text.lower())
+    found = prose(text, text[1:])
+    assert found["boilerplate"][0] == pytest.approx(100 * len(phrases) / max(found["units"][0], 1))
+
+
+def test_no_phrase_has_another_in_it() -> None:
+    for phrases in (text_features.BOILERPLATE, text_features.GENERATED):
+        assert all(phrase not in other for phrase in phrases for other in phrases if phrase != other)
+
+
+@given(st.lists(st.text("aZ é1$\n\x07", max_size=60), min_size=1, max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_numbers_of_code_are_those_of_a_loop(texts: list[str]) -> None:
+    found = text_features.of_code(pa.array([*texts, "x" * 590 + "DO NOT EDIT", "x" * 589 + "Do not edit"]))
+    assert found.pop("generated").tolist() == [0.0] * len(texts) + [0.0, 1.0]
+    for i, text in enumerate(texts):
+        visible = max(len(re.sub(r"[ \n]", "", text)), 1)
+        lines = [line.encode() for line in text.split("\n") if line]
+        wordless = [line for line in lines if len(re.findall(rb"[a-zA-Z\x80-\xff]", line)) < 0.3 * len(line)]
+        size = sum(map(len, lines))
+        expected = {
+            "characters": visible,
+            "line_length": size / max(len(lines), 1),
+            "longest_line": max(map(len, lines), default=0),
+            "data": sum(map(len, wordless)) / max(size, 1),
+            "letters": len(re.findall(r"[aZé]", text)) / visible,
+            "digits": text.count("1") / visible,
+            "broken": text.count("\x07") / visible if text.count("\x07") >= 3 else 0.0,
+        }
+        assert {name: value[i] for name, value in found.items()} == pytest.approx(expected)
+
+
 def test_ngrams_are_twice_as_long_without_spaces() -> None:
     characters = "国家法律制度" * 4
     spaced, unspaced = prose(" ".join("abcdef" * 4), characters)["repeated_ngrams"]
