@@ -1,27 +1,25 @@
 """Sums over a text's byte n-grams, many texts at once: a language model's bits and two linear models' weights.
 
-All texts of a batch lie in one buffer, `PAD` bytes before each, so that no n-gram reaches into another text. One XLA
-program, always on a CPU, hashes the n-grams that end at every byte and looks them up in tables; the sums of parts of
-texts are NumPy's. Case is ignored for ASCII letters.
+All texts of a batch lie in one buffer, `PAD` bytes before each, so that no n-gram reaches into another text. Compiled
+loops hash the n-grams that end at each byte, look them up in tables, and add up what is found over parts of texts. Case
+is ignored for ASCII letters.
 
 The language model is an interpolated one (Witten and Bell, 1991): p_n(byte | context) = share_n + back_off_n *
 p_{n-1}(byte | shorter context). An entry of its table has 32 bits: 12 of the n-gram's hash, to know it from another,
 10 for the n-gram's share, and 10 for its back-off as the context of the next byte.
 
-Legend: B bytes of a block, R rows of a table, O orders of the language model.
+Legend: R rows of a table, O orders of the language model, S sentences or other parts of texts.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm_jax.data import ngrams
+from llm_jax.data.loops import compiled
 
 WIDTH = 6  # bytes of the longest n-gram
 ORDER = 5  # of the language model
@@ -29,17 +27,23 @@ LINEAR_ORDERS = (4, 6)  # of the n-grams of the linear models: two Chinese chara
 PAD = b"\n" * (WIDTH - 1)
 ROW_BITS = 20
 ROWS = 1 << ROW_BITS
-BLOCK, LEAST_BLOCK = 1 << 18, 1 << 14  # bytes that one call of a program works on: of long buffers, and of short ones
+TAG_BITS = 32 - ROW_BITS  # of a hash, which tell n-grams of one row apart
+TAG = np.uint32((1 << TAG_BITS) - 1)
+CHUNK = 4096  # bytes worked on at once
 CODE_BITS = 10  # of a share or back-off: 5 of a float's exponent and 5 of its mantissa
 LEAST = float(2.0 ** -(2 ** (CODE_BITS - 5) - 1))
+TINY = 2.0**-800  # a product of probabilities has its logarithm taken before it leaves what a float64 can hold
 # Random odd numbers, one a byte of an n-gram.
-FACTORS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)
+FACTORS = np.array([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D], np.uint32)
 LINE_END, MARK, WIDE = 1, 2, 3  # WIDE: perhaps the first byte of a Chinese mark
 ENDS = np.zeros(256, np.uint8)
 ENDS[ord("\n")] = LINE_END
 ENDS[[ord("."), ord("!"), ord("?")]] = MARK
 ENDS[[0xE3, 0xEF]] = WIDE
 FOLD = np.frombuffer(bytes(range(256)).lower(), np.uint8)
+# The numbers that codes stand for; of shares and back-offs, those of n-grams that are not known before them.
+VALUES = ((np.arange(1 << CODE_BITS, dtype=np.uint32) << 18) + np.float32(LEAST).view(np.uint32)).view(np.float32)
+SHARES, BACK_OFFS = np.stack([0 * VALUES, VALUES]), np.stack([0 * VALUES + 1, VALUES])
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -50,15 +54,16 @@ Hashes = npt.NDArray[np.uint32]
 class Tables(NamedTuple):
     """What n-grams are worth."""
 
-    language_OR: Any  # uint32 entries of the language model
-    empty: Any  # the back-off of the empty context, to which all bytes are alike
-    linear_R: Any  # uint32, the weights of two linear models as bfloat16 numbers
+    language_OR: npt.NDArray[np.uint32]  # entries of the language model
+    empty: float  # the back-off of the empty context, to which all bytes are alike
+    linear_R2: Floats  # the weights of two linear models
 
 
 class Buffer(NamedTuple):
     """N texts, with their pads and one pad after the last."""
 
     data: Bytes
+    folded: Bytes  # the same with small letters for capitals (ASCII)
     starts: Integers  # [N] of each text in `data`
     stops: Integers  # [N]
 
@@ -76,58 +81,48 @@ def buffer(texts: pa.Array) -> Buffer:
     pad, nothing = pa.scalar(PAD.decode(), pa.large_string()), pa.scalar("", pa.large_string())
     padded = pc.binary_join_element_wise(pad, texts.cast(pa.large_string()).fill_null(""), nothing)
     data, edges = ngrams.utf8_buffer(padded)
-    return Buffer(np.concatenate([data, np.frombuffer(PAD, np.uint8)]), edges[:-1] + len(PAD), edges[1:])
+    data = np.concatenate([data, np.frombuffer(PAD, np.uint8)])
+    return Buffer(data, FOLD[data], edges[:-1] + len(PAD), edges[1:])
 
 
-def mixed(hashes: Any) -> Any:
-    """Spread the bits of 32-bit hashes: the upper `ROW_BITS` are a row, the rest tells n-grams of one row apart."""
-    hashes = (hashes ^ (hashes >> 15)) * np.uint32(0x2C1B3C6D)
-    hashes = (hashes ^ (hashes >> 12)) * np.uint32(0x297A2D39)
-    return hashes ^ (hashes >> 15)
+def whole(found: Buffer) -> Sentences:
+    """Each text as one part."""
+    return Sentences(found.starts, found.stops, np.arange(len(found.starts)))
 
 
-def rows(hashes: Any) -> Any:
-    """The table's row of mixed hashes, int32."""
-    return (hashes >> (32 - ROW_BITS)).astype(np.int32)
+@compiled
+def mixed(total):  # type: ignore[no-untyped-def]
+    """Spread the bits of a 32-bit hash: the upper `ROW_BITS` are a row, the rest tells n-grams of one row apart."""
+    total = np.uint32((total ^ (total >> 15)) * 0x2C1B3C6D)
+    total = np.uint32((total ^ (total >> 12)) * 0x297A2D39)
+    return np.uint32(total ^ (total >> 15))
 
 
-def sums(data_B: jax.Array) -> list[jax.Array]:
-    """Unmixed hashes uint32 [B - WIDTH + 1] of the n-grams of 1 to `WIDTH` bytes that end at each byte."""
-    data_B = data_B.astype(jnp.uint32) + 1
-    count = len(data_B) - WIDTH + 1
-    found = []
-    total = jnp.zeros(count, jnp.uint32)
-    for back, factor in enumerate(FACTORS):
-        start = WIDTH - 1 - back
-        total = total + data_B[start : start + count] * jnp.uint32(factor)
-        found.append(total)
+@compiled
+def lengthen(folded, start, first, last, group, totals_C, mixes_C):  # type: ignore[no-untyped-def]
+    """Make n-grams that end at C bytes from `start` on longer by the bytes `first` to `last - 1` before those.
+
+    `totals_C` are their sums so far, uint32, and `mixes_C` become their mixed hashes, others in each `group`.
+    """
+    for back in range(first, last):
+        bytes_C = folded[start - back : start - back + len(totals_C)]
+        for i in range(len(totals_C)):
+            totals_C[i] = np.uint32(totals_C[i] + (np.uint32(bytes_C[i]) + np.uint32(1)) * FACTORS[back])
+    for i in range(len(totals_C)):
+        mixes_C[i] = mixed(totals_C[i] ^ group)
+
+
+@compiled
+def hashes_of_keys(keys, order):  # type: ignore[no-untyped-def]
+    """The mixed hash, uint32, of each n-gram of `order` bytes given as a uint64 number, the last byte lowest."""
+    found = np.empty(len(keys), np.uint32)
+    for i in range(len(keys)):
+        total = np.uint32(0)
+        for back in range(order):
+            byte = np.uint32(keys[i] >> np.uint64(8 * back)) & np.uint32(255)
+            total = np.uint32(total + (byte + np.uint32(1)) * FACTORS[back])
+        found[i] = mixed(total)
     return found
-
-
-# Programs of their own: looked up in the one that makes the hashes or in the one that uses what is found, an n-gram
-# takes XLA's CPU compiler three times as long.
-@jax.jit
-def language_hashes(data_B: jax.Array) -> list[jax.Array]:
-    """Mixed hashes of the language model's n-grams, of 1 to `ORDER` bytes, that end at each byte."""
-    return [mixed(total) for total in sums(data_B)[:ORDER]]
-
-
-@jax.jit
-def linear_hashes(data_B: jax.Array, groups_B: jax.Array) -> list[jax.Array]:
-    """Mixed hashes of the linear models' n-grams, which are others in each group of languages (uint32)."""
-    found = sums(data_B)
-    return [mixed(found[order - 1] ^ groups_B[WIDTH - 1 :]) for order in LINEAR_ORDERS]
-
-
-@jax.jit
-def look_up(hashes: list[jax.Array], tables_R: list[jax.Array]) -> list[jax.Array]:
-    """The rows of each table that mixed hashes name."""
-    return [table_R.at[rows(mix)].get(mode="promise_in_bounds") for mix, table_R in zip(hashes, tables_R, strict=True)]
-
-
-def _decode(codes: jax.Array) -> jax.Array:
-    exponent = np.float32(LEAST).view(np.uint32)
-    return jax.lax.bitcast_convert_type((codes << 18) + exponent, jnp.float32)
 
 
 def encode(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint32]:
@@ -136,82 +131,94 @@ def encode(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint32]:
     return (bits + np.uint32(1 << 17)) >> np.uint32(18)
 
 
-@jax.jit
-def _bits(hashes: list[jax.Array], entries: list[jax.Array], empty: jax.Array) -> jax.Array:
-    """-log2 of the probability of each byte but the first."""
-    probability: jax.Array = jnp.float32(1 / 256)
-    back_off: jax.Array = empty
-    for mix, entry in zip(hashes, entries, strict=True):
-        known = (entry ^ mix) & ((1 << (32 - ROW_BITS)) - 1) == 0
-        share = jnp.where(known, _decode(entry >> 22), 0.0)
-        probability = share[1:] + back_off * probability
-        back_off = jnp.where(known, _decode((entry >> 12) & ((1 << CODE_BITS) - 1)), 1.0)[:-1]
-    return -jnp.log2(jnp.minimum(probability, 1.0))  # rounded shares may have a sum above 1
+def bits(found: Buffer, parts: Sentences, tables: Tables) -> Floats:
+    """The bits that the language model needs for each part of a buffer, float32 [S]."""
+    probabilities = _probabilities(found.folded, tables.language_OR, np.float32(tables.empty))
+    return _bits_of_parts(probabilities, parts.starts, parts.stops)
 
 
-@jax.jit
-def _add(pairs: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Both linear models' weights of each byte but the first."""
-    upper = [jax.lax.bitcast_convert_type(pair[1:] & np.uint32(0xFFFF0000), jnp.float32) for pair in pairs]
-    lower = [jax.lax.bitcast_convert_type(pair[1:] << 16, jnp.float32) for pair in pairs]
-    return jnp.asarray(sum(upper)), jnp.asarray(sum(lower))
+@compiled
+def _probabilities(folded, language_OR, empty):  # type: ignore[no-untyped-def]
+    """Of each byte of a buffer after those before it, float32; those of pads mean nothing.
+
+    It goes by chunks and, in them, by orders, so that the processor hashes many n-grams at once and waits for many rows
+    of a table together.
+    """
+    probabilities = np.ones(len(folded), np.float32)
+    mixes_C, entries_C = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32)
+    # Of the n-grams one byte shorter that end before each byte; the last is the next chunk's first.
+    back_offs_OC = np.ones((ORDER + 1, CHUNK + 1), np.float32)
+    back_offs_OC[0] = empty
+    for start in range(ORDER - 1, len(folded), CHUNK):
+        count = min(CHUNK, len(folded) - start)
+        totals_C = np.zeros(count, np.uint32)
+        of_chunk_C = probabilities[start : start + count]
+        of_chunk_C[:] = 1 / 256
+        for i in range(ORDER):
+            lengthen(folded, start, i, i + 1, 0, totals_C, mixes_C)
+            for at in range(count):
+                entries_C[at] = language_OR[i, mixes_C[at] >> np.uint32(TAG_BITS)]
+            before_C, after_C = back_offs_OC[i], back_offs_OC[i + 1]
+            after_C[0] = after_C[CHUNK]
+            for at in range(count):
+                entry = entries_C[at]
+                known = int(((entry ^ mixes_C[at]) & TAG) == 0)
+                of_chunk_C[at] = of_chunk_C[at] * before_C[at] + SHARES[known, entry >> (32 - CODE_BITS)]
+                after_C[at + 1] = BACK_OFFS[known, (entry >> TAG_BITS) & ((1 << CODE_BITS) - 1)]
+    return probabilities
 
 
-def pack(upper_R: Floats, lower_R: Floats) -> npt.NDArray[np.uint32]:
-    """Two tables of weights as the halves of one, rounded to bfloat16."""
-    upper, lower = ((weights + np.float32(0)).view(np.uint32) + np.uint32(0x8000) for weights in (upper_R, lower_R))
-    return (upper & np.uint32(0xFFFF0000)) | (lower >> np.uint32(16))
+@compiled
+def _bits_of_parts(probabilities, starts, stops):  # type: ignore[no-untyped-def]
+    found_S = np.zeros(len(starts), np.float32)
+    for part in range(len(starts)):
+        total, product = 0.0, 1.0
+        for at in range(starts[part], stops[part]):
+            product *= min(probabilities[at], np.float32(1))  # rounded shares may have a sum above 1
+            if product < TINY:
+                total -= np.log2(product)
+                product = 1.0
+        found_S[part] = total - np.log2(product)
+    return found_S
 
 
-def on_cpu() -> jax.Device:
-    """Where the program runs whatever accelerators there are: its tables stay in the caches of a processor."""
-    return jax.local_devices(backend="cpu")[0]
+@compiled
+def linear_rows(folded, starts, stops, groups_N):  # type: ignore[no-untyped-def]
+    """The rows of the linear models' n-grams that end in each text, uint32: all of one length, then of the next."""
+    rows_M = np.empty(len(LINEAR_ORDERS) * np.sum(stops - starts), np.uint32)
+    done = 0
+    for text in range(len(starts)):
+        totals_C = np.zeros(stops[text] - starts[text], np.uint32)
+        for first, last in ((0, LINEAR_ORDERS[0]), LINEAR_ORDERS):
+            lengthen(folded, starts[text], first, last, groups_N[text], totals_C, rows_M[done : done + len(totals_C)])
+            done += len(totals_C)
+    return rows_M >> np.uint32(TAG_BITS)
 
 
-def place(tables: Tables) -> Tables:
-    """The tables on the CPU device; the language model's as one array an order."""
-    return jax.device_put(tables._replace(language_OR=list(tables.language_OR)), on_cpu())
-
-
-def bits(found: Buffer, tables: Tables) -> Floats:
-    """The bits that the language model of placed tables needs for each byte of a buffer; those of pads mean nothing."""
-    values = np.empty(len(found.data), np.float32)
-    for start, stop, data_B in blocks(FOLD[found.data]):
-        hashes = language_hashes(data_B)
-        entries = look_up(hashes, tables.language_OR)
-        values[start:stop] = np.asarray(_bits(hashes, entries, tables.empty))[: stop - start]
-    return values
-
-
-def weights(found: Buffer, groups_N: npt.NDArray[np.uint32], tables: Tables) -> tuple[Floats, Floats]:
-    """Both linear models' weights of the n-grams that end at each byte of a buffer.
+def weights(found: Buffer, parts: Sentences, groups_N: Hashes, linear_R2: Floats) -> Floats:
+    """The sums of both linear models' weights of the n-grams that end in each part of a buffer, float32 [2, S].
 
     `groups_N` are those of the texts' languages.
     """
-    values = np.empty((2, len(found.data)), np.float32)
-    sizes = np.diff(found.starts - len(PAD), append=len(found.data))
-    groups = np.repeat(groups_N, sizes)
-    for (start, stop, data_B), (_, _, groups_B) in zip(blocks(FOLD[found.data]), blocks(groups), strict=True):
-        pairs = look_up(linear_hashes(data_B, groups_B), [tables.linear_R] * len(LINEAR_ORDERS))
-        for row, part in zip(values, _add(pairs), strict=True):
-            row[start:stop] = np.asarray(part)[: stop - start]
-    return values[0], values[1]
+    return _weights(found.folded, parts.starts, parts.stops, groups_N[parts.texts], linear_R2)
 
 
-def blocks(array: npt.NDArray) -> Iterator[tuple[int, int, jax.Array]]:
-    """(start, stop, `array[start:stop]` after the `WIDTH` values before it, filled up to the programs' size).
-
-    Pads make a buffer a little longer than whole blocks: what is left over is a small block.
-    """
-    stop = 0
-    while stop < len(array):
-        start = stop
-        size = BLOCK if len(array) - start > LEAST_BLOCK else LEAST_BLOCK
-        stop = min(start + size, len(array))
-        before = min(start, WIDTH)
-        block = np.full(size + WIDTH, 10, array.dtype)
-        block[WIDTH - before : WIDTH + stop - start] = array[start - before : stop]
-        yield start, stop, jax.device_put(block, on_cpu())
+@compiled
+def _weights(folded, starts, stops, groups_S, linear_R2):  # type: ignore[no-untyped-def]
+    sums_2S = np.zeros((2, len(starts)), np.float32)
+    mixes_C = np.empty(CHUNK, np.uint32)
+    for part in range(len(starts)):
+        upper, lower = 0.0, 0.0
+        for start in range(starts[part], stops[part], CHUNK):
+            totals_C = np.zeros(min(CHUNK, stops[part] - start), np.uint32)
+            for first, last in ((0, LINEAR_ORDERS[0]), LINEAR_ORDERS):
+                lengthen(folded, start, first, last, groups_S[part], totals_C, mixes_C)
+                for at in range(len(totals_C)):
+                    row = mixes_C[at] >> np.uint32(TAG_BITS)
+                    upper += linear_R2[row, 0]
+                    lower += linear_R2[row, 1]
+        sums_2S[0, part], sums_2S[1, part] = upper, lower
+    return sums_2S
 
 
 def sentences(found: Buffer) -> Sentences:
@@ -236,17 +243,8 @@ def sentences(found: Buffer) -> Sentences:
 def lower(found: Buffer, parts: Sentences) -> pa.Array:
     """The parts as strings in lower case (ASCII), each with what follows it up to the next one; no copy of the text."""
     offsets = np.append(parts.starts, len(found.data))
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(FOLD[found.data])]
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(found.folded)]
     return pa.Array.from_buffers(pa.large_string(), len(parts.starts), buffers)
-
-
-def part_sums(values: Floats, parts: Sentences) -> Floats:
-    """The sum of the values of the bytes of each part of a buffer, float32 [sentences]."""
-    if not len(parts.starts):
-        return np.zeros(0, np.float32)
-    # A part's last byte is never the buffer's, which ends with a pad.
-    edges = np.stack([parts.starts, parts.stops], axis=1).ravel()
-    return np.add.reduceat(values, edges)[::2]
 
 
 def without(found: Buffer, parts: Sentences, cut_S: npt.NDArray[np.bool_]) -> pa.Array:

@@ -1,26 +1,25 @@
 """Logistic regression on hashed byte n-grams: how it is fitted, calibrated, and judged on texts that it has not seen.
 
-The features of a text are those of `byte_ngrams.linear_hashes`, so that one pass over a text gives the scores of two
+The features of a text are those of `byte_ngrams.linear_rows`, so that one pass over a text gives the scores of two
 classifiers. A text's margin is the mean weight of its n-grams times the square root of their number, at most
 `EVIDENCE`: longer texts are surer, but pages are no surer than a page. Calibration fits a slope and an intercept for
 each group of languages (Platt, 1999).
 
-Legend: N texts, M n-grams of all texts of a batch.
+Legend: N texts, M n-grams of all texts.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from scipy import optimize, special
 
+from llm_jax.data import ngrams
+from llm_jax.data.loops import compiled
 from llm_jax.data.stages import byte_ngrams
-from llm_jax.data.stages.byte_ngrams import PAD, ROWS, WIDTH
+from llm_jax.data.stages.byte_ngrams import PAD, ROWS
 
 EVIDENCE = 1024  # bytes
 BATCH_BYTES = 1 << 16
@@ -50,49 +49,42 @@ def fit(examples: Examples, *, epochs: int = EPOCHS) -> Floats:
 
     The loss is the mean cross-entropy over a batch of texts of some `BATCH_BYTES`, and a small decay of the weights.
     """
-    weights_R = jax.device_put(np.zeros(ROWS, np.float32), byte_ngrams.on_cpu())
-    squares_R = jax.device_put(np.full(ROWS, 1e-8, np.float32), byte_ngrams.on_cpu())
-    batches = [_batch(examples, start, stop) for start, stop in _spans(examples.texts)]
-    for _ in range(epochs):
-        for batch in batches:
-            weights_R, squares_R = _update(weights_R, squares_R, *batch)
-    return np.asarray(weights_R)
-
-
-def _spans(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Runs of texts that fit into a batch with their pads; a text longer than that is cut in `_batch`."""
-    sizes = np.array([min(len(text.encode()), BATCH_BYTES // 2) + len(PAD) for text in texts])
-    spans, start, total = [], 0, len(PAD)
-    for i, size in enumerate(sizes):
-        if total + size > BATCH_BYTES and i > start:
-            spans.append((start, i))
-            start, total = i, len(PAD)
-        total += int(size)
-    return [*spans, (start, len(texts))] if texts else []
-
-
-def _batch(examples: Examples, start: int, stop: int) -> tuple[jax.Array, ...]:
-    """The rows of n-grams, the text of each, and of each text its scale, label and weight, in arrays of one size."""
-    texts = [text.encode()[: BATCH_BYTES // 2].decode(errors="ignore") for text in examples.texts[start:stop]]
+    # The gradient of a text longer than half of a batch is that of its beginning.
+    texts = [text.encode()[: BATCH_BYTES // 2].decode(errors="ignore") for text in examples.texts]
     found = byte_ngrams.buffer(pa.array(texts, pa.large_string()))
-    data_B = np.full(BATCH_BYTES + WIDTH, 10, np.uint8)
-    text_B = np.full(BATCH_BYTES + WIDTH, TEXTS, np.int32)
-    groups_B = np.zeros(BATCH_BYTES + WIDTH, np.uint32)
-    data_B[: len(found.data)] = byte_ngrams.FOLD[found.data]
-    scale_N, labels_N, weight_N = np.zeros(TEXTS, np.float32), np.zeros(TEXTS, np.float32), np.zeros(TEXTS, np.float32)
-    for i, (begin, end) in enumerate(zip(found.starts, found.stops, strict=True)):
-        text_B[begin:end] = i
-        groups_B[begin:end] = examples.groups_N[start + i]
-    count = stop - start
-    scale_N[:count] = scale(found.stops - found.starts)
-    labels_N[:count], weight_N[:count] = examples.labels_N[start:stop], 1.0
-    data_B, groups_B = jax.device_put((data_B, groups_B), byte_ngrams.on_cpu())
-    row_M = jnp.concatenate([byte_ngrams.rows(mix) for mix in byte_ngrams.linear_hashes(data_B, groups_B)])
-    text_M = np.tile(text_B[WIDTH - 1 :], len(byte_ngrams.LINEAR_ORDERS))
-    return row_M, *jax.device_put((text_M, scale_N, labels_N, weight_N), byte_ngrams.on_cpu())
+    sizes_N = found.stops - found.starts
+    rows_M = byte_ngrams.linear_rows(found.folded, found.starts, found.stops, examples.groups_N)
+    edges = np.append(0, np.cumsum(len(byte_ngrams.LINEAR_ORDERS) * sizes_N))
+    batches = list(ngrams.runs(np.append(0, np.cumsum(sizes_N + len(PAD))), BATCH_BYTES - len(PAD)))
+    weights_R, squares_R = np.zeros(ROWS, np.float32), np.full(ROWS, 1e-8, np.float32)
+    for _ in range(epochs):
+        for first, last in batches:
+            scale_N, labels_N = scale(sizes_N[first:last]), examples.labels_N[first:last]
+            _update(weights_R, squares_R, gradient(weights_R, rows_M, edges[first : last + 1], scale_N, labels_N))
+    return weights_R
 
 
-TEXTS = BATCH_BYTES // len(PAD)  # more than a batch can hold
+@compiled
+def gradient(weights_R, rows_M, edges, scale_N, labels_N):  # type: ignore[no-untyped-def]
+    """Of the loss of some texts, float32 [ROWS]; text i has the n-grams `rows_M[edges[i]:edges[i + 1]]`."""
+    gradient_R = np.float32(DECAY) * weights_R
+    for i in range(len(labels_N)):
+        margin = 0.0
+        for m in range(edges[i], edges[i + 1]):
+            margin += weights_R[rows_M[m]]
+        probability = 1 / (1 + np.exp(-margin * scale_N[i]))
+        error = np.float32((probability - labels_N[i]) * scale_N[i] / len(labels_N))
+        for m in range(edges[i], edges[i + 1]):
+            gradient_R[rows_M[m]] += error
+    return gradient_R
+
+
+@compiled
+def _update(weights_R, squares_R, gradient_R):  # type: ignore[no-untyped-def]
+    """Adagrad's step, in place."""
+    for row in range(len(weights_R)):
+        squares_R[row] += gradient_R[row] * gradient_R[row]
+        weights_R[row] -= np.float32(RATE) * gradient_R[row] / np.sqrt(squares_R[row])
 
 
 def scale(sizes_N: npt.NDArray[np.int64]) -> Floats:
@@ -101,32 +93,12 @@ def scale(sizes_N: npt.NDArray[np.int64]) -> Floats:
     return (np.sqrt(np.minimum(sizes_N, EVIDENCE)) / sizes_N).astype(np.float32)
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def _update(
-    weights_R: jax.Array,
-    squares_R: jax.Array,
-    row_M: jax.Array,
-    text_M: jax.Array,
-    scale_N: jax.Array,
-    labels_N: jax.Array,
-    weight_N: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    sums_N = jax.ops.segment_sum(weights_R[row_M], text_M, TEXTS + 1)[:TEXTS]
-    error_N = (jax.nn.sigmoid(sums_N * scale_N) - labels_N) * scale_N * weight_N / jnp.sum(weight_N)
-    gradient_R = (DECAY * weights_R).at[row_M].add(jnp.append(error_N, 0.0)[text_M])
-    squares_R += gradient_R**2
-    return weights_R - RATE * gradient_R / jnp.sqrt(squares_R), squares_R
-
-
 def margins(weights_R: Floats, examples: Examples) -> Floats:
     """The margin of each text, float32 [N]."""
     found = byte_ngrams.buffer(pa.array(examples.texts, pa.large_string()))
-    packed = byte_ngrams.pack(weights_R, np.zeros_like(weights_R))
-    nothing = np.zeros((byte_ngrams.ORDER, 1), np.uint32)
-    tables = byte_ngrams.place(byte_ngrams.Tables(nothing, np.float32(1), packed))
-    whole = byte_ngrams.Sentences(found.starts, found.stops, np.arange(len(found.starts)))
-    sums = byte_ngrams.part_sums(byte_ngrams.weights(found, examples.groups_N, tables)[0], whole)
-    return sums * scale(found.stops - found.starts)
+    parts = byte_ngrams.whole(found)
+    sums_2N = byte_ngrams.weights(found, parts, examples.groups_N, np.stack([weights_R, weights_R], axis=1))
+    return sums_2N[0] * scale(found.stops - found.starts)
 
 
 def platt(features_NF: npt.NDArray[np.float64], labels_N: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:

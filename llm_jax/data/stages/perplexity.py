@@ -4,6 +4,7 @@ The n-gram model interpolates by Witten and Bell's rule (1991): a context seen c
 it, leaves t / (c + t) to the shorter context. Rare n-grams are left out and their share goes the same way.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from llm_jax.data.stages import byte_ngrams
-from llm_jax.data.stages.byte_ngrams import FACTORS, FOLD, ORDER, ROW_BITS, ROWS, Buffer, Sentences
+from llm_jax.data.stages.byte_ngrams import ORDER, ROWS, TAG, TAG_BITS, Buffer, Sentences
 
 SEEN_ONCE_ORDER = 3  # longer n-grams have to be seen twice
 Keys = npt.NDArray[np.uint64]
@@ -54,7 +55,7 @@ def train(texts: pa.Array) -> tuple[npt.NDArray[np.uint32], float]:
 
 def _keys(found: Buffer) -> tuple[Keys, npt.NDArray[np.int64]]:
     """The last `ORDER` bytes up to each byte of the texts, the last in the lowest bits, and its number in its text."""
-    data = FOLD[found.data].astype(np.uint64)
+    data = found.folded.astype(np.uint64)
     keys = np.zeros(len(data), np.uint64)
     for back in range(ORDER):
         keys[back:] |= data[: len(data) - back] << np.uint64(8 * back)
@@ -83,21 +84,13 @@ def _fill(table: npt.NDArray[np.uint32], this: _Order, order: int, longer: _Orde
         is_kept = np.isin(longer.contexts, this.keys)
         kept = longer.contexts[is_kept]
         back_offs[np.searchsorted(this.keys, kept)] = longer.back_offs[is_kept]
-    sums = np.zeros(len(this.keys), np.uint32)
-    for back in range(order):
-        byte = (this.keys >> np.uint64(8 * back)).astype(np.uint32) & np.uint32(255)
-        sums += (byte + np.uint32(1)) * np.uint32(FACTORS[back])
-    mixed = byte_ngrams.mixed(sums)
-    tags = mixed & np.uint32((1 << (32 - ROW_BITS)) - 1)
+    mixed = byte_ngrams.hashes_of_keys(this.keys, order)
+    tags = mixed & TAG
     entries = byte_ngrams.encode(this.shares) << np.uint32(22) | byte_ngrams.encode(back_offs) << np.uint32(12) | tags
     ascending = np.argsort(this.counts, kind="stable")
-    table[byte_ngrams.rows(mixed[ascending])] = entries[ascending]
+    table[mixed[ascending] >> np.uint32(TAG_BITS)] = entries[ascending]
 
 
 def ngram_bits(tables: byte_ngrams.Tables) -> SentenceBits:
-    """The bits of sentences under the n-gram model of placed tables (`byte_ngrams.place`)."""
-
-    def bits(found: Buffer, parts: Sentences) -> npt.NDArray[np.float32]:
-        return byte_ngrams.part_sums(byte_ngrams.bits(found, tables), parts)
-
-    return bits
+    """The bits of sentences under the n-gram model of tables."""
+    return functools.partial(byte_ngrams.bits, tables=tables)

@@ -230,10 +230,11 @@ class _Judge:
         places = np.flatnonzero(suspected)
         words = [learnt.letters.words(found.data[spans[0][i] : spans[1][i]].tobytes().decode()) for i in places]
         alone = byte_ngrams.buffer(pa.array([one.words for one in words], pa.large_string()))
-        each = byte_ngrams.Sentences(alone.starts, alone.stops, np.arange(len(words)))
         scales = [learnt.scales.get(models.alphabet_of(names[i]), learnt.scales[""]) for i in languages[places]]
         sizes = np.maximum(alone.stops - alone.starts, 1)
-        unlikely = learnt.letters.places(words, _place(bits(alone, each) / sizes, np.array(scales).reshape(-1, 2)))
+        unlikely = learnt.letters.places(
+            words, _place(bits(alone, byte_ngrams.whole(alone)) / sizes, np.array(scales).reshape(-1, 2))
+        )
         chosen = np.zeros(len(suspected), np.bool_)
         chosen[places] = (unlikely > config.garbage) & np.array([letters.is_text(one) for one in words], np.bool_)
         return chosen
@@ -252,12 +253,11 @@ def _linear(
     learnt: models.Models,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
     """Each text's quality and each sentence's margin of the offensive-content classifier."""
-    for_quality, for_offence = byte_ngrams.weights(found, models.seeds(groups)[language_N], learnt.tables)
+    quality_S, offence_S = byte_ngrams.weights(found, parts, models.seeds(groups)[language_N], learnt.tables.linear_R2)
     sizes_N = found.stops - found.starts
-    whole = byte_ngrams.Sentences(found.starts, found.stops, np.arange(len(sizes_N)))
-    margins_N = byte_ngrams.part_sums(for_quality, whole) * classifiers.scale(sizes_N) * (sizes_N > 0)
+    margins_N = np.bincount(parts.texts, quality_S, len(sizes_N)) * classifiers.scale(sizes_N)
     slopes_N2 = np.array([learnt.quality.get(group, learnt.quality[""]) for group in groups])[language_N]
-    margin_S = byte_ngrams.part_sums(for_offence, parts) * classifiers.scale(parts.stops - parts.starts)
+    margin_S = offence_S * classifiers.scale(parts.stops - parts.starts)
     return special.expit(margins_N * slopes_N2[:, 0] + slopes_N2[:, 1]), margin_S
 
 

@@ -63,10 +63,10 @@ class Models:
 
 @functools.lru_cache(maxsize=2)
 def load(folder: Path, stamp: int) -> Models:
-    """What `Models.save` wrote, the tables placed; `stamp` tells it from what lay in the folder before."""
+    """What `Models.save` wrote; `stamp` tells it from what lay in the folder before."""
     del stamp
     with np.load(folder / "arrays.npz") as arrays:
-        tables = byte_ngrams.place(byte_ngrams.Tables(**arrays))
+        tables = byte_ngrams.Tables(**arrays)
     values = json.loads((folder / "models.json").read_text(encoding="utf-8"))
     values["letters"] = Letters(**values["letters"])
     values["lexicon"] = Lexicon(*values["lexicon"])
@@ -117,8 +117,8 @@ def train(
     language_OR, empty = perplexity.train(clean)
     quality_R, slopes, quality_facts = _quality(sample, reference, held_out, generator)
     offensive_R, judged, offensive_facts = _offensive(sample, words, material, offensive_share)
-    tables = byte_ngrams.Tables(language_OR, np.float32(empty), byte_ngrams.pack(quality_R, offensive_R))
-    bits = sentence_bits(byte_ngrams.place(tables), scorer, model)
+    tables = byte_ngrams.Tables(language_OR, empty, np.stack([quality_R, offensive_R], axis=1))
+    bits = sentence_bits(tables, scorer, model)
     scales = sentence_scales(bits, sample.filter(pa.array(held_out)), least_bytes, generator)
     facts = {
         "sampled bytes": int(pc.sum(pc.binary_length(sample["text"])).as_py() or 0),
@@ -142,8 +142,7 @@ def unsuspicious(
     if not len(proper):
         return sample["text"].combine_chunks()
     language_OR, empty = perplexity.train(proper["text"].combine_chunks())
-    tables = byte_ngrams.Tables(language_OR, np.float32(empty), np.zeros(byte_ngrams.ROWS, np.uint32))
-    bits = perplexity.ngram_bits(byte_ngrams.place(tables))
+    bits = perplexity.ngram_bits(byte_ngrams.Tables(language_OR, empty, np.zeros((0, 2), np.float32)))
     found = byte_ngrams.buffer(sample["text"].combine_chunks())
     parts = byte_ngrams.sentences(found)
     sizes_S = parts.stops - parts.starts
@@ -168,7 +167,7 @@ def _garbage(size: int, generator: np.random.Generator, language: str = "") -> s
 
 
 def sentence_bits(tables: byte_ngrams.Tables, scorer: perplexity.Scorer, model: str) -> perplexity.SentenceBits:
-    """What sentences are scored by: the n-gram model of placed tables, or what the scorer loads from a path."""
+    """What sentences are scored by: the n-gram model of tables, or what the scorer loads from a path."""
     return _loaded(scorer, model) if model else perplexity.ngram_bits(tables)
 
 
@@ -300,5 +299,4 @@ def _mean_bits(bits: perplexity.SentenceBits, texts: list[str]) -> float:
     if not texts:
         return 8.0
     found = byte_ngrams.buffer(pa.array(texts, pa.large_string()))
-    whole = byte_ngrams.Sentences(found.starts, found.stops, np.arange(len(texts)))
-    return float(np.mean(bits(found, whole) / np.maximum(found.stops - found.starts, 1)))
+    return float(np.mean(bits(found, byte_ngrams.whole(found)) / np.maximum(found.stops - found.starts, 1)))
