@@ -7,7 +7,8 @@ outweigh a text (Perronnin et al., 2010). Folded, it tells near-copies; its prin
 semantic analysis has them (Deerwester et al., 1990), tell topics. The encoder is any BERT (Devlin et al., 2019) in
 safetensors, as sentence embeddings have it: the mean of the last layer's vectors.
 
-Legend: N texts, S dimensions of a sketch, E dimensions, B bytes, T tokens, D hidden size, H heads.
+Legend: N texts, S dimensions of a sketch, E dimensions, C bytes of a text, R rows of a table of n-grams, T tokens,
+D hidden size, H heads.
 """
 
 import functools
@@ -24,9 +25,10 @@ import pyarrow as pa
 import tokenizers
 from safetensors.numpy import load as load_tensors
 
+from llm_jax.data.loops import compiled
 from llm_jax.data.packages import FetchError, Package, fetch_all, members
 from llm_jax.data.stages import byte_ngrams
-from llm_jax.data.stages.byte_ngrams import ROWS, WIDTH
+from llm_jax.data.stages.byte_ngrams import ROWS, TAG_BITS, WIDTH
 from llm_jax.errors import UserError, require
 
 DIMENSIONS = 1024  # of a sketch
@@ -49,53 +51,41 @@ def rarity(texts: pa.Array) -> Floats:
     What none of the texts has counts as if one had it.
     """
     found = byte_ngrams.buffer(texts)
-    text_B = _texts_of_bytes(found)
-    rows_B = np.empty(len(found.data), np.int64)
-    for start, stop, data_B in byte_ngrams.blocks(byte_ngrams.FOLD[found.data]):
-        rows_B[start:stop] = np.asarray(byte_ngrams.rows(_hashes(data_B)))[: stop - start]
-    inside = text_B < len(texts)
-    both = np.sort(text_B[inside] * ROWS + rows_B[inside])  # np.unique would hash, which takes ten times as long
-    texts_with = np.bincount(both[np.diff(both, prepend=-1) != 0] % ROWS, minlength=ROWS)
-    return np.log(max(len(texts), 1) / np.maximum(texts_with, 1)).astype(np.float32)
+    return np.log(max(len(texts), 1) / np.maximum(_texts_with(found.folded, found.starts, found.stops), 1))
 
 
-def _texts_of_bytes(found: byte_ngrams.Buffer) -> npt.NDArray[np.int64]:
-    """The text of each byte; the number of texts for pads."""
-    text_B = np.full(len(found.data), len(found.starts))
-    sizes = found.stops - found.starts
-    inside = np.repeat(found.starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-    text_B[inside] = np.repeat(np.arange(len(sizes)), sizes)
-    return text_B
+@compiled
+def _texts_with(folded, starts, stops):  # type: ignore[no-untyped-def]
+    """How many texts have an n-gram of each row, float32 [ROWS]."""
+    counts_R, last_R = np.zeros(ROWS, np.float32), np.full(ROWS, -1)
+    for text in range(len(starts)):
+        totals_C, mixes_C = np.zeros((2, stops[text] - starts[text]), np.uint32)
+        byte_ngrams.lengthen(folded, starts[text], 0, WIDTH, 0, totals_C, mixes_C)
+        for mix in mixes_C:
+            row = mix >> np.uint32(TAG_BITS)
+            counts_R[row] += last_R[row] != text
+            last_R[row] = text
+    return counts_R
 
 
-@jax.jit
-def _hashes(data_B: jax.Array) -> jax.Array:
-    """The mixed hash of the longest n-gram that ends at each byte but the first."""
-    return byte_ngrams.mixed(byte_ngrams.sums(data_B)[WIDTH - 1][1:])
-
-
-@jax.jit
-def _signed(mixed: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The dimension to which each n-gram adds, and what it adds."""
-    return (mixed % DIMENSIONS).astype(jnp.int32), jnp.where(mixed & DIMENSIONS, weights, -weights)
-
-
-def sketches(texts: pa.Array, rarity_R: jax.Array) -> Floats:
+def sketches(texts: pa.Array, rarity_R: Floats) -> Floats:
     """Vectors of length 1, or 0 for a text without n-grams, float32 [N, DIMENSIONS]."""
     found = byte_ngrams.buffer(texts)
-    text_B = _texts_of_bytes(found)
-    sums = np.zeros((len(texts) + 1) * DIMENSIONS)
-    for start, stop, data_B in byte_ngrams.blocks(byte_ngrams.FOLD[found.data]):
-        mixed = _hashes(data_B)
-        (weights,) = byte_ngrams.look_up([mixed], [rarity_R])
-        dimensions, weights = (np.asarray(part)[: stop - start] for part in _signed(mixed, weights))
-        first, last = text_B[start:stop].min(), text_B[start:stop].max()
-        inside = (text_B[start:stop] - first) * DIMENSIONS + dimensions
-        sums[first * DIMENSIONS : (last + 1) * DIMENSIONS] += np.bincount(
-            inside, weights, (last - first + 1) * DIMENSIONS
-        )
-    sums = np.copysign(np.sqrt(np.abs(sums)), sums)
-    return normalised(sums.reshape(-1, DIMENSIONS)[:-1])
+    sums_NS = _sketches(found.folded, found.starts, found.stops, rarity_R)
+    return normalised(np.copysign(np.sqrt(np.abs(sums_NS)), sums_NS))
+
+
+@compiled
+def _sketches(folded, starts, stops, rarity_R):  # type: ignore[no-untyped-def]
+    """The sums of the weights of each text's n-grams, in the dimensions and with the signs that their hashes name."""
+    sums_NS = np.zeros((len(starts), DIMENSIONS))
+    for text in range(len(starts)):
+        totals_C, mixes_C = np.zeros((2, stops[text] - starts[text]), np.uint32)
+        byte_ngrams.lengthen(folded, starts[text], 0, WIDTH, 0, totals_C, mixes_C)
+        for mix in mixes_C:
+            sign = 1 if mix & DIMENSIONS else -1
+            sums_NS[text, mix % DIMENSIONS] += sign * rarity_R[mix >> np.uint32(TAG_BITS)]
+    return sums_NS
 
 
 def folded(sketches_NS: Floats) -> Floats:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import daft
-import jax
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -23,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from llm_jax.config import CorpusConfig, MeshConfig, non_negative, positive
 from llm_jax.data import embeddings
 from llm_jax.data.sources import cache_folder
-from llm_jax.data.stages import BECAUSE, ID, Result, byte_ngrams, groups, kmeans, marks, sample
+from llm_jax.data.stages import BECAUSE, ID, Result, groups, kmeans, marks, sample
 from llm_jax.errors import require
 from llm_jax.parallel import mesh as mesh_lib
 
@@ -94,7 +93,7 @@ def _learn(config: SemanticConfig, texts: pa.Array, clusters: int, file: Path) -
     """Write how rare n-grams are, the topics, and the clusters' centroids."""
     texts = texts if len(texts) else pa.array([""])
     rarity = embeddings.rarity(texts)
-    sketches = embeddings.sketches(texts, jax.device_put(rarity, byte_ngrams.on_cpu()))
+    sketches = embeddings.sketches(texts, rarity)
     topics = embeddings.learn_topics(sketches)
     vectors = embeddings.joined(embeddings.topic_vectors(sketches, topics), _encoded(config, texts))
     centroids = kmeans.fit(vectors, clusters, config.iterations, config.seed, mesh_lib.build(MeshConfig()))
@@ -110,7 +109,7 @@ def _encoded(config: SemanticConfig, texts: pa.Array) -> embeddings.Floats | Non
 
 
 class _Learnt(NamedTuple):
-    rarity: jax.Array
+    rarity: embeddings.Floats
     topics: embeddings.Topics
     centroids: embeddings.Floats
 
@@ -120,8 +119,9 @@ def _load(file: Path, stamp: int) -> _Learnt:
     """What `_learn` wrote; `stamp` tells it from what lay there before."""
     del stamp
     with np.load(file) as arrays:
-        rarity = jax.device_put(arrays["rarity"], byte_ngrams.on_cpu())
-        return _Learnt(rarity, embeddings.Topics(arrays["mean_S"], arrays["components_SE"]), arrays["centroids"])
+        return _Learnt(
+            arrays["rarity"], embeddings.Topics(arrays["mean_S"], arrays["components_SE"]), arrays["centroids"]
+        )
 
 
 @dataclasses.dataclass(frozen=True)

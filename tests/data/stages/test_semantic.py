@@ -130,7 +130,7 @@ def test_without_scores_the_longer_stays(corpus, tmp_path):
 def test_a_sketch_has_the_angles_of_tf_idf():
     texts = [Language(seed % 3).paragraph(6) for seed in range(12)] + ["", "ab"]
     rarity = embeddings.rarity(pa.array(texts))
-    sketches = embeddings.sketches(pa.array(texts), jax.device_put(rarity, byte_ngrams.on_cpu()))
+    sketches = embeddings.sketches(pa.array(texts), rarity)
     counts = []
     for text in texts:
         data = byte_ngrams.PAD + text.lower().encode()
@@ -148,7 +148,7 @@ def test_a_sketch_has_the_angles_of_tf_idf():
 
 def test_a_run_of_spaces_does_not_outweigh_a_text():
     texts = [Language(seed).paragraph(20) + "\n" + " " * 1500 for seed in (0, 2)]
-    rarity = jax.device_put(embeddings.rarity(pa.array([Language(4).paragraph()])) + 1, byte_ngrams.on_cpu())
+    rarity = embeddings.rarity(pa.array([Language(4).paragraph()])) + 1
     folded = embeddings.folded(embeddings.sketches(pa.array(texts), rarity))
     assert folded[0] @ folded[1] < 0.8
 
