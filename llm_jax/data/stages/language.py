@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from daft import DataType, col
 
 from llm_jax.config import positive
+from llm_jax.data.loops import compiled
 from llm_jax.data.ngrams import Integers, utf8_buffer
 from llm_jax.data.stages import BECAUSE, CODE, DROPPED, Result, groups, language_model, marks
 from llm_jax.errors import require
@@ -29,7 +30,8 @@ NO_LANGUAGE = "zxx"  # what the classifier calls numbers, tables and program tex
 # Characters that written Cantonese uses all the time and Mandarin hardly ever, and the other way round.
 CANTONESE = "嘅咗喺唔嚟哋冇啲咁佢嘢噉嗰嗌攞畀瞓攰喎啱嘥揾搵掟諗嬲噃喐"
 MANDARIN = "的了是们們这這那没沒吗嗎呢么麼她他和"
-LATIN, HAN, KANA, HANGUL, YUE, ZH = range(6)
+LATIN, HAN, KANA, HANGUL, YUE, ZH, OTHER = range(7)
+HUNDREDTHS = pa.array([f"{number / 100:.2f}" for number in range(101)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Seen(NamedTuple):
 
     language: npt.NDArray[np.int64]  # [samples] index in the languages of `language_names`
     confidence: npt.NDArray[np.float32]  # [samples]; 0 = too short, or no language
-    scripts: Integers  # [samples, 6] how many letters of each
+    scripts: Integers  # [samples, 7] how many letters of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Language:
             BECAUSE: DataType.string(),
             DROPPED: DataType.string(),
         }
+        language_model.load()  # before several threads do
         renamed = documents.with_column_renamed("language", "declared")
         found = marks.mark(renamed, self.judge, fields, scratch, "source", "declared")
         return Result(marks.join(documents, found, *(name for name in fields if name != "told")), facts(found))
@@ -102,7 +105,7 @@ class Language:
         language = pc.if_else(pa.array(certain & ~agrees & ~code), told, declared)
         dropped = self._unwanted(language) & ~code
         reasons = pc.if_else(pa.array(dropped), pa.scalar("language"), pa.scalar(None, pa.string()))
-        because = pc.binary_join_element_wise(told, pa.array([f"{value:.2f}" for value in confidence]), " ")
+        because = pc.binary_join_element_wise(told, _hundredths(confidence), " ")
         listed = _lists(shares, names, self.config.minor)
         return {
             "language": language, "told": told, "language_score": pa.array(confidence), "languages": listed,
@@ -175,13 +178,8 @@ def _shares(
 
 def _look(data: npt.NDArray[np.uint8], starts: Integers, limits: Integers, config: LanguageConfig) -> Seen:
     """What the samples that begin at `starts`, or at the next character, are written in; `limits` are texts' ends."""
-    padded = np.append(data, np.zeros(config.window_bytes + 4, np.uint8))
-    for _ in range(3):
-        starts = starts + ((padded[starts] & 0xC0) == 0x80)
-    sample = padded[starts[:, None] + np.arange(config.window_bytes)]
-    lengths = np.clip(limits - starts, 0, config.window_bytes)
-    sample[np.arange(config.window_bytes) >= lengths[:, None]] = 0
-    counts = _scripts(sample)
+    sample, lengths = _samples(data, starts, limits, config.window_bytes)
+    counts = _scripts(sample, _SCRIPTS)
     han = counts[:, [HAN, YUE, ZH]].sum(axis=1)
     alone = han + counts[:, KANA] + counts[:, HANGUL]
     share = 3 * alone / np.maximum(3 * alone + counts[:, LATIN], 1)
@@ -199,23 +197,44 @@ def _look(data: npt.NDArray[np.uint8], starts: Integers, limits: Integers, confi
     return Seen(choice, np.where(enough & (certainty >= config.confidence), certainty, 0), counts)
 
 
-def _scripts(sample: npt.NDArray[np.uint8]) -> Integers:
-    """How many letters of each script are in each sample [samples, 6]; LATIN is all that are in none of the others."""
-    counts = np.zeros((len(sample), 6), np.int64)
-    letters = ((sample | 32) - np.uint8(97) < 26) | ((sample >= 0xC3) & (sample < 0xE3))
-    counts[:, LATIN] = letters.sum(axis=1)
-    heads = np.flatnonzero((sample >= 0xE3) & (sample < 0xEE))
-    flat = np.append(sample.reshape(-1), [0, 0]).astype(np.int64)
-    points = (flat[heads] & 15) << 12 | (flat[heads + 1] & 63) << 6 | (flat[heads + 2] & 63)
-    cells = heads // sample.shape[1] * 7 + _SCRIPTS[points]
-    found = np.bincount(cells, minlength=len(sample) * 7).reshape(-1, 7)
-    counts[:, 1:] = found[:, 1:6]
+@compiled
+def _samples(
+    data: npt.NDArray[np.uint8], starts: Integers, limits: Integers, width: int
+) -> tuple[npt.NDArray[np.uint8], Integers]:
+    """The first `width` bytes from the first character at or after each start on [samples, width], and their number.
+
+    What is beyond a limit is 0.
+    """
+    samples, lengths = np.zeros((len(starts), width), np.uint8), np.empty(len(starts), np.int64)
+    for i in range(len(starts)):
+        start, limit = starts[i], limits[i]
+        while start < limit and data[start] & 0xC0 == 0x80:
+            start += 1
+        lengths[i] = min(width, limit - start)
+        for place in range(lengths[i]):
+            samples[i, place] = data[start + place]
+    return samples, lengths
+
+
+@compiled
+def _scripts(samples: npt.NDArray[np.uint8], scripts: npt.NDArray[np.uint8]) -> Integers:
+    """How many letters of each script begin in each sample [samples, 7]; LATIN are bytes that are in no other."""
+    counts = np.zeros((len(samples), OTHER + 1), np.int64)
+    data, width = samples.reshape(-1), samples.shape[1]
+    for place in range(len(data)):
+        byte = data[place]
+        if 0x61 <= (byte | 0x20) <= 0x7A or 0xC3 <= byte < 0xE3:
+            counts[place // width, LATIN] += 1
+        elif 0xE3 <= byte < 0xEE:
+            second = data[place + 1] if place + 1 < len(data) else 0
+            third = data[place + 2] if place + 2 < len(data) else 0
+            counts[place // width, scripts[(byte & 15) << 12 | (second & 63) << 6 | third & 63]] += 1
     return counts
 
 
-def _script_table() -> npt.NDArray[np.int64]:
-    """The script of every code point of the basic plane; 6 for those of none of the scripts."""
-    table = np.full(0x10000, 6, np.int64)
+def _script_table() -> npt.NDArray[np.uint8]:
+    """The script of every code point of the basic plane."""
+    table = np.full(0x10000, OTHER, np.uint8)
     table[0x3400:0xA000] = HAN
     table[0x3040:0x3100] = KANA
     table[0xAC00:0xD7B0] = HANGUL
@@ -225,6 +244,11 @@ def _script_table() -> npt.NDArray[np.int64]:
 
 
 _SCRIPTS = _script_table()
+
+
+def _hundredths(confidence: npt.NDArray[np.float32]) -> pa.Array:
+    """Numbers from 0 to 1 as text, as `:.2f` writes them."""
+    return HUNDREDTHS.take(pa.array(np.rint(confidence.astype(np.float64) * 100).astype(np.int64)))
 
 
 def _lists(shares: npt.NDArray[np.float32], names: Sequence[str], minor: float) -> pa.Array:

@@ -6,9 +6,12 @@ import daft
 import numpy as np
 import pyarrow as pa
 import pytest
-from py3langid import langid
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from llm_jax.data.stages import language_model
+from llm_jax.data.ngrams import utf8_buffer
+from llm_jax.data.stages import language, language_model
 from llm_jax.data.stages.language import Language, LanguageConfig, identify, language_names
 from llm_jax.errors import UserError
 
@@ -48,12 +51,37 @@ def test_many_at_once_is_py3langid_one_after_the_other() -> None:
     for row, text in zip(data, texts, strict=True):
         row[: len(text.encode())] = np.frombuffer(text.encode(), np.uint8)
     found = language_model.probabilities(data, lengths)
-    model = langid._load_identifier(norm_probs=True)
+    model = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     names = language_names()
     for chances, text in zip(found, texts, strict=True):
         expected = dict(model.rank(text))
         np.testing.assert_allclose(chances, [expected[name] for name in names], atol=2e-3)
         assert text in ("", "!") or names[chances.argmax()] == model.classify(text)[0]
+
+
+def script(character: str) -> int | None:
+    """Which letter of which script a character is, None = none; LATIN is any but those of the others."""
+    for known, kind in ((language.CANTONESE, language.YUE), (language.MANDARIN, language.ZH)):
+        if character in known:
+            return kind
+    for first, last, kind in (("㐀", "\u9fff", language.HAN), ("\u3040", "\u30ff", language.KANA),
+                              ("가", "\ud7af", language.HANGUL)):  # fmt: skip
+        if first <= character <= last:
+            return kind
+    return language.LATIN if "a" <= character.lower() <= "z" and character.isascii() else None
+
+
+@settings(deadline=None)  # the first call compiles
+@given(st.lists(st.text(st.sampled_from("aZ@[`{ \n的嘅㐀鿿ぁヿ가힣、1"), max_size=9), min_size=1), st.integers(0, 9))
+def test_samples_begin_with_a_character_and_their_letters_are_counted(texts: list[str], skipped: int) -> None:
+    data, edges = utf8_buffer(pa.array(texts, pa.large_string()))
+    samples, lengths = language._samples(data, np.minimum(edges[:-1] + skipped, edges[1:]), edges[1:], 64)
+    counts = language._scripts(samples, language._SCRIPTS)
+    for sample, length, found, text in zip(samples, lengths, counts, texts, strict=True):
+        rest = text.encode()[skipped:].decode(errors="ignore")
+        assert sample[:length].tobytes().decode() == rest and not sample[length:].any()
+        kinds = [script(character) for character in rest]
+        assert found[: language.OTHER].tolist() == [kinds.count(kind) for kind in range(language.OTHER)]
 
 
 def test_every_language_is_told(tmp_path: Path) -> None:
