@@ -201,7 +201,8 @@ def _ngrams(hashes: Hashes, of_units: Integers, widths: Integers, offsets: Integ
         for gram in range(offsets[text], offsets[text + 1]):
             grams[gram], firsts[gram] = mix(total), first
             if gram + 1 < offsets[text + 1]:
-                total = (total - hashes[first] + hashes[first + widths[text]] * power) * np.uint64(INVERSE)
+                change = hashes[first + widths[text]] * power - hashes[first]
+                total = total * np.uint64(INVERSE) + change * np.uint64(INVERSE)  # the chain is of one product
             first += 1
     return grams, firsts
 

@@ -23,6 +23,7 @@ from daft import DataType, col
 
 from llm_jax.config import CorpusConfig, one_of, positive
 from llm_jax.data import evaluation_sets
+from llm_jax.data.loops import compiled
 from llm_jax.data.ngrams import Hashes, Integers, Units, blocks, hashes_of_parts, ngrams, units
 from llm_jax.data.sources import cache_folder
 from llm_jax.data.stages import BECAUSE, CODE, DROPPED, ID, Result, marks
@@ -73,7 +74,7 @@ class Table(NamedTuple):
     lengths: Integers  # [rows] all units
     whole: Hashes  # [rows] their hash
     numbers: Integers  # [rows] what they are called in reports
-    bits: npt.NDArray[np.bool_]  # [2, 2^k] whether an anchor has these bits
+    bits: npt.NDArray[np.uint8]  # [2, 2^k] 8 in each: whether an anchor is there (see `_set_bits`)
 
 
 class Index(NamedTuple):
@@ -179,11 +180,31 @@ def _table(width: int, rows: Hashes, numbers: Integers) -> Table:
     """From anchors, lengths and wholes [3, rows] with their numbers."""
     order = np.argsort(rows[0], kind="stable")
     rows, numbers = rows[:, order], numbers[order]
-    bits = np.zeros((2, 1 << max((8 * len(numbers)).bit_length(), 16)), np.bool_)
-    mask = np.uint64(bits.shape[1] - 1)
-    bits[0, rows[0] & mask] = True
-    bits[1, rows[0] >> SHIFT & mask] = True
+    bits = np.zeros((2, 1 << max(len(numbers).bit_length(), 13)), np.uint8)
+    _set_bits(bits, rows[0])
     return Table(width, np.append(rows[0], np.uint64(0)), rows[1].astype(np.int64), rows[2], numbers, bits)
+
+
+@compiled
+def _set_bits(bits: npt.NDArray[np.uint8], anchors: Hashes) -> None:
+    """In both rows, each addressed by another half of an anchor."""
+    last = np.uint64(8 * bits.shape[1] - 1)
+    for anchor in anchors:
+        for row, value in enumerate((anchor & last, anchor >> SHIFT & last)):
+            bits[row, value >> np.uint64(3)] |= np.uint8(1) << np.uint8(value & np.uint64(7))
+
+
+@compiled
+def _with_bits(bits: npt.NDArray[np.uint8], hashes: Hashes) -> Integers:
+    """Which hashes may be anchors: all that are, and few others."""
+    last = np.uint64(8 * bits.shape[1] - 1)
+    chosen, count = np.empty(len(hashes), np.int64), 0
+    for place in range(len(hashes)):
+        low, high = hashes[place] & last, hashes[place] >> SHIFT & last
+        if bits[0, low >> np.uint64(3)] >> (low & np.uint64(7)) & 1:
+            chosen[count] = place
+            count += bits[1, high >> np.uint64(3)] >> (high & np.uint64(7)) & 1
+    return chosen[:count]
 
 
 def find(index: Index, found: Units) -> Matches:
@@ -198,16 +219,17 @@ def find(index: Index, found: Units) -> Matches:
 
 def _find(table: Table, found: Units) -> tuple[Integers, Integers, Integers]:
     """The first unit, the units and the number of what is found of a table."""
+    nothing = (np.zeros(0, np.int64),) * 3
+    if not len(table.numbers):
+        return nothing
     grams = ngrams(found, table.width)
-    mask = np.uint64(table.bits.shape[1] - 1)
-    near = np.flatnonzero(table.bits[0][grams.hashes & mask])
-    near = near[table.bits[1][grams.hashes[near] >> SHIFT & mask]]
+    near = _with_bits(table.bits, grams.hashes)
     anchors = table.anchors[:-1]
     low = np.searchsorted(anchors, grams.hashes[near])
     met = table.anchors[low] == grams.hashes[near]
     near, low = near[met], low[met]
     if not len(near):
-        return (np.zeros(0, np.int64),) * 3
+        return nothing
     times = np.searchsorted(anchors, grams.hashes[near], side="right") - low
     row = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times - low, times)
     first = np.repeat(grams.first[near], times)
