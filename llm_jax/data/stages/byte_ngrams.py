@@ -240,13 +240,6 @@ def sentences(found: Buffer) -> Sentences:
     return Sentences(edges[inside], edges[inside + 1], np.repeat(np.arange(len(counts)), counts))
 
 
-def lower(found: Buffer, parts: Sentences) -> pa.Array:
-    """The parts as strings in lower case (ASCII), each with what follows it up to the next one; no copy of the text."""
-    offsets = np.append(parts.starts, len(found.data))
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(found.folded)]
-    return pa.Array.from_buffers(pa.large_string(), len(parts.starts), buffers)
-
-
 def without(found: Buffer, parts: Sentences, cut_S: npt.NDArray[np.bool_]) -> pa.Array:
     """The texts without the parts that are to be cut."""
     sizes = np.bincount(parts.texts, (parts.stops - parts.starts) * ~cut_S, len(found.starts))

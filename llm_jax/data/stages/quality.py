@@ -24,7 +24,7 @@ from daft import functions as F
 from scipy import special
 
 from llm_jax.config import CorpusConfig, non_negative, positive
-from llm_jax.data.ngrams import is_indented
+from llm_jax.data.ngrams import blocks, is_indented
 from llm_jax.data.sources import cache_folder
 from llm_jax.data.stages import (
     BECAUSE,
@@ -110,9 +110,8 @@ class Quality:
         material = offensive.Material({}, [], [])
         if config.lists:
             material = offensive.load(cache_folder(CorpusConfig(cache=config.cache)))
-        words = offensive.unused(material.words, _proper_sentences(documents, config.reference, material.words))
-        named = _names(documents, words)
-        words = {word: category for word, category in words.items() if word not in named}
+        known = _no_evidence(documents, config.reference, material.words)
+        words = {word: category for word, category in material.words.items() if word not in known}
         learnt, facts = models.train(
             sample.excerpts(documents, config.sample_bytes),
             material,
@@ -133,29 +132,32 @@ class Quality:
         return Result(marks.join(documents, judged, *joined), facts | _facts(judged))
 
 
-def _proper_sentences(documents: daft.DataFrame, reference: tuple[str, ...], words: Iterable[str]) -> pa.Array:
-    """The lower-cased sentences of the reference documents in which there are listed Chinese words."""
-    expression = offensive.lexicon(words).chinese
-    if not expression:
-        return pa.array([], pa.large_string())
-    having = documents.where(col("source").is_in(list(reference)) & F.regexp(col("text"), expression)).select("text")
-    found = byte_ngrams.buffer(having.to_arrow()["text"].combine_chunks())
-    return byte_ngrams.lower(found, byte_ngrams.sentences(found))
+def _no_evidence(documents: daft.DataFrame, reference: tuple[str, ...], words: Iterable[str]) -> set[str]:
+    """The listed words that say nothing here: names, and Chinese ones that are in the reference documents.
+
+    What laws and newspapers write is no evidence by itself, whatever lists say of it; and Chinese words turn up across
+    the borders of others.
+    """
+    listed = offensive.lexicon(words)
+    single = tuple(word for word in listed.english if " " not in word)
+    proper = _uses(documents.where(col("source").is_in(list(reference))), listed.chinese)
+    english = _uses(documents.where(col("language").is_in([models.ENGLISH])), single)
+    return {listed.chinese[use // 2] for use in proper} | offensive.names(single, english)
 
 
-def _names(documents: daft.DataFrame, words: Iterable[str]) -> set[str]:
-    """The listed words that are names in this corpus."""
-    english = documents.where(col("language").is_in([models.ENGLISH]))
+def _uses(documents: daft.DataFrame, words: tuple[str, ...]) -> dict[int, int]:
+    """How often the documents use which of the words: see `offensive.uses`."""
+    if not words:
+        return {}
 
-    def of(words: Iterable[str], expression: str) -> set[str]:
-        capitals = "|".join(word.capitalize() for word in words)
-        chosen = english.where(F.regexp(col("text"), expression.format("|".join(words), capitals)))
-        return offensive.names(words, chosen.select("text").to_pydict()["text"])
+    @daft.func.batch(return_dtype=DataType.list(DataType.int64()), batch_size=marks.ROWS, use_process=False)
+    def used(texts: daft.Series) -> pa.Array:
+        parts = [offensive.uses(words, block) for block in blocks(texts.to_arrow())]
+        return pa.concat_arrays([pa.array([], pa.list_(pa.int64())), *parts])
 
-    single = [word for word in words if word.isascii() and " " not in word]
-    # Of the documents that have a capital, then of all, as the first are few.
-    perhaps = of(single, r"[a-z,;] (?:{1})\b") if single else set()
-    return of(perhaps, r"\b(?:{0}|{1})\b") if perhaps else set()
+    found = documents.select(used(col("text")).alias("use")).explode("use").where(col("use").not_null())
+    counted = found.groupby("use").agg(col("use").count().alias("times")).to_pydict()
+    return dict(zip(counted["use"], counted["times"], strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,16 +274,13 @@ def _offence(
     """The probability of each sentence to offend: English by the classifier and its list, others by the Chinese one."""
     offence_S = np.zeros(len(margin_S))
     group_S = np.array(groups, object)[language_N][parts.texts]
-    sentences = byte_ngrams.lower(found, parts)
     english_S = group_S == models.ENGLISH
-    if english_S.any():
-        margin, hit, intercept = learnt.offensive
-        hits = np.asarray(offensive.hits(learnt.lexicon.english, sentences.filter(pa.array(english_S))))
-        offence_S[english_S] = special.expit(margin * margin_S[english_S] + hit * hits + intercept)
+    margin, hit, intercept = learnt.offensive
+    hits_S = offensive.hits(learnt.lexicon.english, found, parts)
+    offence_S[english_S] = special.expit(margin * margin_S + hit * hits_S + intercept)[english_S]
     others_S = ~english_S & (group_S != CODE)
-    if others_S.any():
-        counts = offensive.counts(learnt.lexicon, sentences.filter(pa.array(others_S)))
-        offence_S[others_S] = LISTED[np.minimum(counts, len(LISTED) - 1)]
+    listed_S = offensive.counts(learnt.lexicon.chinese, found, parts)
+    offence_S[others_S] = LISTED[np.minimum(listed_S, len(LISTED) - 1)][others_S]
     return offence_S
 
 

@@ -1,5 +1,6 @@
 """What the quality stage knows of a corpus: models made of a sample of it, kept as arrays and JSON."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -69,7 +70,7 @@ def load(folder: Path, stamp: int) -> Models:
         tables = byte_ngrams.Tables(**arrays)
     values = json.loads((folder / "models.json").read_text(encoding="utf-8"))
     values["letters"] = Letters(**values["letters"])
-    values["lexicon"] = Lexicon(*values["lexicon"])
+    values["lexicon"] = Lexicon(*map(tuple, values["lexicon"]))
     values["scales"] = {name: Scale(*scale) for name, scale in values["scales"].items()}
     return Models(tables, **values)
 
@@ -110,23 +111,25 @@ def train(
 
     `words` are the listed ones that count, `scorer` loads `model`; the other arguments are those of `QualityConfig`.
     """
-    generator = np.random.default_rng(seed)
+    of_garbage, of_quality, of_scales = np.random.default_rng(seed).spawn(3)
     held_out = np.arange(len(sample)) % HELD_OUT == 0
-    learnt = sample.filter(pa.array(~held_out))
-    clean = unsuspicious(learnt, reference, least_bytes, generator)
-    language_OR, empty = perplexity.train(clean)
-    quality_R, slopes, quality_facts = _quality(sample, reference, held_out, generator)
-    offensive_R, judged, offensive_facts = _offensive(sample, words, material, offensive_share)
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # each takes one core
+        quality = pool.submit(_quality, sample, reference, held_out, of_quality)
+        offence = pool.submit(_offensive, sample, words, material, offensive_share)
+        clean = unsuspicious(sample.filter(pa.array(~held_out)), reference, least_bytes, of_garbage)
+        language_OR, empty = perplexity.train(clean)
+        known = letters.learn(clean.to_pylist())
+    quality_R, slopes, quality_facts = quality.result()
+    offensive_R, judged, offensive_facts = offence.result()
     tables = byte_ngrams.Tables(language_OR, empty, np.stack([quality_R, offensive_R], axis=1))
     bits = sentence_bits(tables, scorer, model)
-    scales = sentence_scales(bits, sample.filter(pa.array(held_out)), least_bytes, generator)
+    scales = sentence_scales(bits, sample.filter(pa.array(held_out)), least_bytes, of_scales)
     facts = {
         "sampled bytes": int(pc.sum(pc.binary_length(sample["text"])).as_py() or 0),
         "bits per byte": {language or "others": scale._asdict() for language, scale in scales.items()},
         "quality": quality_facts,
         "offensive": {"listed words": len(material.words), "listed words that count": len(words), **offensive_facts},
     }
-    known = letters.learn(clean.to_pylist())
     return Models(tables, known, scales, slopes, judged, offensive.lexicon(words)), facts
 
 
@@ -248,7 +251,7 @@ def _offensive(
     english = sample.filter(pc.equal(sample["language"], ENGLISH))
     pieces = [piece for text in english["text"].to_pylist() for piece in offensive.excerpts(text)]
     pieces = pieces[:: max(len(pieces) // HARMLESS, 1)]
-    listed = np.asarray(_hits(everything, pieces))
+    listed = _hits(everything, pieces)
     harmless = [*material.harmless, *(piece for piece, is_listed in zip(pieces, listed, strict=True) if not is_listed)]
     texts = [*material.offensive, *harmless]
     labels = np.arange(len(texts)) < len(material.offensive)
@@ -258,7 +261,7 @@ def _offensive(
     held_out = np.array([is_held_out(text) for text in texts])
     weights_R = classifiers.fit(_mixed([examples.where(~held_out)], np.random.default_rng(0)))
     judged = examples.where(held_out)
-    features = np.column_stack([classifiers.margins(weights_R, judged), np.asarray(_hits(everything, judged.texts))])
+    features = np.column_stack([classifiers.margins(weights_R, judged), _hits(everything, judged.texts)])
     slopes = classifiers.platt(features.astype(np.float64), judged.labels_N)
     probabilities = special.expit(features @ slopes[:-1] + slopes[-1])
     facts = {
@@ -270,8 +273,9 @@ def _offensive(
     return weights_R, (margin, hit, intercept), facts
 
 
-def _hits(expression: str, texts: Iterable[str]) -> pa.BooleanArray:
-    return offensive.hits(expression, pc.utf8_lower(pa.array(list(texts), pa.large_string())))
+def _hits(english: tuple[str, ...], texts: Iterable[str]) -> npt.NDArray[np.bool_]:
+    found = byte_ngrams.buffer(pa.array(list(texts), pa.large_string()))
+    return offensive.hits(english, found, byte_ngrams.whole(found))
 
 
 def sentence_scales(

@@ -26,6 +26,7 @@ from llm_jax.data.stages import (
     letters,
     offensive,
     perplexity,
+    quality,
     quality_models,
     sample,
 )
@@ -417,22 +418,46 @@ def test_lists_and_labels_are_read_from_packages(tmp_path, monkeypatch, caplog):
     assert "without cleanse-speech" in caplog.text
 
 
+def looked_for(words: list[str], texts: list[str]) -> tuple[list[bool], list[int]]:
+    """What is found of English and of Chinese words in texts."""
+    found, listed = byte_ngrams.buffer(pa.array(texts)), offensive.lexicon(words)
+    parts = byte_ngrams.whole(found)
+    return (
+        offensive.hits(listed.english, found, parts).tolist(),
+        offensive.counts(listed.chinese, found, parts).tolist(),
+    )
+
+
+def test_english_words_are_whole_ones_and_chinese_ones_different():
+    texts = ["脏秽脏秽", "grobniks", "a Grobnik!", "", "vile words", "vile\nwords grobnik1 _grobnik"]
+    assert looked_for(["脏秽", "grobnik", "vile words"], texts) == (
+        [False, False, True, False, True, False],
+        [1, 0, 0, 0, 0, 0],
+    )
+    assert looked_for(["脏秽", "丑虫", "大丑虫"], ["丑虫，脏秽", "大丑虫", "大丑虫和脏秽", "丑脏"])[1] == [2, 1, 2, 0]
+    assert looked_for([], ["grobnik", "脏秽"]) == ([False, False], [0, 0])
+
+
+def test_words_are_found_in_the_sentences_where_they_are():
+    found = byte_ngrams.buffer(pa.array(["One. A grobnik is there. None", "", "脏秽。没有。\n脏秽"]))
+    parts = byte_ngrams.sentences(found)
+    assert offensive.hits(("grobnik",), found, parts).tolist() == [False, True, False, False, False, False]
+    assert offensive.counts(("脏秽",), found, parts).tolist() == [0, 0, 0, 1, 0, 1]
+
+
 def test_what_proper_texts_write_is_no_evidence():
-    words = dict.fromkeys(("强奸", "脏秽", "grobnik"), "abuse")
-    sentences = pa.array(["犯强奸罪的", "a grobnik", "无关"])
-    assert set(offensive.unused(words, sentences)) == {"脏秽", "grobnik"}
-    expressions = offensive.lexicon(words)
-    texts = pa.array(["脏秽脏秽", "grobniks", "a grobnik!", ""])
-    assert offensive.counts(expressions, texts).tolist() == [1, 0, 0, 0]
-    other = offensive.lexicon(["脏秽", "丑虫", "大丑虫"])
-    assert offensive.counts(other, pa.array(["丑虫，脏秽", "大丑虫", "大丑虫和脏秽", "丑脏"])).tolist() == [2, 1, 2, 0]
-    assert offensive.hits(expressions.english, texts).to_pylist() == [False, False, True, False]
-    assert offensive.hits("", texts).to_pylist() == [False] * 4
+    rows = [("good", "zh", "犯强奸罪的"), ("good", "en", "a grobnik"), ("raw", "zh", "脏秽"), ("raw", "zh", "")]
+    documents = daft.from_pydict({name: list(v) for name, v in zip(("source", "language", "text"), zip(*rows))})
+    assert quality._no_evidence(documents, ("good",), ["强奸", "脏秽", "grobnik"]) == {"强奸"}
+    assert quality._no_evidence(documents, (), ["强奸", "脏秽", "grobnik"]) == set()
 
 
 def test_what_is_mostly_written_as_a_name_is_no_evidence(corpus, config, tmp_path):
-    texts = ["Shylock came. I saw Shylock, Grobnik and a vlukdor.", "SHYLOCK\nGrobnik! the grobnik, a Vlukdor"]
-    assert offensive.names(["shylock", "grobnik", "vlukdor", "脏秽", "two words"], texts) == {"shylock"}
+    texts = ["Shylock came. I saw Shylock, Grobnik and a vlukdor.", None, "SHYLOCK\nGrobnik! the grobnik, a Vlukdor"]
+    words = ("shylock", "grobnik", "vlukdor", "脏秽")
+    used = offensive.uses(words, pa.array(texts))
+    assert used.to_pylist() == [[1, 3, 4], [], [2, 5]]
+    assert offensive.names(words, collections.Counter(pa.compute.list_flatten(used).to_pylist())) == {"shylock"}
     line = "We met the old Shylock and a Vlukdor at last."  # of which the others write small letters
     english = Language(1)
     added = [(f"raw_en/{i}", "raw_en", "en", "text", "here", f"{english.paragraph()}\n{line}") for i in range(3)]
@@ -453,7 +478,7 @@ def test_samples_are_of_every_source_and_of_no_order(corpus):
 
 def test_models_are_read_as_they_were_saved(tmp_path):
     tables = byte_ngrams.Tables(np.ones((byte_ngrams.ORDER, 2), np.uint32), 0.5, np.ones((2, 2), np.float32))
-    lexicon = offensive.Lexicon("a", "脏", ["脏"])
+    lexicon = offensive.Lexicon(("a",), ("脏",))
     scales = {"": quality_models.Scale(1.0, 2.0)}
     saved = quality_models.Models(
         tables, letters.learn(["abc 中文"]), scales, {"": (1.0, 0.0)}, (1.0, 2.0, 3.0), lexicon
@@ -462,7 +487,7 @@ def test_models_are_read_as_they_were_saved(tmp_path):
     read = quality_models.load(tmp_path, 0)
     assert read.scales[""].garbage == 2.0
     assert read.letters == saved.letters and read.letters.common == "abc"
-    assert read.lexicon.chinese == "脏"
+    assert read.lexicon == lexicon
     np.testing.assert_array_equal(read.tables.linear_R2, tables.linear_R2)
-    dataclasses.replace(saved, lexicon=offensive.Lexicon("b", "秽", ["秽"])).save(tmp_path)
-    assert quality_models.load(tmp_path, 1).lexicon.chinese == "秽"
+    dataclasses.replace(saved, lexicon=offensive.Lexicon(("b",), ("秽",))).save(tmp_path)
+    assert quality_models.load(tmp_path, 1).lexicon.chinese == ("秽",)
