@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 COMPRESSION = "zstd"  # as fast as lz4 here, and 30 % smaller
-# Small row groups let a scan go side by side and keep little of the texts in memory.
-SIZES = {"parquet_target_filesize": 64 << 20, "parquet_target_row_group_size": 8 << 20}
+# Small row groups let a scan go side by side and keep little of the texts in memory. Daft ends a group only between the
+# rows that it hands on together, which by itself would be 131,072.
+SIZES = {"parquet_target_filesize": 64 << 20, "parquet_target_row_group_size": 8 << 20, "default_morsel_size": 2048}
 ROWS = 4096  # of a row group that Daft does not write
 
 
