@@ -44,11 +44,12 @@ def main(config: PrepareConfig, workdir: Path) -> Summary:
         "set --config.tokenizer to a tokenizer, such as experiments.train_tokenizer writes",
     )
     started = time.monotonic()
-    config = dataclasses.replace(config, output=config.output or str(workdir / "dataset"))
+    given, config = config, dataclasses.replace(config, output=config.output or str(workdir / "dataset"))
     tokenizer = tokenizers.load(config.tokenizer)
     stages = prepare.stages(config, TRANSFORMERS)
     # What would be refused in the end is refused before hours of work.
     pipeline.check_output(config, tokenizer, StoredCorpus(factory.expected(config, workdir, stages), config.mixture))
+    runner.save_in(given, workdir / "config.json")
     corpus = factory.run(config, workdir, stages, reading.read)
     stored = StoredCorpus(corpus, config.mixture)
     tokenising = time.monotonic()
@@ -82,4 +83,4 @@ def report(
 
 
 if __name__ == "__main__":
-    runner.main(main, PrepareConfig, "configs/data/default.py")
+    runner.main(main, PrepareConfig, "configs/data/default.py", save_config=False)

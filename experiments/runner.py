@@ -43,7 +43,7 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Experiments that all processes of a job run together; of any other, the first process does the work.
 TOGETHER = ("pretrain", "sft", "reward_model", "dpo", "ppo")
 # Experiments that use JAX beside much else: what they free goes back to the system.
-VARIED = ("prepare_data",)
+VARIED = ("prepare_data", "planted_truth", "corpus_ablation")
 JOB_FLAGS = {
     "coordinator": (jobs.COORDINATOR, "HOST:PORT of process 0, with a free port"),
     "processes": (jobs.COUNT, "how many processes the job has"),
@@ -97,7 +97,7 @@ def main(
             os.environ[jobs.ALONE] = "1"
             print(f"{name} runs in one process: in this one, the first of {job.count}", file=sys.stderr)
         if save_config and first:
-            _save_config(config, folder / "config.json")
+            save_in(config, folder / "config.json")
         supervision.signs()
         prepare_jax(keep_memory=name not in VARIED)
         run(config, folder)
@@ -239,7 +239,7 @@ def _line_in(path: Path, error: Exception) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def _save_config(config: Any, path: Path) -> None:
+def save_in(config: Any, path: Path) -> None:
     """Save the config unless the folder belongs to another experiment, whose record would be lost."""
     if path.exists():
         try:

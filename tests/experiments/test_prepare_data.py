@@ -49,6 +49,7 @@ def test_a_text_folder_becomes_a_dataset(tmp_path, model_file):
     for asked in ("record=train/pets/3", "document=pets/00000003"):
         traced = run(f"--config.dataset={tmp_path / 'dataset'}", f"--config.{asked}", experiment="trace")
         assert traced.returncode == 0 and "pets.jsonl: line" in traced.stdout, traced.stderr
+    settings = (tmp_path / "config.json").read_bytes()
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "stages").rglob("*"))
     for extra, message in (
         ("--config.exact.enabled=False", "dataset of another corpus, tokenizer or settings"),
@@ -57,6 +58,7 @@ def test_a_text_folder_becomes_a_dataset(tmp_path, model_file):
         refused = run("--config=configs/data/own_text.py", *flags, "--config.text_field=body", extra)
         assert refused.returncode == 1 and message in refused.stderr and "done earlier" not in refused.stderr
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "stages").rglob("*")) == before
+    assert (tmp_path / "config.json").read_bytes() == settings
 
 
 def test_mistakes_are_one_line(tmp_path, model_file):
