@@ -11,6 +11,7 @@ verse; and all code, which would not run without its repeated lines.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from daft.functions import when
 
 from llm_jax.config import positive
 from llm_jax.data import ngrams
+from llm_jax.data.loops import compiled
 from llm_jax.data.stages import BECAUSE, DROPPED, HTML, ID, TEXT, Result, groups, marks
 from llm_jax.errors import require
 
@@ -31,15 +33,16 @@ REASON = "boilerplate"
 PART = "part"  # the hash of one; while parts are counted, its last bit says whether it is a line or paragraph here
 ALONE = "alone"  # in how many documents a part is a line or paragraph
 LAST_BIT = np.uint64(1)
-CUT = "\x1e"  # put where a text is cut
-CLOSING = r"""["'”’」』）)\]]*"""
-# Punctuation at the end of a line, a blank line, Chinese marks that end a sentence, and the others before a space;
-# what is short before a full stop may be an abbreviation. No small letter may follow (see `_cuts`).
-SENTENCE_END = (
-    rf"(?:[^.\s]{{3}}[.]|[!?:;。！？：；…]){CLOSING}[ \t\r]*\n(?:[ \t\r]*\n)*|\n(?:[ \t\r]*\n)+"
-    rf"|[。！？]{CLOSING}|(?:\p{{Ll}}{{4}}[.]|[!?]){CLOSING}[ \t]+"
-)
+# Kinds of characters, as bits: small letters; marks that end a sentence at a line's end, and those of them that end one
+# before a space, or anywhere; what may stand between a mark and the end; all spaces, and those in and at ends of lines.
+SMALL, MARK, BEFORE_SPACE, ANYWHERE, CLOSING, SPACE, INSIDE_LINE, LINE_END = (1 << bit for bit in range(8))
+CHARACTERS = {
+    MARK: "!?:;。！？：；…", BEFORE_SPACE: "!?", ANYWHERE: "。！？", CLOSING: "\"'”’」』）)]",
+    SPACE: " \t\r\n\f\x1e", INSIDE_LINE: " \t\x1e", LINE_END: " \t\r\n\x1e",
+}  # fmt: skip
+NEWLINE, FULL_STOP = ord("\n"), ord(".")
 SHORT_LINE = 60  # bytes: of two neighbours that are no longer, the first is taken for a whole one, as in a menu
+Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
 
@@ -188,22 +191,155 @@ def _cuts(texts: pa.Array) -> tuple[Integers, Integers, Integers]:
     letter.
     """
     data, ends = ngrams.utf8_buffer(texts)
-    cut = pc.replace_substring_regex(pc.replace_substring(texts, CUT, " "), SENTENCE_END, rf"\0{CUT}")
-    places = np.flatnonzero(ngrams.utf8_buffer(cut)[0] == ord(CUT))
-    newlines = np.union1d(np.flatnonzero(data == ord("\n")) + 1, ends)
-    short = np.diff(newlines) <= SHORT_LINE
-    whole = newlines[1:-1][short[:-1] & short[1:]]
-    padded = np.concatenate([[0, 0], data, [0, 0]]).astype(
-        np.uint8
-    )  # the byte that follows a cut is at 2, the last at 1
-    whole = whole[~np.isin(padded[whole], (ord(","), ord("-")))]
-    cuts = np.union1d(places - np.arange(len(places)), whole)
-    first, second = padded[cuts + 2], padded[cuts + 3]
-    small = (first >= ord("a")) & (first <= ord("z")) | (first == 0xC3) & (second >= 0xA0)
-    cuts = np.union1d(cuts[~small & (first != ord("\n"))], ends)
-    line = np.isin(cuts, ends) | (padded[cuts + 1] == ord("\n"))
-    blank = np.isin(cuts, ends) | line & np.isin(padded[cuts], (ord("\n"), ord("\r")))
-    return cuts, cuts[line], cuts[blank]
+    levels = _levels(data, ends, _kinds())
+    return np.flatnonzero(levels), np.flatnonzero(levels > 1), np.flatnonzero(levels > 2)
+
+
+@functools.cache
+def _kinds() -> Bytes:
+    """The kinds of every code point below 0x20000, and of those above as none."""
+    kinds = np.zeros(0x110000, np.uint8)
+    points = [point for point in range(0x20000) if not 0xD800 <= point < 0xE000]
+    small = pc.match_substring_regex(pa.array([chr(point) for point in points]), r"\p{Ll}")
+    kinds[np.array(points)[np.asarray(small)]] = SMALL
+    for kind, characters in CHARACTERS.items():
+        kinds[[ord(character) for character in characters]] |= kind
+    return kinds
+
+
+@compiled
+def _levels(data: Bytes, ends: Integers, kinds: Bytes) -> Bytes:
+    """Of each byte and the end: 1 if a sentence begins there, 2 if a line does too, 3 if a paragraph does, else 0."""
+    levels = np.zeros(len(data) + 1, np.uint8)
+    for text in range(len(ends) - 1):
+        _cut_sentences(data, ends[text], ends[text + 1], kinds, levels)
+        _cut_short_lines(data, ends[text], ends[text + 1], levels)
+    levels[ends] = 3
+    return levels
+
+
+@compiled
+def _cut_sentences(data: Bytes, begin: int, end: int, kinds: Bytes, levels: Bytes) -> None:
+    """Cut a text after what `_sentence_end` finds, from left to right."""
+    done, place = begin, begin
+    while place < end:
+        before = _before(data, place, kinds)
+        start, stop = place, 0
+        for _ in range(before):
+            start -= start > done
+            while data[start] & 0xC0 == 0x80:
+                start -= 1
+        for _ in range(before + 1 if before < 4 else 2):  # none ends with a full stop after fewer than three
+            stop = _sentence_end(data, start, end, kinds)
+            if stop > 0:
+                break
+            start += ngrams.code_point(data, start)[1]
+        if stop > 0:
+            levels[stop] = _level(data, stop, end)
+            done = stop
+        place = max(stop, place + 1)
+
+
+@compiled
+def _before(data: Bytes, place: int, kinds: Bytes) -> int:
+    """How many characters an end of a sentence may have before what is at a byte; -1 where nothing is that ends one."""
+    byte = data[place]
+    if byte == FULL_STOP:
+        return 4
+    if byte < 0x80:
+        return 0 if kinds[byte] & MARK or byte == NEWLINE else -1
+    if byte in (0xE2, 0xE3, 0xEF):  # a mark beyond ASCII begins so
+        kind = kinds[ngrams.code_point(data, place)[0]]
+        return 2 if kind & ANYWHERE else 0 if kind & MARK else -1
+    return -1
+
+
+@compiled
+def _sentence_end(data: Bytes, start: int, end: int, kinds: Bytes) -> int:
+    """Where the end of a sentence that begins at `start` stops, or 0; what is first here goes before what follows.
+
+    That is a full stop after three characters or another mark, at the end of a line; the newlines of blank lines; a
+    Chinese mark; and a full stop after four small letters or another mark, before spaces: with fewer letters it may be
+    that of an abbreviation.
+    """
+    point, width = ngrams.code_point(data, start)
+    kind = kinds[point]
+    for stop in (_full_stop(data, start, end, 3, kinds), start + width if kind & MARK else 0):
+        if stop > 0:
+            stop = _skip(data, stop, end, kinds, CLOSING)
+            after = _last_newline(data, stop, end, kinds)
+            if after > stop:
+                return after
+    if point == NEWLINE:
+        after = _last_newline(data, start + 1, end, kinds)
+        return after if after > start + 1 else 0
+    if kind & ANYWHERE:
+        return _skip(data, start + width, end, kinds, CLOSING)
+    stop = start + width if kind & BEFORE_SPACE else _full_stop(data, start, end, 4, kinds)
+    if stop > 0:
+        stop = _skip(data, stop, end, kinds, CLOSING)
+        after = _skip(data, stop, end, kinds, INSIDE_LINE)
+        if after > stop:
+            return after
+    return 0
+
+
+@compiled
+def _full_stop(data: Bytes, place: int, end: int, before: int, kinds: Bytes) -> int:
+    """The end of a full stop after so many characters, or 0: four small letters, or three that are not spaces."""
+    for _ in range(before):
+        if place >= end:
+            return 0
+        point, width = ngrams.code_point(data, place)
+        if point == FULL_STOP or (kinds[point] & SPACE if before == 3 else not kinds[point] & SMALL):
+            return 0
+        place += width
+    return place + 1 if place < end and data[place] == FULL_STOP else 0
+
+
+@compiled
+def _skip(data: Bytes, place: int, end: int, kinds: Bytes, kind: int) -> int:
+    """Where the characters of a kind end that begin at a place."""
+    while place < end:
+        point, width = ngrams.code_point(data, place)
+        if not kinds[point] & kind:
+            break
+        place += width
+    return place
+
+
+@compiled
+def _last_newline(data: Bytes, place: int, end: int, kinds: Bytes) -> int:
+    """Where the last newline ends of the spaces that begin at a place; the place itself if there is none."""
+    after = _skip(data, place, end, kinds, LINE_END)
+    while after > place and data[after - 1] != NEWLINE:
+        after -= 1
+    return after
+
+
+@compiled
+def _cut_short_lines(data: Bytes, begin: int, end: int, levels: Bytes) -> None:
+    """Cut a text between two short lines."""
+    line, short_before = begin, False
+    for place in range(begin, end):
+        if data[place] == NEWLINE or place + 1 == end:
+            short = place + 1 - line <= SHORT_LINE
+            comma = line > 1 and (data[line - 2] == ord(",") or data[line - 2] == ord("-"))
+            if short and short_before and not comma:
+                levels[line] = _level(data, line, end)
+            line, short_before = place + 1, short
+
+
+@compiled
+def _level(data: Bytes, place: int, end: int) -> int:
+    """As `_levels`, of a place after its beginning where a text may be cut."""
+    if place == end:
+        return 3
+    first = data[place]
+    if first == NEWLINE or 97 <= first < 123 or (first == 0xC3 and data[place + 1] >= 0xA0):  # a to z, à to ÿ
+        return 0
+    line = data[place - 1] == NEWLINE
+    return 1 + line + (line and place > 1 and (data[place - 2] == NEWLINE or data[place - 2] == ord("\r")))
 
 
 def _first_bytes(found: ngrams.Units, ends: Integers) -> Integers:

@@ -2,14 +2,16 @@
 
 import itertools
 import random
+import re
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax.data import ngrams
-from llm_jax.data.stages.lines import Lines, LinesConfig, _cuts
+from llm_jax.data.stages.lines import SHORT_LINE, Lines, LinesConfig, _cuts
 from llm_jax.errors import UserError
 from tests.data.stages import planted
 
@@ -153,6 +155,34 @@ def test_parts_make_up_the_texts(texts):
     for cut in sentences - set(ends.tolist()):
         joined[cut:].decode()  # never inside a character
         assert joined[cut : cut + 1] not in (b"a", b"\xc3") or joined[cut : cut + 2] == b"\xc3\x89"
+
+
+CLOSING = r"""["'”’」』）)\]]*"""
+SENTENCE_END = (
+    rf"(?:[^.\s]{{3}}[.]|[!?:;。！？：；…]){CLOSING}[ \t\r]*\n(?:[ \t\r]*\n)*|\n(?:[ \t\r]*\n)+"
+    rf"|[。！？]{CLOSING}|(?:\p{{Ll}}{{4}}[.]|[!?]){CLOSING}[ \t]+"
+)
+
+
+def slow_cuts(text: str) -> list[int]:
+    """Where an expression ends, or the first of two short lines, in bytes."""
+    pieces = pc.replace_substring_regex(pa.array([text.replace("\x1e", " ")]), SENTENCE_END, "\\0\x1e")[0].as_py()
+    cuts = set(itertools.accumulate(len(piece) for piece in pieces.split("\x1e")))
+    lines = re.findall("[^\n]*\n|[^\n]+", text)
+    places = list(itertools.accumulate(map(len, lines)))
+    for line, after, place in zip(lines, lines[1:], places):
+        if max(len(line.encode()), len(after.encode())) <= SHORT_LINE and not line.endswith((",\n", "-\n")):
+            cuts.add(place)
+    kept = {cut for cut in cuts if cut < len(text) and not re.match("[a-zà-ÿ\n]", text[cut])}
+    return sorted(len(text[:cut].encode()) for cut in kept | {0, len(text)})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([*"ab.!?;:\n\r\t ,。？”）中éÉ\x1e-𠀀", "abcd.", " " * 50]), max_size=60).map("".join))
+def test_sentences_are_those_of_an_expression(text):
+    text = "x" + text
+    cuts = _cuts(pa.array(["one", text, "two"]))[0] - 3
+    assert cuts[1:-1].tolist() == slow_cuts(text)
 
 
 def test_the_order_and_files_of_documents_do_not_matter(tmp_path):
