@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm_jax.data import ngrams
+from llm_jax.data.loops import compiled
 from llm_jax.errors import UserError
 
 SEED = 1  # of the permutations; signatures of different runs can be compared
-BLOCK = 1 << 15  # n-grams permuted at once: they stay in a core's cache
 COMPARED = 1 << 22  # n-grams of pairs compared at once
 Share = TypeVar("Share", float, npt.NDArray[np.float64])
 
@@ -48,16 +48,21 @@ def signatures(sets: Sets, permutations: int) -> npt.NDArray[np.uint32]:
     The hashes are random already, so a multiplication by an odd number permutes them well enough.
     """
     factors = np.random.default_rng(SEED).integers(0, 1 << 31, permutations, np.uint32) * np.uint32(2) + np.uint32(1)
-    least = np.empty((permutations, len(sets.offsets_D) - 1), np.uint32)
-    for first, last in ngrams.runs(sets.offsets_D, BLOCK):
-        start = sets.offsets_D[first]
-        hashes = sets.hashes_G[start : sets.offsets_D[last]]
-        begins = sets.offsets_D[first:last] - start
-        permuted = np.empty_like(hashes)
-        for factor, row in zip(factors, least, strict=True):
-            np.multiply(hashes, factor, out=permuted)
-            np.minimum.reduceat(permuted, begins, out=row[first:last])
-    return least.T
+    return _least(*sets, factors)
+
+
+@compiled
+def _least(
+    hashes_G: npt.NDArray[np.uint32], offsets_D: npt.NDArray[np.int64], factors_K: npt.NDArray[np.uint32]
+) -> npt.NDArray[np.uint32]:
+    """The least product of each text's hashes with each factor [D, K]."""
+    least = np.full((len(offsets_D) - 1, len(factors_K)), 0xFFFFFFFF, np.uint32)
+    for text in range(len(least)):
+        row = least[text]
+        for value in hashes_G[offsets_D[text] : offsets_D[text + 1]]:
+            for k in range(len(factors_K)):
+                row[k] = min(row[k], np.uint32(value * factors_K[k]))
+    return least
 
 
 def band_keys(signatures_DK: npt.NDArray[np.uint32], bands: int, rows: int) -> npt.NDArray[np.uint64]:
