@@ -285,11 +285,11 @@ def _automaton(phrases: tuple[str, ...]) -> tuple[npt.NDArray[np.int16], npt.NDA
     numbers = {state: number for number, state in enumerate(states)}
     steps = np.zeros((len(states), 256), np.int16)
     for number, state in enumerate(states):
+        shorter = (numbers[state[cut:]] for cut in range(1, len(state) + 1) if state[cut:] in numbers)
+        steps[number] = steps[next(shorter, 0)]
         for byte in set(b"".join(whole)):
-            last = state + bytes([byte])
-            while last not in numbers:
-                last = last[1:]
-            steps[number, [byte, ord(bytes([byte]).upper())]] = numbers[last]
+            if (after := numbers.get(state + bytes([byte]))) is not None:
+                steps[number, [byte, ord(bytes([byte]).upper())]] = after
     return steps, np.array([state in whole for state in states])
 
 

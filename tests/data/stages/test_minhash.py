@@ -61,7 +61,7 @@ def test_signatures_agree_as_often_as_the_sets_are_similar():
 def test_signatures_are_the_least_products():
     draw = np.random.default_rng(minhash.SEED).integers(0, 1 << 31, 7, np.uint32).tolist()
     values = [[5, 2**32 - 1, 7], [2**31 + 1], [3] * 9]
-    sets = minhash.Sets(np.array(sum(values, []), np.uint32), np.array([0, 3, 4, 13]))
+    sets = minhash.Sets(np.concatenate(values).astype(np.uint32), np.array([0, 3, 4, 13]))
     expected = [[min(value * (2 * factor + 1) % 2**32 for value in row) for factor in draw] for row in values]
     assert minhash.signatures(sets, 7).tolist() == expected
 
