@@ -181,8 +181,9 @@ def _table(width: int, rows: Hashes, numbers: Integers) -> Table:
     order = np.argsort(rows[0], kind="stable")
     rows, numbers = rows[:, order], numbers[order]
     bits = np.zeros((2, 1 << max(len(numbers).bit_length(), 13)), np.uint8)
-    _set_bits(bits, rows[0])
-    return Table(width, np.append(rows[0], np.uint64(0)), rows[1].astype(np.int64), rows[2], numbers, bits)
+    anchors = np.append(rows[0], np.uint64(0))
+    _set_bits(bits, anchors[:-1])
+    return Table(width, anchors, rows[1].astype(np.int64), rows[2], numbers, bits)
 
 
 @compiled

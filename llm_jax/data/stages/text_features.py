@@ -113,7 +113,7 @@ def of_prose(texts: pa.Array, languages: pa.Array) -> dict[str, Floats]:
     NaN is what a text has none of: the length of words where there are none, stop words where there is no list of them.
     """
     data, edges = utf8_buffer(texts)
-    counts = _character_kinds(data, edges, _kind_table())
+    counts = _character_kinds(data, edges, _kind_table()).sum(axis=1)
     visible = np.maximum(counts[:, LETTER:].sum(axis=1), 1)
     found = units(texts)
     phrases = _occurrences(data, edges[:-1], edges[1:], *_automaton(BOILERPLATE))
@@ -143,7 +143,7 @@ def of_prose(texts: pa.Array, languages: pa.Array) -> dict[str, Floats]:
 def of_code(texts: pa.Array) -> dict[str, Floats]:
     """The features of program text, each [N]."""
     data, edges = utf8_buffer(texts)
-    counts = _character_kinds(data, edges, _kind_table())
+    counts = _character_kinds(data, edges, _kind_table()).sum(axis=1)
     visible = np.maximum(counts[:, LETTER:].sum(axis=1), 1)
     mean, longest, wordless = _of_code_lines(data, edges)
     heads = np.minimum(edges[:-1] + GENERATED_BYTES, edges[1:])
@@ -185,15 +185,18 @@ def _kind_table() -> npt.NDArray[np.uint8]:
 
 @compiled
 def _character_kinds(data: Bytes, edges: Integers, table: Bytes) -> Integers:
-    """How many characters of each kind are in every text [N, 6]."""
-    counts = np.zeros((len(edges) - 1, 4, 6), np.int64)  # in turns: adding to the same number again is to wait for it
+    """How many characters of each kind are in every text [N, 4, 6], counted in four turns.
+
+    To add to the number that was just added to is to wait for it.
+    """
+    counts = np.zeros((len(edges) - 1, 4, 6), np.int64)
     for text in range(len(counts)):
         place = edges[text]
         while place < edges[text + 1]:
             point, width = code_point(data, place)
             counts[text, place & 3, table[point]] += 1
             place += width
-    return counts.sum(axis=1)
+    return counts
 
 
 def _stop_words(hashes: Hashes, offsets: Integers, languages: pa.Array) -> Floats:
