@@ -156,34 +156,32 @@ def _rows(found: Units, config: ContaminationConfig) -> Iterator[tuple[int, Hash
 
 
 def _index(rows: dict[int, Hashes], sets: dict[str, range], common: int) -> Index:
-    every = np.concatenate(list(rows.values()), axis=1)
-    table = np.repeat(np.arange(len(rows)), [part.shape[1] for part in rows.values()])
-    order = np.argsort(every[2], kind="stable")  # equal ones stay in the order of their items
-    every, table = every[:, order], table[order]
-    whole, item = every[2], every[3].astype(np.int64)
-    begins = np.append(True, whole[1:] != whole[:-1])[: len(whole)]
-    once = begins | np.append(True, item[1:] != item[:-1])[: len(item)]
+    anchors, lengths, whole, items = np.concatenate(list(rows.values()), axis=1)
+    order = np.argsort(whole, kind="stable")  # equal ones stay in the order of their items
+    sorted_whole, item = whole[order], items[order].astype(np.int64)
+    begins = np.append(True, sorted_whole[1:] != sorted_whole[:-1])[: len(order)]
+    once = begins | np.append(True, item[1:] != item[:-1])[: len(order)]
     number = np.cumsum(begins) - 1
     owners = np.bincount(number[once])  # of each different whole
     few = owners <= common
-    kept = once & few[number]
     offsets = np.concatenate([[0], np.cumsum(owners[few])])
-    renumbered = (np.cumsum(few) - 1)[number]
+    firsts = order[begins][few]  # a row of each number
+    table = np.repeat(np.arange(len(rows)), [part.shape[1] for part in rows.values()])[firsts]
     tables = []
     for i, width in enumerate(rows):
-        chosen = begins & few[number] & (table == i)
-        tables.append(_table(width, every[:3, chosen], renumbered[chosen]))
-    return Index(tuple(tables), offsets, item[kept], sets)
+        numbers = np.flatnonzero(table == i)
+        of_table = firsts[numbers]
+        tables.append(_table(width, anchors[of_table], lengths[of_table], whole[of_table], numbers))
+    return Index(tuple(tables), offsets, item[once & few[number]], sets)
 
 
-def _table(width: int, rows: Hashes, numbers: Integers) -> Table:
-    """From anchors, lengths and wholes [3, rows] with their numbers."""
-    order = np.argsort(rows[0], kind="stable")
-    rows, numbers = rows[:, order], numbers[order]
+def _table(width: int, anchors: Hashes, lengths: Hashes, whole: Hashes, numbers: Integers) -> Table:
+    """From the rows of a table [rows]."""
+    order = np.argsort(anchors, kind="stable")
+    anchors = np.append(anchors[order], np.uint64(0))
     bits = np.zeros((2, 1 << max(len(numbers).bit_length(), 13)), np.uint8)
-    anchors = np.append(rows[0], np.uint64(0))
     _set_bits(bits, anchors[:-1])
-    return Table(width, anchors, rows[1].astype(np.int64), rows[2], numbers, bits)
+    return Table(width, anchors, lengths[order].astype(np.int64), whole[order], numbers[order], bits)
 
 
 @compiled
