@@ -1,6 +1,7 @@
 """Documents, the hash that identifies one, and what follows from it: exact deduplication and the held-out split."""
 
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple, TypeVar
@@ -9,6 +10,7 @@ import numpy as np
 
 MAX_DOCUMENT_BYTES = 1 << 16  # longer texts are cut: a loader reads a whole document for any window of it
 HASH_RANGE = 1 << 64
+BLANK_LINES = re.compile(r"\n\s*\n")
 TEXT, HTML, CODE = "text", "html", "code"  # what a text is written in
 
 Item = TypeVar("Item")
@@ -98,7 +100,9 @@ def split_long(text: str, limit: int = MAX_DOCUMENT_BYTES) -> Iterator[str]:
 
 def _pieces(text: str, limit: int) -> Iterator[str]:
     """Paragraphs, the lines of too long paragraphs, and slices of too long lines."""
-    for paragraph in re.findall(r".+?(?:\n\s*\n|\Z)", text, flags=re.DOTALL):
+    # From 1 on: a paragraph has something before its end.
+    edges = sorted({0, *(found.end() for found in BLANK_LINES.finditer(text, 1)), len(text)})
+    for paragraph in (text[start:end] for start, end in itertools.pairwise(edges)):
         if len(paragraph.encode()) <= limit:
             yield paragraph
             continue

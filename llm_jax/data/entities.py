@@ -30,6 +30,6 @@ def decoded(text: str) -> tuple[str, int]:
 
 def without_residue(text: str) -> tuple[str, int]:
     """`decoded`, if the references can be nothing but residue; a text that shows markup or code stays as it is."""
-    if "&" not in text or MARKUP.search(text) or QUOTED.search(text):
+    if not REFERENCE.search(text) or MARKUP.search(text) or QUOTED.search(text):
         return text, 0
     return decoded(text)

@@ -141,7 +141,7 @@ def members(path: Path, *patterns: str) -> Iterator[tuple[str, bytes]]:
                 if _matches(name, patterns):
                     yield name, archive.read(name)
         return
-    with tarfile.open(path, "r:gz") as archive:
+    with tarfile.open(path, "r|gz") as archive:  # without going back
         for member in archive:
             name = member.name.partition("/")[2]
             if member.isfile() and _matches(name, patterns):

@@ -1,5 +1,7 @@
 """Hashes, deduplication, the held-out split and the cutting of long texts."""
 
+import re
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,6 +53,12 @@ def test_split_long_loses_nothing_and_keeps_the_limit(text, limit):
     parts = list(documents.split_long(text, limit))
     assert "".join(parts) == text
     assert all(len(part.encode()) <= limit for part in parts)
+
+
+@given(st.text(alphabet="ab\u3000 \t\n", max_size=20))
+def test_paragraphs_end_after_blank_lines(text):
+    expected = re.findall(r".+?(?:\n\s*\n|\Z)", text, flags=re.DOTALL)
+    assert list(documents._pieces(text, 1000)) == expected
 
 
 def test_split_long_prefers_blank_lines():
