@@ -120,8 +120,7 @@ def of_prose(texts: pa.Array, languages: pa.Array) -> dict[str, Floats]:
     lines = _empty_table(int(np.count_nonzero(data == NEWLINE)) + len(texts))
     bullets, ellipses, repeated = _of_lines(data, edges, byte_coefficients(), *lines)
     number = np.diff(found.offsets)
-    cjk = _sums(found.is_cjk.astype(np.float64), found.offsets)
-    letters = _sums((found.stops - found.starts) * ~found.is_cjk, found.offsets)
+    cjk, letters = _of_units(found.starts, found.stops, found.is_cjk, found.offsets)
     wide = np.where(cjk * 2 > number, 2, 1)
     return {
         "units": number.astype(np.float64),
@@ -164,10 +163,15 @@ def _broken(count: Integers, visible: Integers) -> Floats:
     return np.where(count >= FEW_BROKEN, count / visible, 0.0)
 
 
-def _sums(values: npt.NDArray[np.number], offsets: Integers) -> Floats:
-    """Of the values of every text."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    return total[offsets[1:]] - total[offsets[:-1]]
+@compiled
+def _of_units(starts: Integers, stops: Integers, is_cjk: npt.NDArray[np.bool_], offsets: Integers) -> Integers:
+    """Of each text: the units of scripts without spaces, and the bytes of the others [2, N]."""
+    found = np.zeros((2, len(offsets) - 1), np.int64)
+    for text in range(len(offsets) - 1):
+        for unit in range(offsets[text], offsets[text + 1]):
+            found[0, text] += is_cjk[unit]
+            found[1, text] += 0 if is_cjk[unit] else stops[unit] - starts[unit]
+    return found
 
 
 @functools.cache
