@@ -201,17 +201,17 @@ def _look(data: npt.NDArray[np.uint8], starts: Integers, limits: Integers, confi
 def _samples(
     data: npt.NDArray[np.uint8], starts: Integers, limits: Integers, width: int
 ) -> tuple[npt.NDArray[np.uint8], Integers]:
-    """The first `width` bytes from the first character at or after each start on [samples, width], and their number.
+    """The first `width` bytes from the first character at or after each start on, and their number.
 
-    What is beyond a limit is 0.
+    A row of samples [samples, width + 2] also has the bytes that end the last character; what is beyond a limit is 0.
     """
-    samples, lengths = np.zeros((len(starts), width), np.uint8), np.empty(len(starts), np.int64)
+    samples, lengths = np.zeros((len(starts), width + 2), np.uint8), np.empty(len(starts), np.int64)
     for i in range(len(starts)):
         start, limit = starts[i], limits[i]
         while start < limit and data[start] & 0xC0 == 0x80:
             start += 1
         lengths[i] = min(width, limit - start)
-        for place in range(lengths[i]):
+        for place in range(min(width + 2, limit - start)):
             samples[i, place] = data[start + place]
     return samples, lengths
 
@@ -220,15 +220,14 @@ def _samples(
 def _scripts(samples: npt.NDArray[np.uint8], scripts: npt.NDArray[np.uint8]) -> Integers:
     """How many letters of each script begin in each sample [samples, 7]; LATIN are bytes that are in no other."""
     counts = np.zeros((len(samples), OTHER + 1), np.int64)
-    data, width = samples.reshape(-1), samples.shape[1]
-    for place in range(len(data)):
-        byte = data[place]
-        if 0x61 <= (byte | 0x20) <= 0x7A or 0xC3 <= byte < 0xE3:
-            counts[place // width, LATIN] += 1
-        elif 0xE3 <= byte < 0xEE:
-            second = data[place + 1] if place + 1 < len(data) else 0
-            third = data[place + 2] if place + 2 < len(data) else 0
-            counts[place // width, scripts[(byte & 15) << 12 | (second & 63) << 6 | third & 63]] += 1
+    for data, counted in zip(samples, counts):
+        for place in range(len(data) - 2):
+            byte = data[place]
+            if 0x61 <= (byte | 0x20) <= 0x7A or 0xC3 <= byte < 0xE3:
+                counted[LATIN] += 1
+            elif 0xE3 <= byte < 0xEE:
+                second, third = data[place + 1] & 63, data[place + 2] & 63
+                counted[scripts[(byte & 15) << 12 | second << 6 | third]] += 1
     return counts
 
 
