@@ -31,7 +31,7 @@ PARALLEL_BYTES = 1 << 24  # a smaller corpus is read before another process has 
 NAMES = ("id", "source", "language", "format", "origin", "text")
 SCHEMA = pa.schema([(name, pa.string()) for name in NAMES])
 READ_SCHEMA = pa.schema([(name, pa.string()) for name in NAMES[3:]])
-COMPRESSION = "zstd"
+COMPRESSION = "lz4"  # soon removed, so fast rather than small
 
 
 class Found(NamedTuple):

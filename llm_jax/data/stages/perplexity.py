@@ -72,10 +72,8 @@ def _keys(folded, starts, stops):  # type: ignore[no-untyped-def]
 
 def _count(keys: Keys, order: int) -> _Order:
     """Count the n-grams of a length, and share out each context's probability."""
-    whole = keys[keys & np.uint64(255) >= order] >> np.uint64(8 * (ORDER + 1 - order))
-    place = _firsts(whole)
-    grams, counts = whole[place], np.diff(np.append(place, len(whole)))
-    first = _firsts(grams >> np.uint64(8))
+    grams, counts = _grams(keys, order)
+    first = np.flatnonzero(np.diff(grams >> np.uint64(8), prepend=~grams[:1]) != 0)
     contexts, different = grams[first] >> np.uint64(8), np.diff(np.append(first, len(grams)))
     total = np.add.reduceat(counts, first) + different
     shares = counts / np.repeat(total, different)
@@ -84,9 +82,18 @@ def _count(keys: Keys, order: int) -> _Order:
     return _Order(grams[kept], counts[kept], shares[kept], contexts, back_offs)
 
 
-def _firsts(ordered: Keys) -> npt.NDArray[np.int64]:
-    """Where each different number begins."""
-    return np.flatnonzero(np.diff(ordered, prepend=~ordered[:1]) != 0)
+@compiled
+def _grams(keys, order):  # type: ignore[no-untyped-def]
+    """The different n-grams of a length that sorted keys begin with, and how often each is there."""
+    grams, counts, size = np.empty(len(keys), np.uint64), np.zeros(len(keys), np.int64), 0
+    for key in keys:
+        if key & np.uint64(255) >= np.uint64(order):
+            gram = key >> np.uint64(8 * (ORDER + 1 - order))
+            if size == 0 or grams[size - 1] != gram:
+                grams[size] = gram
+                size += 1
+            counts[size - 1] += 1
+    return grams[:size].copy(), counts[:size].copy()
 
 
 def _fill(table: npt.NDArray[np.uint32], this: _Order, order: int, longer: _Order | None) -> None:
