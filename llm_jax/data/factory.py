@@ -24,6 +24,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import os
 import resource
 import shutil
 import sys
@@ -53,6 +54,7 @@ from llm_jax.host_memory import keep_freed_memory
 STAGES, KEPT, AUDIT, REPORT, ERROR = "stages", "kept", "audit.jsonl", "report.json", "error.txt"
 PARTIAL = ".partial"  # the end of the name of a step's folder that is not whole
 SCRATCH, WRITTEN = "scratch", "written"  # folders of a step that is not whole
+SHARD = "shard"  # a column by which a step's files are written side by side
 DOCUMENT_ID = "document_id"  # the hash of a document's text as it was read, in hexadecimal: it decides what is held out
 # Settings that change no document.
 NO_CONTENT = {"cache", "tokenizer", "output", "holdout_fraction", "workers", "runner", "ray_address"}
@@ -233,7 +235,7 @@ def _apply(
     added: list[Group] = []
     if result.added is not None:
         added = counts.groups(_sized(result.added))
-    kept, dropped = _write(result, partial)
+    kept, dropped = _write(result, partial, config)
     shutil.rmtree(partial / SCRATCH)
     require(bool(kept), f"{step.name} drops every document: see its settings")
     written = parquet.scan(kept + dropped)
@@ -269,7 +271,7 @@ def _document_ids(texts: daft.Series) -> list[str]:
     return [f"{text_hash(text):016x}" for text in texts.to_pylist()]
 
 
-def _write(result: Result, partial: Path) -> tuple[list[Path], list[Path]]:
+def _write(result: Result, partial: Path, config: PrepareConfig) -> tuple[list[Path], list[Path]]:
     """The files of the documents that are kept and of those that are dropped, texts and all."""
     documents = result.documents
     if BECAUSE not in documents.column_names:
@@ -277,11 +279,14 @@ def _write(result: Result, partial: Path) -> tuple[list[Path], list[Path]]:
     documents = documents.with_columns({name: col(name).cast(DataType.string()) for name in (DROPPED, BECAUSE)})
     if result.added is not None:
         documents = documents.union_all_by_name(_identified(result.added))
-    documents = _sized(documents).with_column(KEPT, col(DROPPED).is_null())
-    parquet.write(documents, partial / WRITTEN, partition_cols=[KEPT])
+    # A folder has one writer, and compressing is most of the work: each core gets a folder of its own.
+    shard = F.hash(col(ID)) % lit(config.workers or os.cpu_count() or 1)
+    documents = _sized(documents).with_columns({KEPT: col(DROPPED).is_null(), SHARD: shard.cast(DataType.int32())})
+    parquet.write(documents, partial / WRITTEN, partition_cols=[KEPT, SHARD])
     for name, kept in ((KEPT, True), (DROPPED, False)):
-        if (folder := partial / WRITTEN / f"{KEPT}={str(kept).lower()}").exists():
-            folder.replace(partial / name)
+        for path in (partial / WRITTEN).glob(f"{KEPT}={str(kept).lower()}/*/*.parquet"):
+            (partial / name).mkdir(exist_ok=True)
+            path.replace(partial / name / path.name)
     shutil.rmtree(partial / WRITTEN)
     return parquet.files(partial / KEPT), parquet.files(partial / DROPPED)
 
