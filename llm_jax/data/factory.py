@@ -112,6 +112,8 @@ def _run(config: PrepareConfig, folder: Path, stages: Sequence[Stage], read: Rea
         console.print(f"{step.folder.name}: done earlier", highlight=False, soft_wrap=True)
     for index in range(len(reports), len(steps)):
         before = steps[index - 1] if index else None
+        if before:
+            _check_sources(stages, reports[0])
         with _progress(steps[index].folder.name, console), _one_line_errors(steps[index]):
             reports.append(_make(steps[index], before, reports[-1] if before else {}, config, read))
             _remove_others(stages_folder, steps[:index])
@@ -173,6 +175,15 @@ def _finished(steps: Sequence[_Step]) -> list[dict[str, Any]]:
     while reports and not (steps[len(reports) - 1].folder / KEPT).is_dir():
         reports.pop()  # its documents were removed to save space
     return reports
+
+
+def _check_sources(stages: Sequence[Any], read: dict[str, Any]) -> None:
+    """Have stages refuse names of sources that there are not, before any of them works."""
+    known = set(read["by_source"])
+    for stage in stages:
+        known.update(getattr(stage, "added_sources", list)())
+    for stage in stages:
+        getattr(stage, "check_sources", set)(known)
 
 
 def _remove_others(folder: Path, steps: Sequence[_Step]) -> None:

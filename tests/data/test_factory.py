@@ -23,6 +23,7 @@ from llm_jax.data.prepare import PrepareConfig
 from llm_jax.data.stages import COLUMNS, DROPPED, Result
 from llm_jax.data.stages.contamination import Contamination, ContaminationConfig
 from llm_jax.data.stages.instructions import Instructions, InstructionsConfig
+from llm_jax.data.stages.mixture import Mixture, MixtureConfig
 from llm_jax.data.stages.quality import Quality, QualityConfig
 from llm_jax.data.stages.semantic import Semantic, SemanticConfig
 from llm_jax.errors import UserError
@@ -163,6 +164,20 @@ def test_a_setting_that_fails_takes_nothing_of_what_was_done(tmp_path, applied):
     applied.clear()
     assert run(tmp_path, stages) == first and applied == []
     assert not list((tmp_path / "stages").glob("*.partial"))
+
+
+def test_sources_that_there_are_not_are_refused_before_any_stage_works(tmp_path, applied):
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}))
+    added = Instructions(InstructionsConfig(str(tmp_path)))
+    source = "letters"
+    for stage, message in (
+        (Mixture(MixtureConfig(weights={source + "s": 1.0})), f"no source '{source}s'; did you mean '{source}'"),
+        (Quality(QualityConfig(reference=("wikipedia", "instructions_talks")), TRANSFORMERS), "'instructions_talk'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(tmp_path, [Short(100), added, stage])
+        assert applied == [] and (tmp_path / "stages" / "00_read").is_dir()
+    run(tmp_path, [Short(100), added, Mixture(MixtureConfig(weights={source: 1.0, "instructions_talk": 2.0}))])
 
 
 def test_a_damaged_report_is_named(tmp_path):

@@ -6,14 +6,17 @@ with one column more: DROPPED, null where the document is kept, else the reason 
 of Parquet files, so it may be read as often as a stage needs; nothing in a stage depends on the order of rows.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import daft
 
+from llm_jax.config import unknown_key
 from llm_jax.data.documents import CODE as CODE
 from llm_jax.data.documents import HTML as HTML
 from llm_jax.data.documents import TEXT as TEXT
+from llm_jax.errors import UserError
 
 ID = "id"  # SOURCE/POSITION: unique in a corpus, and the same in every run
 COLUMNS = (ID, "source", "language", "format", "origin", "text")
@@ -29,10 +32,20 @@ class Result(NamedTuple):
     added: daft.DataFrame | None = None  # documents that were not in the input, with the columns COLUMNS and no others
 
 
+def require_sources(names: Iterable[str], known: set[str], setting: str) -> None:
+    """Raise `UserError` for a name in a setting that is none of the known sources, with the nearest one."""
+    for name in names:
+        if name not in known:
+            message = unknown_key(name, sorted(known)).removeprefix("unknown config key ")
+            raise UserError(f"{setting}: no source {message}")
+
+
 class Stage(Protocol):
     """One stage; its settings are its own frozen dataclass.
 
-    One that reads files which its settings name lists them in a method `files`: it is done again when they change.
+    One that reads files which its settings name lists them in a method `files`: it is done again when they change. One
+    whose settings name sources has a method `check_sources`, which gets the set of all that there are before any stage
+    works, and one that adds sources a method `added_sources`, which names them.
     """
 
     @property

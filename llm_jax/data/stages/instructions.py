@@ -49,6 +49,10 @@ class Instructions:
         )
         return found
 
+    def added_sources(self) -> list[str]:
+        """One for each file."""
+        return [PREFIX + path.stem for path in self.files()]
+
     def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
         """All documents as they are, and the conversations."""
         rows = [row for path in self.files() for row in _rows(path)]

@@ -16,9 +16,9 @@ import daft
 from daft import DataType, col, lit
 from daft import functions as F
 
-from llm_jax.config import non_negative, positive, unknown_key
-from llm_jax.data.stages import DROPPED, ID, Result
-from llm_jax.errors import UserError, require
+from llm_jax.config import non_negative, positive
+from llm_jax.data.stages import DROPPED, ID, Result, require_sources
+from llm_jax.errors import require
 
 POOL = "pool"  # the column with the name that a document's source has in the dataset
 TIERS = {1: ("",), 2: ("low", "high"), 3: ("low", "middle", "high")}
@@ -61,11 +61,14 @@ class Mixture:
     config: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
     name: str = "mixture"
 
+    def check_sources(self, known: set[str]) -> None:
+        """`UserError` for a weight of a source that there is not."""
+        require_sources((*self.config.weights, *self.config.curated), known, "MixtureConfig")
+
     def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
-        """Add POOL. `UserError` for a source or a score that there is not."""
+        """Add POOL. `UserError` for a score that there is not."""
         documents = documents.with_column("tier", self._tier(documents))
         counted = documents.groupby("source", "tier").agg(col(ID).count()).to_pylist()
-        self._check_sources({row["source"] for row in counted})
         factors = {(row["source"], row["tier"]): self.factor(row["source"], row["tier"]) for row in counted}
         names = {key: pool_name(*key) for key in factors}
         require(len(set(names.values())) == len(names), "a source is named as another one's tier: rename it")
@@ -90,12 +93,6 @@ class Mixture:
         for name, edge in zip(names, self.config.tier_edges):
             tier = tier.when(score < lit(edge), lit(name))
         return tier.otherwise(lit(names[-1]))
-
-    def _check_sources(self, known: set[str]) -> None:
-        for name in (*self.config.weights, *self.config.curated):
-            if name not in known:
-                message = unknown_key(name, sorted(known)).removeprefix("unknown config key ")
-                raise UserError(f"MixtureConfig: no source {message}")
 
     def factor(self, source: str, tier: str) -> float:
         """How often a document is drawn compared with one of factor 1."""

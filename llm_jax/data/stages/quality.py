@@ -37,6 +37,7 @@ from llm_jax.data.stages import (
     letters,
     marks,
     offensive,
+    require_sources,
     sample,
 )
 from llm_jax.data.stages import quality_models as models
@@ -103,6 +104,10 @@ class Quality:
     def files(self) -> list[Path]:
         """What the model at a path is known by."""
         return self.scorer.files(self.config.model) if self.config.model else []
+
+    def check_sources(self, known: set[str]) -> None:
+        """`UserError` for a reference that there is not; those of the default corpus may be missing."""
+        require_sources(set(self.config.reference) - set(QualityConfig.reference), known, "QualityConfig.reference")
 
     def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
         """Sample, learn, and judge every document by what was learnt."""

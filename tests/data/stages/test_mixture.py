@@ -85,7 +85,10 @@ def test_without_tiers_a_pool_is_a_source(documents):
 
 def test_mistakes_are_named(documents):
     with pytest.raises(UserError, match="no source 'aa'; did you mean 'a'"):
-        pools_of(MixtureConfig(weights={"aa": 1.0}), documents)
+        Mixture(MixtureConfig(weights={"aa": 1.0})).check_sources({"a", "b"})
+    with pytest.raises(UserError, match="no source 'c'"):
+        Mixture(MixtureConfig(weights={"a": 1.0}, curated=("c",))).check_sources({"a", "b"})
+    Mixture(MixtureConfig(weights={"a": 1.0}, curated=("b",))).check_sources({"a", "b"})
     config = MixtureConfig(score="qualify", tier_edges=(0.5,), tier_weights=(1.0, 2.0))
     with pytest.raises(UserError, match="no column 'qualify' among id, source, quality"):
         pools_of(config, documents)
