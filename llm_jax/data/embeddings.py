@@ -55,7 +55,7 @@ def rarity(texts: pa.Array) -> Floats:
 
 
 @compiled
-def _texts_with(folded, starts, stops):  # type: ignore[no-untyped-def]
+def _texts_with(folded: byte_ngrams.Bytes, starts: byte_ngrams.Integers, stops: byte_ngrams.Integers) -> Floats:
     """How many texts have an n-gram of each row, float32 [ROWS]."""
     counts_R, last_R = np.zeros(ROWS, np.float32), np.full(ROWS, -1)
     for text in range(len(starts)):
@@ -76,7 +76,9 @@ def sketches(texts: pa.Array, rarity_R: Floats) -> Floats:
 
 
 @compiled
-def _sketches(folded, starts, stops, rarity_R):  # type: ignore[no-untyped-def]
+def _sketches(
+    folded: byte_ngrams.Bytes, starts: byte_ngrams.Integers, stops: byte_ngrams.Integers, rarity_R: Floats
+) -> npt.NDArray[np.float64]:
     """The sums of the weights of each text's n-grams, in the dimensions and with the signs that their hashes name."""
     sums_NS = np.zeros((len(starts), DIMENSIONS))
     for text in range(len(starts)):

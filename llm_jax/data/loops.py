@@ -2,10 +2,37 @@
 
 A compiled loop lets Python's other threads run, so the batches of a stage go side by side. Mind Numba's arithmetic: an
 unsigned 64-bit number and a signed one together make a float, so both sides must be `np.uint64`.
+
+Numba looks only at a function's own file when it judges what it has on disk, but what a loop calls, and constants, may
+come from another one: so what is kept is kept for one state of all of this package's files.
 """
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numba
 
-compiled: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
+HOME = Path("~/.cache/llm_jax/numba")
+
+
+def digest(folder: Path) -> str:
+    """Of all Python files in a folder and those below."""
+    contents = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        contents.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return contents.hexdigest()[:16]
+
+
+def _keep() -> bool:
+    """Have Numba keep what it compiles in a folder of the user's; whether it can."""
+    folder = HOME.expanduser() / digest(Path(__file__).parent)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    numba.config.CACHE_DIR = str(folder)  # type: ignore[attr-defined]
+    return True
+
+
+compiled: Any = numba.njit(nogil=True, cache=_keep(), error_model="numpy")

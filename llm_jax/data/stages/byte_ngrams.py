@@ -91,7 +91,7 @@ def whole(found: Buffer) -> Sentences:
 
 
 @compiled
-def mixed(total):  # type: ignore[no-untyped-def]
+def mixed(total: np.uint32) -> np.uint32:
     """Spread the bits of a 32-bit hash: the upper `ROW_BITS` are a row, the rest tells n-grams of one row apart."""
     total = np.uint32((total ^ (total >> 15)) * 0x2C1B3C6D)
     total = np.uint32((total ^ (total >> 12)) * 0x297A2D39)
@@ -99,7 +99,7 @@ def mixed(total):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def lengthen(folded, start, first, last, group, totals_C, mixes_C):  # type: ignore[no-untyped-def]
+def lengthen(folded: Bytes, start: int, first: int, last: int, group: int, totals_C: Hashes, mixes_C: Hashes) -> None:
     """Make n-grams that end at C bytes from `start` on longer by the bytes `first` to `last - 1` before those.
 
     `totals_C` are their sums so far, uint32, and `mixes_C` become their mixed hashes, others in each `group`.
@@ -113,7 +113,7 @@ def lengthen(folded, start, first, last, group, totals_C, mixes_C):  # type: ign
 
 
 @compiled
-def hashes_of_keys(keys, order):  # type: ignore[no-untyped-def]
+def hashes_of_keys(keys: npt.NDArray[np.uint64], order: int) -> Hashes:
     """The mixed hash, uint32, of each n-gram of `order` bytes given as a uint64 number, the last byte lowest."""
     found = np.empty(len(keys), np.uint32)
     for i in range(len(keys)):
@@ -138,7 +138,7 @@ def bits(found: Buffer, parts: Sentences, tables: Tables) -> Floats:
 
 
 @compiled
-def _probabilities(folded, language_OR, empty):  # type: ignore[no-untyped-def]
+def _probabilities(folded: Bytes, language_OR: Hashes, empty: float) -> Floats:
     """Of each byte of a buffer after those before it, float32; those of pads mean nothing.
 
     It goes by chunks and, in them, by orders, so that the processor hashes many n-grams at once and waits for many rows
@@ -169,7 +169,7 @@ def _probabilities(folded, language_OR, empty):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _bits_of_parts(probabilities, starts, stops):  # type: ignore[no-untyped-def]
+def _bits_of_parts(probabilities: Floats, starts: Integers, stops: Integers) -> Floats:
     found_S = np.zeros(len(starts), np.float32)
     for part in range(len(starts)):
         total, product = 0.0, 1.0
@@ -183,7 +183,7 @@ def _bits_of_parts(probabilities, starts, stops):  # type: ignore[no-untyped-def
 
 
 @compiled
-def linear_rows(folded, starts, stops, groups_N):  # type: ignore[no-untyped-def]
+def linear_rows(folded: Bytes, starts: Integers, stops: Integers, groups_N: Hashes) -> Hashes:
     """The rows of the linear models' n-grams that end in each text, uint32: all of one length, then of the next."""
     rows_M = np.empty(len(LINEAR_ORDERS) * np.sum(stops - starts), np.uint32)
     done = 0
@@ -204,7 +204,7 @@ def weights(found: Buffer, parts: Sentences, groups_N: Hashes, linear_R2: Floats
 
 
 @compiled
-def _weights(folded, starts, stops, groups_S, linear_R2):  # type: ignore[no-untyped-def]
+def _weights(folded: Bytes, starts: Integers, stops: Integers, groups_S: Hashes, linear_R2: Floats) -> Floats:
     sums_2S = np.zeros((2, len(starts)), np.float32)
     mixes_C = np.empty(CHUNK, np.uint32)
     for part in range(len(starts)):

@@ -65,7 +65,13 @@ def fit(examples: Examples, *, epochs: int = EPOCHS) -> Floats:
 
 
 @compiled
-def gradient(weights_R, rows_M, edges, scale_N, labels_N):  # type: ignore[no-untyped-def]
+def gradient(
+    weights_R: Floats,
+    rows_M: npt.NDArray[np.uint32],
+    edges: npt.NDArray[np.int64],
+    scale_N: Floats,
+    labels_N: npt.NDArray[np.bool_],
+) -> Floats:
     """Of the loss of some texts, float32 [ROWS]; text i has the n-grams `rows_M[edges[i]:edges[i + 1]]`."""
     gradient_R = np.float32(DECAY) * weights_R
     for i in range(len(labels_N)):
@@ -80,7 +86,7 @@ def gradient(weights_R, rows_M, edges, scale_N, labels_N):  # type: ignore[no-un
 
 
 @compiled
-def _update(weights_R, squares_R, gradient_R):  # type: ignore[no-untyped-def]
+def _update(weights_R: Floats, squares_R: Floats, gradient_R: Floats) -> None:
     """Adagrad's step, in place."""
     for row in range(len(weights_R)):
         squares_R[row] += gradient_R[row] * gradient_R[row]

@@ -56,7 +56,7 @@ def train(texts: pa.Array) -> tuple[npt.NDArray[np.uint32], float]:
 
 
 @compiled
-def _keys(folded, starts, stops):  # type: ignore[no-untyped-def]
+def _keys(folded: byte_ngrams.Bytes, starts: byte_ngrams.Integers, stops: byte_ngrams.Integers) -> Keys:
     """The `ORDER` bytes from each byte of the texts on, the first highest, and below how many are the text's own."""
     keys = np.empty(np.sum(stops - starts), np.uint64)
     done = 0
@@ -83,7 +83,7 @@ def _count(keys: Keys, order: int) -> _Order:
 
 
 @compiled
-def _grams(keys, order):  # type: ignore[no-untyped-def]
+def _grams(keys: Keys, order: int) -> tuple[Keys, npt.NDArray[np.int64]]:
     """The different n-grams of a length that sorted keys begin with, and how often each is there."""
     grams, counts, size = np.empty(len(keys), np.uint64), np.zeros(len(keys), np.int64), 0
     for key in keys:
