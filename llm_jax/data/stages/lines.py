@@ -230,8 +230,8 @@ def _cut_sentences(data: Bytes, begin: int, end: int, kinds: Bytes, levels: Byte
             while data[start] & 0xC0 == 0x80:
                 start -= 1
         for _ in range(before + 1 if before < 4 else 2):  # none ends with a full stop after fewer than three
-            stop = _sentence_end(data, start, end, kinds)
-            if stop > 0:
+            stop = _sentence_end(data, start, end, kinds) if start < end else 0
+            if stop > 0 or start >= end:
                 break
             start += ngrams.code_point(data, start)[1]
         if stop > 0:
