@@ -7,7 +7,7 @@ outweigh a text (Perronnin et al., 2010). Folded, it tells near-copies; its prin
 semantic analysis has them (Deerwester et al., 1990), tell topics. The encoder is any BERT (Devlin et al., 2019) in
 safetensors, as sentence embeddings have it: the mean of the last layer's vectors.
 
-Legend: N texts, S dimensions of a sketch, E dimensions, C bytes of a text, R rows of a table of n-grams, T tokens,
+Legend: N texts, S dimensions of a sketch, E dimensions, R rows of a table of n-grams, T tokens,
 D hidden size, H heads.
 """
 
@@ -28,7 +28,7 @@ from safetensors.numpy import load as load_tensors
 from llm_jax.data.loops import compiled
 from llm_jax.data.packages import FetchError, Package, fetch_all, members
 from llm_jax.data.stages import byte_ngrams
-from llm_jax.data.stages.byte_ngrams import ROWS, TAG_BITS, WIDTH
+from llm_jax.data.stages.byte_ngrams import ROWS, TAG_BITS
 from llm_jax.errors import UserError, require
 
 DIMENSIONS = 1024  # of a sketch
@@ -59,9 +59,7 @@ def _texts_with(folded: byte_ngrams.Bytes, starts: byte_ngrams.Integers, stops: 
     """How many texts have an n-gram of each row, float32 [ROWS]."""
     counts_R, last_R = np.zeros(ROWS, np.float32), np.full(ROWS, -1)
     for text in range(len(starts)):
-        totals_C, mixes_C = np.zeros((2, stops[text] - starts[text]), np.uint32)
-        byte_ngrams.lengthen(folded, starts[text], 0, WIDTH, 0, totals_C, mixes_C)
-        for mix in mixes_C:
+        for mix in byte_ngrams.longest(folded, starts[text], stops[text]):
             row = mix >> np.uint32(TAG_BITS)
             counts_R[row] += last_R[row] != text
             last_R[row] = text
@@ -82,9 +80,7 @@ def _sketches(
     """The sums of the weights of each text's n-grams, in the dimensions and with the signs that their hashes name."""
     sums_NS = np.zeros((len(starts), DIMENSIONS))
     for text in range(len(starts)):
-        totals_C, mixes_C = np.zeros((2, stops[text] - starts[text]), np.uint32)
-        byte_ngrams.lengthen(folded, starts[text], 0, WIDTH, 0, totals_C, mixes_C)
-        for mix in mixes_C:
+        for mix in byte_ngrams.longest(folded, starts[text], stops[text]):
             sign = 1 if mix & DIMENSIONS else -1
             sums_NS[text, mix % DIMENSIONS] += sign * rarity_R[mix >> np.uint32(TAG_BITS)]
     return sums_NS

@@ -173,15 +173,11 @@ def _units(
             if kind == GAP:
                 place += width
                 continue
-            total, power = np.uint64(0), np.uint64(1)
             while place == start or (kind == WORD and place < end and kinds[point] == WORD):
-                for _ in range(width):
-                    total += coefficients[data[place]] * power
-                    power *= np.uint64(BASE)
-                    place += 1
+                place += width
                 if place < end:
                     point, width = code_point(data, place)
-            hashes[count], is_cjk[count] = mix(total), kind == ALONE
+            hashes[count], is_cjk[count] = hash_of_bytes(data, start, place, coefficients), kind == ALONE
             starts[count], stops[count] = start - edges[text], place - edges[text]
             count += 1
         offsets[text + 1] = count

@@ -27,9 +27,7 @@ from llm_jax.scaling.trial import TrialResult
 
 MIN_DISTINCT = 3  # of N and of D
 MOST_CORRELATED = 0.98  # of log N with log D; above, the two terms cannot be told apart
-LEAST_FALL = (
-    1e-4  # of a term, as a share of the loss, over the trials' sizes or tokens; below, its exponent means nothing
-)
+LEAST_FALL = 1e-4  # of a term over the trials, as a share of the loss; below, its exponent means nothing
 REPEATED = 2.0  # data read so often, by one trial at least, is treated as repeated; less, as all new
 
 

@@ -113,6 +113,14 @@ def lengthen(folded: Bytes, start: int, first: int, last: int, group: int, total
 
 
 @compiled
+def longest(folded: Bytes, start: int, stop: int) -> Hashes:
+    """The mixed hashes of the longest n-grams that end at the bytes from `start` to `stop`."""
+    totals_C, mixes_C = np.zeros((2, stop - start), np.uint32)
+    lengthen(folded, start, 0, WIDTH, 0, totals_C, mixes_C)
+    return mixes_C
+
+
+@compiled
 def hashes_of_keys(keys: npt.NDArray[np.uint64], order: int) -> Hashes:
     """The mixed hash, uint32, of each n-gram of `order` bytes given as a uint64 number, the last byte lowest."""
     found = np.empty(len(keys), np.uint32)
