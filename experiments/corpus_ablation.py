@@ -26,7 +26,7 @@ from experiments import own_dataset, pretrain, runner
 from experiments.stages import check_finished, check_workdir, command_of, is_done, write_tables
 from llm_jax.config import CorpusConfig, MeshConfig, TokenizerConfig, TrainConfig, positive
 from llm_jax.data import loader
-from llm_jax.data.documents import HASH_RANGE
+from llm_jax.data.documents import DOCUMENT_ID, HASH_RANGE
 from llm_jax.data.packing import PackedSource
 from llm_jax.errors import require
 from llm_jax.evaluation import best_of, perplexity
@@ -39,7 +39,7 @@ from llm_jax.training import checkpoint
 try:
     from llm_jax.data import factory, parquet, pipeline, planting, prepare, reading
     from llm_jax.data.prepare import ORDER, PrepareConfig
-    from llm_jax.data.stages import ID
+    from llm_jax.data.stages import COLUMNS, ID
     from llm_jax.data.stored import StoredCorpus
     from llm_jax.evaluation.sentence_bits import TRANSFORMERS
 except ModuleNotFoundError as missing:
@@ -107,12 +107,12 @@ def hold_out(config: AblationConfig, workdir: Path) -> None:
     """Choose the held-out documents by the hashes of their texts, and write those of each source to a .jsonl file."""
     chosen = arm_config(config, FILTERED, ())
     corpus = factory.run(chosen, workdir / FILTERED, prepare.stages(chosen, TRANSFORMERS), partial(_read, config))
-    columns = [ID, "source", factory.DOCUMENT_ID, "text"]
+    columns = [ID, "source", DOCUMENT_ID, "text"]
     documents = parquet.read(corpus.documents, columns)
     by_source: dict[str, list[str]] = {}
-    for row in documents.sort_by([(factory.DOCUMENT_ID, "ascending"), (ID, "ascending")]).to_pylist():
+    for row in documents.sort_by([(DOCUMENT_ID, "ascending"), (ID, "ascending")]).to_pylist():
         unfit = len(row["text"].encode()) < config.least_bytes or planting.SPOILED in row[ID]
-        if int(row[factory.DOCUMENT_ID], 16) < config.prepare.holdout_fraction * HASH_RANGE and not unfit:
+        if int(row[DOCUMENT_ID], 16) < config.prepare.holdout_fraction * HASH_RANGE and not unfit:
             by_source.setdefault(row["source"], []).append(row["text"])
     require(bool(by_source), "no document is held out: raise config.prepare.holdout_fraction")
     with replacing(workdir / HELDOUT) as folder:
@@ -125,8 +125,8 @@ def _read(config: AblationConfig, corpus: CorpusConfig, folder: Path) -> dict[st
     """Read the corpus as prepare_data does, and spoil it as far as the config says."""
     facts = reading.read(corpus, folder)
     if config.spoiled:
-        documents = parquet.read(parquet.files(folder))
-        parquet.replace(folder, planting.with_spoiled(documents, config.spoiled, 0))
+        documents = parquet.read(parquet.files(folder), COLUMNS)
+        parquet.replace(folder, reading.identified(planting.with_spoiled(documents, config.spoiled, 0)))
     return facts
 
 

@@ -41,7 +41,7 @@ try:
     from llm_jax.data.planting import NEAR, PASSAGE, SCATTERED, Material, PlantConfig
     from llm_jax.data.prepare import PrepareConfig
     from llm_jax.data.sources import cache_folder
-    from llm_jax.data.stages import ID, minhash, offensive
+    from llm_jax.data.stages import COLUMNS, ID, minhash, offensive
     from llm_jax.data.stages.fuzzy import Fuzzy, FuzzyConfig
     from llm_jax.data.stages.quality_models import is_held_out
     from llm_jax.evaluation import planted_truth
@@ -95,10 +95,10 @@ def _read(workdir: Path, config: CorpusConfig, folder: Path) -> dict[str, Any]:
     """Read the corpus as prepare_data does, and plant in it."""
     assert isinstance(config, PlantedTruthConfig)
     facts = reading.read(config, folder)
-    documents = parquet.read(parquet.files(folder))
+    documents = parquet.read(parquet.files(folder), COLUMNS)
     planted, plants = planting.plant(documents, config.plant, material(config), config.lines.documents)
     planting.write(plants, workdir / TRUTH)
-    parquet.replace(folder, planted)
+    parquet.replace(folder, reading.identified(planted))
     return facts | {"planted": len(plants)}
 
 

@@ -13,6 +13,7 @@ setting, only what follows from it is done again. --config.runner=ray computes o
 import dataclasses
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def main(config: PrepareConfig, workdir: Path) -> Summary:
     # What would be refused in the end is refused before hours of work.
     pipeline.check_output(config, tokenizer, StoredCorpus(factory.expected(config, workdir, stages), config.mixture))
     runner.save_in(given, workdir / "config.json")
-    corpus = factory.run(config, workdir, stages, reading.read)
+    corpus = factory.run(config, workdir, stages, partial(reading.read, compression=config.compression))
     stored = StoredCorpus(corpus, config.mixture)
     tokenising = time.monotonic()
     summary = pipeline.prepare(config, tokenizer, stored)

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 from daft import DataType, Window, col, lit
 from daft import functions as F
 
+from llm_jax.data.documents import BYTES as BYTES
 from llm_jax.data.stages import BECAUSE, DROPPED, ID
 from llm_jax.errors import require
 
-BYTES = "bytes"  # of a document's text in UTF-8
 EXCERPT = 300  # characters of a dropped document that are shown
 BINS = 20  # of a score's histogram
 TAIL = 0.005  # of the documents at each end is counted in the outermost bins, however far out

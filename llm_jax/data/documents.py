@@ -12,6 +12,11 @@ MAX_DOCUMENT_BYTES = 1 << 16  # longer texts are cut: a loader reads a whole doc
 HASH_RANGE = 1 << 64
 BLANK_LINES = re.compile(r"\n\s*\n")
 TEXT, HTML, CODE = "text", "html", "code"  # what a text is written in
+# Columns of tables of documents.
+ID = "id"  # SOURCE/POSITION: unique in a corpus, and the same in every run
+COLUMNS = (ID, "source", "language", "format", "origin", "text")
+DOCUMENT_ID = "document_id"  # the hash of a document's text as it was read, in hexadecimal: it decides what is held out
+BYTES = "bytes"  # of a document's text in UTF-8
 
 Item = TypeVar("Item")
 
@@ -37,6 +42,11 @@ def text_hash(text: str, seed: int | None = None) -> int:
     """A 64-bit hash of a text, the same on every machine; another `seed` gives an independent one."""
     key = b"" if seed is None else seed.to_bytes(8, "little", signed=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=key).digest(), "big")
+
+
+def document_id(text: str) -> str:
+    """What DOCUMENT_ID says of a text as it was read."""
+    return f"{text_hash(text):016x}"
 
 
 def unique(items: Iterable[Item], text: Callable[[Item], str] = str) -> Iterator[tuple[int, Item]]:

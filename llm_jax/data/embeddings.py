@@ -69,21 +69,27 @@ def _texts_with(folded: byte_ngrams.Bytes, starts: byte_ngrams.Integers, stops: 
 def sketches(texts: pa.Array, rarity_R: Floats) -> Floats:
     """Vectors of length 1, or 0 for a text without n-grams, float32 [N, DIMENSIONS]."""
     found = byte_ngrams.buffer(texts)
-    sums_NS = _sketches(found.folded, found.starts, found.stops, rarity_R)
-    return normalised(np.copysign(np.sqrt(np.abs(sums_NS)), sums_NS))
+    return _sketches(found.folded, found.starts, found.stops, rarity_R)
 
 
 @compiled
 def _sketches(
     folded: byte_ngrams.Bytes, starts: byte_ngrams.Integers, stops: byte_ngrams.Integers, rarity_R: Floats
-) -> npt.NDArray[np.float64]:
-    """The sums of the weights of each text's n-grams, in the dimensions and with the signs that their hashes name."""
-    sums_NS = np.zeros((len(starts), DIMENSIONS))
+) -> Floats:
+    """The weights of each text's n-grams are added up in the dimensions and with the signs that their hashes name.
+
+    The squares of the sums' roots are the sums again, so these give the length.
+    """
+    sketches_NS, sums_S = np.empty((len(starts), DIMENSIONS), np.float32), np.empty(DIMENSIONS)
     for text in range(len(starts)):
+        sums_S[:] = 0
         for mix in byte_ngrams.longest(folded, starts[text], stops[text]):
             sign = 1 if mix & DIMENSIONS else -1
-            sums_NS[text, mix % DIMENSIONS] += sign * rarity_R[mix >> np.uint32(TAG_BITS)]
-    return sums_NS
+            sums_S[mix % DIMENSIONS] += sign * rarity_R[mix >> np.uint32(TAG_BITS)]
+        length = max(np.sqrt(np.sum(np.abs(sums_S))), 1e-12)
+        for place in range(DIMENSIONS):
+            sketches_NS[text, place] = np.copysign(np.sqrt(np.abs(sums_S[place])), sums_S[place]) / length
+    return sketches_NS
 
 
 def folded(sketches_NS: Floats) -> Floats:
@@ -109,7 +115,7 @@ def learn_topics(sketches_NS: Floats) -> Topics:
 
 def topic_vectors(sketches_NS: Floats, topics: Topics) -> Floats:
     """What texts are about, float32 [N, E], of length 1."""
-    return normalised((sketches_NS - topics.mean_S) @ topics.components_SE)
+    return normalised(sketches_NS @ topics.components_SE - topics.mean_S @ topics.components_SE)
 
 
 def normalised(vectors_NE: npt.NDArray) -> Floats:

@@ -31,6 +31,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from llm_jax.config import CorpusConfig
 from llm_jax.data import counts, files, parquet, runners
 from llm_jax.data.counts import BYTES, Group
-from llm_jax.data.documents import text_hash
+from llm_jax.data.documents import DOCUMENT_ID, document_id
 from llm_jax.data.prepare import ORDER, PrepareConfig
 from llm_jax.data.stages import BECAUSE, COLUMNS, DROPPED, ID, Result, Stage
 from llm_jax.errors import UserError, require
@@ -55,10 +56,9 @@ STAGES, KEPT, AUDIT, REPORT, ERROR = "stages", "kept", "audit.jsonl", "report.js
 PARTIAL = ".partial"  # the end of the name of a step's folder that is not whole
 SCRATCH, WRITTEN = "scratch", "written"  # folders of a step that is not whole
 SHARD = "shard"  # a column by which a step's files are written side by side
-DOCUMENT_ID = "document_id"  # the hash of a document's text as it was read, in hexadecimal: it decides what is held out
 # Settings that change no document.
 NO_CONTENT = {"cache", "tokenizer", "output", "holdout_fraction", "workers", "runner", "ray_address"}
-NO_CONTENT |= {"seed", "audit", "keep_stages"}
+NO_CONTENT |= {"seed", "audit", "keep_stages", "compression"}
 FREED_BYTES = 64 << 20  # of NumPy's arrays, which a step allocates again and again, stay with the process
 FLOATS = (DataType.float32(), DataType.float64())
 Read = Callable[[CorpusConfig, Path], dict[str, Any]]
@@ -91,7 +91,8 @@ def run(config: PrepareConfig, folder: Path, stages: Sequence[Stage], read: Read
         config: the corpus and the runner.
         folder: where `stages/` is written; on a cluster, one that all hosts see.
         stages: in the order of `prepare.ORDER`, which numbers them.
-        read: writes the raw documents as Parquet files into a folder and returns facts for the report.
+        read: writes the raw documents as Parquet files into a folder, with `COLUMNS`, DOCUMENT_ID and BYTES, and
+            returns facts for the report.
 
     Raises `UserError` for damaged sources, for a stage that fails or loses documents, and if nothing is kept.
     """
@@ -110,19 +111,43 @@ def _run(config: PrepareConfig, folder: Path, stages: Sequence[Stage], read: Rea
     console = Console(stderr=True)
     for step in steps[: len(reports)]:
         console.print(f"{step.folder.name}: done earlier", highlight=False, soft_wrap=True)
-    for index in range(len(reports), len(steps)):
-        before = steps[index - 1] if index else None
-        if before:
-            _check_sources(stages, reports[0])
-        with _progress(steps[index].folder.name, console), _one_line_errors(steps[index]):
-            reports.append(_make(steps[index], before, reports[-1] if before else {}, config, read))
-            _remove_others(stages_folder, steps[:index])
-            _partial(steps[index]).replace(steps[index].folder)
-        console.print(_line(steps[index], reports[-1]), highlight=False, soft_wrap=True)
-        if before and not config.keep_stages:
-            shutil.rmtree(before.folder / KEPT)
+    with _prepared(steps[len(reports) :]) as prepared:
+        for index in range(len(reports), len(steps)):
+            before = steps[index - 1] if index else None
+            if before:
+                _check_sources(stages, reports[0])
+            with _progress(steps[index].folder.name, console), _one_line_errors(steps[index]):
+                step = prepared(steps[index])
+                reports.append(_make(step, before, reports[-1] if before else {}, config, read))
+                _remove_others(stages_folder, steps[:index])
+                _partial(step).replace(step.folder)
+            console.print(_line(step, reports[-1]), highlight=False, soft_wrap=True)
+            if before and not config.keep_stages:
+                shutil.rmtree(before.folder / KEPT)
     _remove_others(stages_folder, steps)
     return Corpus(parquet.files(steps[-1].folder / KEPT), steps[-1].fingerprint, reports)
+
+
+@contextlib.contextmanager
+def _prepared(steps: Sequence[_Step]) -> Iterator[Callable[[_Step], _Step]]:
+    """Have the stages that can be prepared prepared by a thread; a function that gives a step with its stage ready.
+
+    It raises what a later stage would be refused for, as soon as that is known.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        stages: list[tuple[_Step, Any]] = [(step, step.stage) for step in steps]
+        waiting = {step.name: pool.submit(stage.prepare) for step, stage in stages if hasattr(stage, "prepare")}
+
+        def prepared(step: _Step) -> _Step:
+            for future in waiting.values():
+                if future.done() and isinstance(future.exception(), UserError):
+                    future.result()
+            return step._replace(stage=waiting.pop(step.name).result()) if step.name in waiting else step
+
+        try:
+            yield prepared
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def expected(config: PrepareConfig, folder: Path, stages: Sequence[Stage]) -> Corpus:
@@ -215,16 +240,12 @@ def _make(
 
 
 def _read_all(config: PrepareConfig, partial: Path, read: Read) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Have the raw documents written, give each its DOCUMENT_ID, and check that their ids differ."""
-    raw = partial / SCRATCH
-    raw.mkdir()
-    facts = read(config, raw)
-    require(bool(parquet.files(raw)), "the corpus is empty")
-    documents = parquet.scan(parquet.files(raw))
-    _check_columns(documents, COLUMNS, ORDER[0])
-    parquet.write(_sized(_identified(documents)), partial / KEPT)
-    shutil.rmtree(raw)
+    """Have the raw documents written, and check that their ids differ."""
+    (partial / KEPT).mkdir()
+    facts = read(config, partial / KEPT)
+    require(bool(parquet.files(partial / KEPT)), "the corpus is empty")
     written = parquet.scan(parquet.files(partial / KEPT))
+    _check_columns(written, (*COLUMNS, DOCUMENT_ID, BYTES), ORDER[0])
     number = counts.rows(parquet.files(partial / KEPT))
     require(number > 0, "the corpus is empty")
     distinct = len(written.select(ID).distinct().to_arrow())
@@ -279,7 +300,7 @@ def _identified(documents: daft.DataFrame) -> daft.DataFrame:
 
 @daft.func.batch(return_dtype=DataType.string())
 def _document_ids(texts: daft.Series) -> list[str]:
-    return [f"{text_hash(text):016x}" for text in texts.to_pylist()]
+    return [document_id(text) for text in texts.to_pylist()]
 
 
 def _write(result: Result, partial: Path, config: PrepareConfig) -> tuple[list[Path], list[Path]]:
@@ -290,10 +311,10 @@ def _write(result: Result, partial: Path, config: PrepareConfig) -> tuple[list[P
     documents = documents.with_columns({name: col(name).cast(DataType.string()) for name in (DROPPED, BECAUSE)})
     if result.added is not None:
         documents = documents.union_all_by_name(_identified(result.added))
-    # A folder has one writer, and compressing is most of the work: each core gets a folder of its own.
+    # A folder has one writer: each core gets a folder of its own.
     shard = F.hash(col(ID)) % lit(config.workers or os.cpu_count() or 1)
     documents = _sized(documents).with_columns({KEPT: col(DROPPED).is_null(), SHARD: shard.cast(DataType.int32())})
-    parquet.write(documents, partial / WRITTEN, partition_cols=[KEPT, SHARD])
+    parquet.write(documents, partial / WRITTEN, config.compression, partition_cols=[KEPT, SHARD])
     for name, kept in ((KEPT, True), (DROPPED, False)):
         for path in (partial / WRITTEN).glob(f"{KEPT}={str(kept).lower()}/*/*.parquet"):
             (partial / name).mkdir(exist_ok=True)
@@ -374,6 +395,7 @@ def _one_line_errors(step: _Step) -> Iterator[None]:
         if "No space left on device" in str(error):
             raise
         path = _partial(step) / ERROR
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(traceback.format_exc(), encoding="utf-8")
         lines = str(error).strip().splitlines() or [""]
         reason = lines[-1].strip()[:300]  # of what Daft and Ray say, the last line is the cause

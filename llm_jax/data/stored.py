@@ -21,8 +21,7 @@ import pyarrow.parquet as pq
 from daft import col
 
 from llm_jax.data import counts, factory, parquet
-from llm_jax.data.documents import Census, Document, holdout_threshold, split_long
-from llm_jax.data.factory import DOCUMENT_ID
+from llm_jax.data.documents import DOCUMENT_ID, Census, Document, holdout_threshold, split_long
 from llm_jax.data.records import SourceSummary, Summary
 from llm_jax.data.stages import ID
 from llm_jax.data.stages.mixture import POOL, MixtureConfig, Row, plan

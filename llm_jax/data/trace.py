@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 
 from llm_jax.config import DataConfig
 from llm_jax.data import mixture
-from llm_jax.data.factory import DOCUMENT_ID
+from llm_jax.data.documents import DOCUMENT_ID, ID
 from llm_jax.data.loader import packed_sources
 from llm_jax.data.records import SPLITS, TokenReader, read_summary
-from llm_jax.data.stages import ID
 from llm_jax.data.stages.mixture import POOL
 from llm_jax.data.stored import TABLE
 from llm_jax.errors import require

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from daft import col, lit
 from daft import functions as F
 
-from llm_jax.data import planting, readers, sources
+from llm_jax.data import planting, readers, reading, sources
 from llm_jax.data.stages import COLUMNS, Result
 from tests.data import made_up
 
@@ -66,7 +66,7 @@ def reader(rows, files=1):
         read.calls += 1
         for part in range(files):
             table = pa.table({name: [row[i] for row in rows[part::files]] for i, name in enumerate(COLUMNS)})
-            pq.write_table(table, folder / f"part-{part}.parquet")
+            pq.write_table(reading.identified(table), folder / f"part-{part}.parquet")
         return {"files": files}
 
     read.calls = 0

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from typing import Any
 
 import daft
@@ -55,9 +57,12 @@ class Does:
 
     does: dataclasses.InitVar[Any]
     name: str = "exact"
+    prepares: dataclasses.InitVar[Any] = None
 
-    def __post_init__(self, does):
+    def __post_init__(self, does, prepares):
         self.apply = lambda documents, scratch: does(documents)
+        if prepares:
+            self.prepare = prepares
 
 
 def test_documents_come_through_changed_or_are_dropped(tmp_path):
@@ -235,6 +240,7 @@ def test_files_that_settings_name_count_by_what_they_hold(tmp_path, kind, monkey
         return Result(documents.with_column(DROPPED, daft.lit(None)), {})
 
     monkeypatch.setattr(type(stage), "apply", applied)
+    monkeypatch.setattr(type(stage), "prepare", lambda self: self, raising=False)
     for content, times, when in (("one", 1, 1), ("two", 2, 1), ("two", 2, 9)):  # of one size and time; another time
         for path in files:
             path.write_text(content)
@@ -244,6 +250,66 @@ def test_files_that_settings_name_count_by_what_they_hold(tmp_path, kind, monkey
     files[-1].unlink()
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         run(tmp_path / "run", [stage])
+
+
+def test_stages_are_prepared_while_earlier_ones_work(tmp_path, applied):
+    begun, ready = threading.Event(), threading.Event()
+
+    def waits(documents):
+        begun.set()
+        assert ready.wait(30)
+        return Result(documents.with_column(DROPPED, KEEP), {})
+
+    def prepared():
+        assert begun.wait(30)
+        ready.set()
+        return Shout("?")
+
+    later = Does(None, "lines", prepared)
+    corpus = run(tmp_path, [Does(waits), later])
+    assert applied == ["lines"] and all(row["text"][-1] == "?" for row in pq.read_table(corpus.documents).to_pylist())
+    later.prepare = None  # what is done already is not prepared
+    assert run(tmp_path, [Does(waits), later]).documents == corpus.documents
+
+
+def test_what_cannot_be_prepared_is_refused_before_its_turn(tmp_path, applied):
+    begun, refused = threading.Event(), threading.Event()
+
+    def refuses():
+        assert begun.wait(30)
+        refused.set()
+        raise UserError("no such set")
+
+    def waits(documents):
+        begun.set()
+        assert refused.wait(30)
+        time.sleep(0.2)  # until the thread knows that it failed
+        return Result(documents.with_column(DROPPED, KEEP), {})
+
+    stages = [Does(waits), Short(), Does(None, "lines", refuses)]
+    with pytest.raises(UserError, match=r"^no such set$"):
+        run(tmp_path, stages)
+    assert applied == [] and (tmp_path / "stages" / "03_exact").is_dir()  # and what was done stays
+
+    def breaks():
+        raise ValueError("a defect")
+
+    with pytest.raises(UserError, match="stage 06_lines failed: ValueError: a defect"):
+        run(tmp_path, [*stages[:2], Does(None, "lines", breaks)])
+    assert applied == ["heuristics"]
+
+
+@pytest.mark.parametrize(("compression", "found"), [("none", "UNCOMPRESSED"), ("zstd", "ZSTD")])
+def test_documents_are_compressed_if_wanted(tmp_path, compression, found):
+    corpus = run(tmp_path, [Shout()], dataclasses.replace(CONFIG, compression=compression))
+    assert {of_texts(path) for path in corpus.documents} == {found}
+
+
+def of_texts(path):
+    """How the texts of a Parquet file are compressed."""
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    return next(column.compression for column in columns if column.path_in_schema == "text")
 
 
 def test_a_run_that_is_killed_goes_on_in_the_same_stage(tmp_path, applied):

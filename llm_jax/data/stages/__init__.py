@@ -14,12 +14,12 @@ import daft
 
 from llm_jax.config import unknown_key
 from llm_jax.data.documents import CODE as CODE
+from llm_jax.data.documents import COLUMNS as COLUMNS
 from llm_jax.data.documents import HTML as HTML
+from llm_jax.data.documents import ID as ID
 from llm_jax.data.documents import TEXT as TEXT
 from llm_jax.errors import UserError
 
-ID = "id"  # SOURCE/POSITION: unique in a corpus, and the same in every run
-COLUMNS = (ID, "source", "language", "format", "origin", "text")
 DROPPED = "dropped"
 BECAUSE = "because"  # a column that a stage may add: what decided that a document is dropped, for people to read
 
@@ -45,7 +45,8 @@ class Stage(Protocol):
 
     One that reads files which its settings name lists them in a method `files`: it is done again when they change. One
     whose settings name sources has a method `check_sources`, which gets the set of all that there are before any stage
-    works, and one that adds sources a method `added_sources`, which names them.
+    works, and one that adds sources a method `added_sources`, which names them. One that has something to make of its
+    settings alone has a method `prepare`, which returns the stage to apply: it is called while earlier stages work.
     """
 
     @property

@@ -41,9 +41,9 @@ ENDS[ord("\n")] = LINE_END
 ENDS[[ord("."), ord("!"), ord("?")]] = MARK
 ENDS[[0xE3, 0xEF]] = WIDE
 FOLD = np.frombuffer(bytes(range(256)).lower(), np.uint8)
-# The numbers that codes stand for; of shares and back-offs, those of n-grams that are not known before them.
-VALUES = ((np.arange(1 << CODE_BITS, dtype=np.uint32) << 18) + np.float32(LEAST).view(np.uint32)).view(np.float32)
-SHARES, BACK_OFFS = np.stack([0 * VALUES, VALUES]), np.stack([0 * VALUES + 1, VALUES])
+CODE = np.uint32((1 << CODE_BITS) - 1)
+CODE_PLACE = np.uint32(18)  # of a code's lowest bit in the float32 that it stands for, which has LEAST added to it
+LEAST_BITS, ONE_BITS = (int(np.float32(value).view(np.uint32)) for value in (LEAST, 1))
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -135,8 +135,8 @@ def hashes_of_keys(keys: npt.NDArray[np.uint64], order: int) -> Hashes:
 
 def encode(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint32]:
     """Numbers in [0, 1] in `CODE_BITS` bits, to 1 in 64; what is below `LEAST` becomes that."""
-    bits = np.maximum(values, LEAST).astype(np.float32).view(np.uint32) - np.float32(LEAST).view(np.uint32)
-    return (bits + np.uint32(1 << 17)) >> np.uint32(18)
+    bits = np.maximum(values, LEAST).astype(np.float32).view(np.uint32) - np.uint32(LEAST_BITS)
+    return (bits + np.uint32(1 << 17)) >> CODE_PLACE
 
 
 def bits(found: Buffer, parts: Sentences, tables: Tables) -> Floats:
@@ -149,11 +149,13 @@ def bits(found: Buffer, parts: Sentences, tables: Tables) -> Floats:
 def _probabilities(folded: Bytes, language_OR: Hashes, empty: float) -> Floats:
     """Of each byte of a buffer after those before it, float32; those of pads mean nothing.
 
-    It goes by chunks and, in them, by orders, so that the processor hashes many n-grams at once and waits for many rows
-    of a table together.
+    It goes by chunks and, in them, by orders and steps, so that the processor hashes many n-grams at once, waits for
+    many rows of a table together, and makes floats of many codes at once.
     """
     probabilities = np.ones(len(folded), np.float32)
     mixes_C, entries_C = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32)
+    share_bits_C, longer_bits_C = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32)
+    shares_C, longer_C = share_bits_C.view(np.float32), longer_bits_C.view(np.float32)
     # Of the n-grams one byte shorter that end before each byte; the last is the next chunk's first.
     back_offs_OC = np.ones((ORDER + 1, CHUNK + 1), np.float32)
     back_offs_OC[0] = empty
@@ -170,9 +172,13 @@ def _probabilities(folded: Bytes, language_OR: Hashes, empty: float) -> Floats:
             after_C[0] = after_C[CHUNK]
             for at in range(count):
                 entry = entries_C[at]
-                known = int(((entry ^ mixes_C[at]) & TAG) == 0)
-                of_chunk_C[at] = of_chunk_C[at] * before_C[at] + SHARES[known, entry >> (32 - CODE_BITS)]
-                after_C[at + 1] = BACK_OFFS[known, (entry >> TAG_BITS) & ((1 << CODE_BITS) - 1)]
+                known = ((entry ^ mixes_C[at]) & TAG) == 0
+                share, longer = entry >> np.uint32(32 - CODE_BITS), (entry >> np.uint32(TAG_BITS)) & CODE
+                share_bits_C[at] = (share << CODE_PLACE) + np.uint32(LEAST_BITS) if known else np.uint32(0)
+                longer_bits_C[at] = (longer << CODE_PLACE) + np.uint32(LEAST_BITS) if known else np.uint32(ONE_BITS)
+            for at in range(count):
+                of_chunk_C[at] = of_chunk_C[at] * before_C[at] + shares_C[at]
+                after_C[at + 1] = longer_C[at]
     return probabilities
 
 
@@ -214,11 +220,12 @@ def weights(found: Buffer, parts: Sentences, groups_N: Hashes, linear_R2: Floats
 @compiled
 def _weights(folded: Bytes, starts: Integers, stops: Integers, groups_S: Hashes, linear_R2: Floats) -> Floats:
     sums_2S = np.zeros((2, len(starts)), np.float32)
-    mixes_C = np.empty(CHUNK, np.uint32)
+    mixes_C, all_totals_C = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32)
     for part in range(len(starts)):
         upper, lower = 0.0, 0.0
         for start in range(starts[part], stops[part], CHUNK):
-            totals_C = np.zeros(min(CHUNK, stops[part] - start), np.uint32)
+            totals_C = all_totals_C[: stops[part] - start]
+            totals_C[:] = 0
             for first, last in ((0, LINEAR_ORDERS[0]), LINEAR_ORDERS):
                 lengthen(folded, start, first, last, groups_S[part], totals_C, mixes_C)
                 for at in range(len(totals_C)):

@@ -106,18 +106,34 @@ class Contamination:
         """The evaluation sets of the user's own."""
         return evaluation_sets.own_files(self.config.paths)
 
-    def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
-        """The facts hold for each set how many items were looked for, touched and mostly there, with examples."""
+    def prepare(self) -> "Search":
+        """Read the evaluation sets."""
         cache = cache_folder(CorpusConfig(cache=self.config.cache))
         sets = evaluation_sets.read(self.config.sets, self.config.paths, cache)
-        index = build(sets, self.config)
+        return Search(self.config, build(sets, self.config), self.name)
+
+    def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
+        """As `Search.apply`."""
+        return self.prepare().apply(documents, scratch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """`Contamination` with the evaluation sets read."""
+
+    config: ContaminationConfig
+    index: Index
+    name: str
+
+    def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
+        """The facts hold for each set how many items were looked for, touched and mostly there, with examples."""
         fields = {
             marks.REPLACED: DataType.string(), DROPPED: DataType.string(), BECAUSE: DataType.string(),
             "numbers": DataType.list(DataType.int64()), "cut": DataType.int64(),
         }  # fmt: skip
-        found = marks.mark(documents, functools.partial(judge, index, self.config), fields, scratch, "source")
+        found = marks.mark(documents, functools.partial(judge, self.index, self.config), fields, scratch, "source")
         touched = found.where(col("numbers").not_null()).sort(ID).to_arrow()
-        return Result(marks.join(documents, found, marks.REPLACED, DROPPED, BECAUSE), _facts(index, touched))
+        return Result(marks.join(documents, found, marks.REPLACED, DROPPED, BECAUSE), _facts(self.index, touched))
 
 
 def build(sets: Mapping[str, Sequence[str]], config: ContaminationConfig) -> Index:

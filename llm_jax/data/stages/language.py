@@ -75,6 +75,11 @@ class Language:
         unknown = sorted(set(self.config.wanted) - set(language_names())) if self.config.wanted else []
         require(not unknown, f"LanguageConfig.wanted: nothing tells {', '.join(unknown)} from other languages")
 
+    def prepare(self) -> "Language":
+        """Load the model."""
+        language_model.load()
+        return self
+
     def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
         """The facts hold what sources declare, what was told, and what became of it."""
         fields = {

@@ -117,8 +117,8 @@ def train(
         quality = pool.submit(_quality, sample, reference, held_out, of_quality)
         offence = pool.submit(_offensive, sample, words, material, offensive_share)
         clean = unsuspicious(sample.filter(pa.array(~held_out)), reference, least_bytes, of_garbage)
+        known = pool.submit(letters.learn, clean.to_pylist())
         language_OR, empty = perplexity.train(clean)
-        known = letters.learn(clean.to_pylist())
     quality_R, slopes, quality_facts = quality.result()
     offensive_R, judged, offensive_facts = offence.result()
     tables = byte_ngrams.Tables(language_OR, empty, np.stack([quality_R, offensive_R], axis=1))
@@ -130,7 +130,7 @@ def train(
         "quality": quality_facts,
         "offensive": {"listed words": len(material.words), "listed words that count": len(words), **offensive_facts},
     }
-    return Models(tables, known, scales, slopes, judged, offensive.lexicon(words)), facts
+    return Models(tables, known.result(), scales, slopes, judged, offensive.lexicon(words)), facts
 
 
 def unsuspicious(

@@ -65,15 +65,16 @@ class Semantic:
 
     def apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
         """Learn clusters, give each document its own, and compare the documents of each."""
-        with threadpool_limits(1):  # Daft has a thread for each core: BLAS's own would wait for each other
-            return self._apply(documents, scratch)
-
-    def _apply(self, documents: daft.DataFrame, scratch: Path) -> Result:
         config = self.config
         count = config.clusters or int(np.sqrt(documents.count_rows()) / 2) + 1
         table = sample.excerpts(documents, config.sample_bytes)
         file = scratch / "learnt.npz"
         _learn(config, table["text"].combine_chunks(), count, file)
+        with threadpool_limits(1):  # Daft has a thread for each core: BLAS's own would wait for each other
+            return self._compared(documents, file, scratch)
+
+    def _compared(self, documents: daft.DataFrame, file: Path, scratch: Path) -> Result:
+        config = self.config
         assign = _Assign(config, file, file.stat().st_mtime_ns)
         score = [config.score] if config.score in documents.column_names else []
         sized = documents.with_column(LENGTH, col("text").length_bytes())
