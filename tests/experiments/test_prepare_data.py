@@ -9,7 +9,9 @@ import pytest
 import sentencepiece
 
 import llm_jax
+from experiments import prepare_data, runner, trace
 from llm_jax.data import records
+from llm_jax.data.prepare import PrepareConfig
 
 ROOT = llm_jax.__path__[0] + "/.."
 
@@ -32,7 +34,21 @@ def run(*arguments, experiment="prepare_data"):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def test_a_text_folder_becomes_a_dataset(tmp_path, model_file):
+def called(*arguments, experiment=prepare_data, config="data/default"):
+    """The exit status of a command line without a process of its own: each would import for seconds."""
+    main, config_class = {
+        prepare_data: (prepare_data.main, PrepareConfig),
+        trace: (trace.run, trace.TraceConfig),
+    }[experiment]
+    argv = [experiment.__name__, *map(str, arguments)]
+    try:
+        runner.main(main, config_class, f"configs/{config}.py", save_config=False, argv=argv)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_a_text_folder_becomes_a_dataset(tmp_path, model_file, capsys):
     (tmp_path / "texts").mkdir()
     with (tmp_path / "texts" / "pets.jsonl").open("w") as file:
         for i in range(50):
@@ -44,25 +60,31 @@ def test_a_text_folder_becomes_a_dataset(tmp_path, model_file):
     assert "50 documents" in (tmp_path / "report.html").read_text()
     summary = records.read_summary(tmp_path / "dataset")
     assert summary.sources["pets"].train.documents + summary.sources["pets"].heldout.documents == 50
-    again = run("--config=configs/data/own_text.py", *flags, "--config.text_field=body")
-    assert again.returncode == 0 and "already prepared" in again.stderr
-    for asked in ("record=train/pets/3", "document=pets/00000003"):
-        traced = run(f"--config.dataset={tmp_path / 'dataset'}", f"--config.{asked}", experiment="trace")
-        assert traced.returncode == 0 and "pets.jsonl: line" in traced.stdout, traced.stderr
+    assert called(*flags, "--config.text_field=body", config="data/own_text") == 0
+    assert "already prepared" in capsys.readouterr().err
+    dataset = f"--config.dataset={tmp_path / 'dataset'}"
+    traced = run(dataset, "--config.record=train/pets/3", experiment="trace")
+    assert traced.returncode == 0 and "pets.jsonl: line" in traced.stdout, traced.stderr
+    asked = "--config.document=pets/00000003"
+    assert called(dataset, asked, experiment=trace, config="trace/default") == 0
+    assert "pets.jsonl: line" in capsys.readouterr().out
     settings = (tmp_path / "config.json").read_bytes()
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "stages").rglob("*"))
     for extra, message in (
         ("--config.exact.enabled=False", "dataset of another corpus, tokenizer or settings"),
         (f"--config.path={tmp_path / 'text'}", "no file or folder at"),
     ):
-        refused = run("--config=configs/data/own_text.py", *flags, "--config.text_field=body", extra)
-        assert refused.returncode == 1 and message in refused.stderr and "done earlier" not in refused.stderr
+        assert called(*flags, "--config.text_field=body", extra, config="data/own_text") == 1
+        refused = capsys.readouterr().err
+        assert message in refused and "done earlier" not in refused
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "stages").rglob("*")) == before
     assert (tmp_path / "config.json").read_bytes() == settings
 
 
-def test_mistakes_are_one_line(tmp_path, model_file):
+def test_mistakes_are_one_line(tmp_path, model_file, capsys):
     flags = [f"--workdir={tmp_path}", f"--config.path={tmp_path / 'nowhere'}"]
+    done = run(*flags, f"--config.tokenizer={model_file}")
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
     for extra, message in [
         ((f"--config.tokenizer={model_file}",), "no file or folder at"),
         ((f"--config.tokenizer={tmp_path}/none.model",), "no tokenizer at"),
@@ -70,9 +92,9 @@ def test_mistakes_are_one_line(tmp_path, model_file):
         ((f"--config.tokenizer={model_file}", "--config.contamination.sets=('mmul',)"), "mmlu"),
         ((f"--config.tokenizer={model_file}", "--config.language.wanted=('zz',)"), "nothing tells zz"),
     ]:
-        done = run(*flags, *extra)
-        assert done.returncode == 1
-        assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert called(*flags, *extra) == 1
+        said = capsys.readouterr().err
+        assert message in said and len(said.strip().splitlines()) == 1
     assert not (tmp_path / "dataset").exists()
 
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from llm_jax.data import ngrams
 from llm_jax.data.loops import compiled
@@ -40,7 +39,6 @@ ENDS = np.zeros(256, np.uint8)
 ENDS[ord("\n")] = LINE_END
 ENDS[[ord("."), ord("!"), ord("?")]] = MARK
 ENDS[[0xE3, 0xEF]] = WIDE
-FOLD = np.frombuffer(bytes(range(256)).lower(), np.uint8)
 CODE = np.uint32((1 << CODE_BITS) - 1)
 CODE_PLACE = np.uint32(18)  # of a code's lowest bit in the float32 that it stands for, which has LEAST added to it
 LEAST_BITS, ONE_BITS = (int(np.float32(value).view(np.uint32)) for value in (LEAST, 1))
@@ -78,11 +76,23 @@ class Sentences(NamedTuple):
 
 def buffer(texts: pa.Array) -> Buffer:
     """Put texts (nulls are empty) into one padded buffer."""
-    pad, nothing = pa.scalar(PAD.decode(), pa.large_string()), pa.scalar("", pa.large_string())
-    padded = pc.binary_join_element_wise(pad, texts.cast(pa.large_string()).fill_null(""), nothing)
-    data, edges = ngrams.utf8_buffer(padded)
-    data = np.concatenate([data, np.frombuffer(PAD, np.uint8)])
-    return Buffer(data, FOLD[data], edges[:-1] + len(PAD), edges[1:])
+    data, edges = ngrams.utf8_buffer(texts)
+    pads = len(PAD) * np.arange(1, len(edges))
+    padded, folded = _padded(data, edges)
+    return Buffer(padded, folded, edges[:-1] + pads, edges[1:] + pads)
+
+
+@compiled
+def _padded(data: Bytes, edges: Integers) -> tuple[Bytes, Bytes]:
+    """Texts with their pads, and the same with small letters."""
+    padded = np.full(len(data) + len(PAD) * len(edges), PAD[0], np.uint8)
+    for text in range(len(edges) - 1):
+        start = edges[text] + len(PAD) * (text + 1)
+        padded[start : start + edges[text + 1] - edges[text]] = data[edges[text] : edges[text + 1]]
+    folded = padded.copy()
+    for place in range(len(folded)):
+        folded[place] += np.uint8(32 if 65 <= folded[place] <= 90 else 0)
+    return padded, folded
 
 
 def whole(found: Buffer) -> Sentences:

@@ -255,9 +255,9 @@ def _find(table: Table, found: Units) -> tuple[Integers, Integers, Integers]:
     return first[same], table.lengths[row[same]], table.numbers[row[same]]
 
 
-def judge(index: Index, config: ContaminationConfig, table: pa.Table) -> dict[str, pa.Array]:
+def judge(index: Index, config: ContaminationConfig, batch: pa.RecordBatch) -> dict[str, pa.Array]:
     """What becomes of a few documents."""
-    texts = table["text"].combine_chunks()
+    texts = batch["text"]
     matches = find(index, units(texts))
     columns: dict[str, list[Any]] = {
         name: [None] * len(texts) for name in (marks.REPLACED, DROPPED, BECAUSE, "numbers", "cut")
@@ -271,7 +271,7 @@ def judge(index: Index, config: ContaminationConfig, table: pa.Table) -> dict[st
         columns[BECAUSE][row] = f"{_name(index, int(numbers[0]))}: {_excerpt(content, spans[0])}"
         rest = _without_sentences(content, spans)
         columns["cut"][row] = len(content) - len(rest)
-        whole = config.mode == "document" or table["format"][row].as_py() == CODE
+        whole = config.mode == "document" or batch["format"][row].as_py() == CODE
         if whole or len(rest.strip()) < config.rest * len(content) or not rest.strip():
             columns[DROPPED][row] = REASON
         else:

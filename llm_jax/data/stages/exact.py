@@ -50,14 +50,14 @@ class Exact:
         return Result(groups.drop(documents, same, REASON), _facts(documents, found, same))
 
 
-def hashes(table: pa.Table) -> dict[str, pa.Array]:
+def hashes(batch: pa.RecordBatch) -> dict[str, pa.Array]:
     """The two halves of each text's hash: of its units, or the columns "high" and "low" as they are."""
-    found = ngrams.units(pc.utf8_normalize(table["text"].combine_chunks(), "NFKC"))
-    as_units = (np.diff(found.offsets) > 0) & np.asarray(pc.not_equal(table["format"], CODE))
+    found = ngrams.units(pc.utf8_normalize(batch["text"], "NFKC"))
+    as_units = (np.diff(found.offsets) > 0) & np.asarray(pc.not_equal(batch["format"], CODE))
     salted = found._replace(hashes=ngrams.mix(found.hashes ^ SALT))
     result = {}
     for half, of_units in zip(HALVES, (found, salted), strict=True):
-        result[half] = pa.array(np.where(as_units, ngrams.whole(of_units), table[half].to_numpy()))
+        result[half] = pa.array(np.where(as_units, ngrams.whole(of_units), batch[half].to_numpy()))
     return result
 
 

@@ -99,10 +99,10 @@ class Fuzzy:
         """How signatures are cut."""
         return minhash.solve(self.config.threshold, self.config.permutations, self.config.recall)
 
-    def banded(self, table: pa.Table) -> dict[str, pa.Array]:
+    def banded(self, batch: pa.RecordBatch) -> dict[str, pa.Array]:
         """The hashes of some bands of each text, of none where it has no units."""
         bands, rows = self.bands_and_rows()
-        sets = minhash.shingles(table["text"].combine_chunks(), self.config.words, self.config.characters)
+        sets = minhash.shingles(batch["text"], self.config.words, self.config.characters)
         some = np.diff(sets.offsets_D) > 0
         nonempty = minhash.Sets(sets.hashes_G, np.append(sets.offsets_D[:-1][some], sets.offsets_D[-1]))
         keys = minhash.band_keys(minhash.signatures(nonempty, self.config.permutations), bands, rows)

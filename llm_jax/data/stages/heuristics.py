@@ -90,10 +90,10 @@ class Heuristics:
         found = marks.mark(documents, self.judge, fields, scratch, "source", "language")
         return Result(marks.join(documents, found, DROPPED, BECAUSE), _facts(found))
 
-    def judge(self, table: pa.Table) -> dict[str, pa.Array]:
+    def judge(self, batch: pa.RecordBatch) -> dict[str, pa.Array]:
         """The fields of `apply` for a few documents."""
-        texts, languages = (table[name].combine_chunks() for name in ("text", "language"))
-        is_code = np.asarray(pc.equal(table["format"], CODE))
+        texts, languages = (batch[name] for name in ("text", "language"))
+        is_code = np.asarray(pc.equal(batch["format"], CODE))
         base = pc.replace_substring_regex(languages, "-.*", "")
         unspaced = np.asarray(pc.fill_null(pc.is_in(base, pa.array(UNSPACED)), False)) & ~is_code
         found = {name: np.full(len(texts), np.nan) for name in _features()}
@@ -103,8 +103,10 @@ class Heuristics:
             (self.config.unspaced, np.flatnonzero(unspaced)),
             (self.config.code, np.flatnonzero(is_code)),
         ):
+            if not len(rows):
+                continue
             chosen = pa.array(rows)
-            part = texts.take(chosen)
+            part = texts if len(rows) == len(texts) else texts.take(chosen)
             code = isinstance(rules, CodeRules)
             values = text_features.of_code(part) if code else text_features.of_prose(part, languages.take(chosen))
             for name, value in values.items():

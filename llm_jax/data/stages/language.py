@@ -95,11 +95,11 @@ class Language:
         found = marks.mark(renamed, self.judge, fields, scratch, "source", "declared")
         return Result(marks.join(documents, found, *(name for name in fields if name != "told")), facts(found))
 
-    def judge(self, table: pa.Table) -> dict[str, pa.Array]:
+    def judge(self, batch: pa.RecordBatch) -> dict[str, pa.Array]:
         """The fields of `apply` for a few documents."""
-        declared = table["declared"].combine_chunks().fill_null(UNKNOWN)
-        code = np.asarray(pc.equal(table["format"], CODE))
-        texts = pc.if_else(pa.array(code), "", table["text"].combine_chunks())
+        declared = batch["declared"].fill_null(UNKNOWN)
+        code = np.asarray(pc.equal(batch["format"], CODE))
+        texts = pc.if_else(pa.array(code), "", batch["text"]) if code.any() else batch["text"]
         shares, confidence = identify(texts, self.config)
         names = language_names()
         told = pa.array(np.where(confidence > 0, np.asarray(names)[shares.argmax(axis=1)], UNKNOWN))

@@ -94,7 +94,7 @@ class Lines:
         gone = np.sort(common.to_arrow()[PART].to_numpy())
         fields = dict.fromkeys(("left", BECAUSE, DROPPED), DataType.string()) | {"removed": DataType.int64()}
         (scratch / "rewritten").mkdir()
-        rewritten = marks.mark(affected, lambda table: self.rewritten(table, gone), fields, scratch / "rewritten")
+        rewritten = marks.mark(affected, lambda batch: self.rewritten(batch, gone), fields, scratch / "rewritten")
         facts = {
             "different parts": len(counted),
             "parts of too many documents": len(common),
@@ -105,9 +105,9 @@ class Lines:
         }
         return Result(_with(documents, rewritten), facts)
 
-    def listed(self, table: pa.Table) -> dict[str, pa.Array]:
+    def listed(self, batch: pa.RecordBatch) -> dict[str, pa.Array]:
         """The hashes of each text's parts, each once, the last bit set for what is a line or paragraph there."""
-        texts = table["text"].combine_chunks()
+        texts = batch["text"]
         found = self.parts(texts, ngrams.units(texts))
         order = np.lexsort((~found.alone, found.hashes, found.owners))
         owners, hashes, alone = found.owners[order], found.hashes[order], found.alone[order]
@@ -116,9 +116,9 @@ class Lines:
         offsets = np.searchsorted(owners[new], np.arange(len(texts) + 1))
         return {PART: pa.LargeListArray.from_arrays(offsets, pa.array((hashes | alone)[new]))}
 
-    def rewritten(self, table: pa.Table, gone: npt.NDArray[np.uint64]) -> dict[str, pa.Array]:
+    def rewritten(self, batch: pa.RecordBatch, gone: npt.NDArray[np.uint64]) -> dict[str, pa.Array]:
         """Each text without the parts that are `gone`, how many bytes those had, and whether too little is left."""
-        texts = table["text"].combine_chunks()
+        texts = batch["text"]
         data, ends = ngrams.utf8_buffer(texts)
         found = ngrams.units(texts)
         parts = self.parts(texts, found)

@@ -18,7 +18,7 @@ from llm_jax.data.stages import ID
 REPLACED = "replaced"  # a mark: the text that a document has from now on, null where it keeps its own
 ROWS = 2048  # of documents given to a function at once, before they are cut to blocks of text
 
-Judge = Callable[[pa.Table], Mapping[str, pa.Array]]
+Judge = Callable[[pa.RecordBatch], Mapping[str, pa.Array]]
 
 
 def mark(
@@ -26,7 +26,7 @@ def mark(
 ) -> daft.DataFrame:
     """The marks of every document: its id, the columns `kept`, and `fields` as `judge` computes them.
 
-    `judge` gets a table with all columns of a few documents, about `ngrams.BLOCK_BYTES` of text, and returns an array
+    `judge` gets a batch with all columns of a few documents, about `ngrams.BLOCK_BYTES` of text, and returns an array
     for each of `fields`. It runs now, once; what it says is in `scratch`.
     """
     names = documents.column_names
@@ -34,8 +34,8 @@ def mark(
 
     @daft.func.batch(return_dtype=struct, unnest=True, batch_size=ROWS, use_process=False)
     def judged(*columns: daft.Series) -> pa.Array:
-        table = pa.table(dict(zip(names, (column.to_arrow() for column in columns), strict=True)))
-        return _judge_blocks(table, judge, struct.to_arrow_dtype())
+        batch = pa.record_batch([column.to_arrow() for column in columns], names)
+        return _judge_blocks(batch, judge, struct.to_arrow_dtype())
 
     folder = scratch / "marks"
     parquet.write(documents.select(ID, *kept, judged(*(col(name) for name in names))), folder)
@@ -54,10 +54,10 @@ def join(documents: daft.DataFrame, marks: daft.DataFrame, *names: str) -> daft.
     return joined.with_column("text", coalesce(col(REPLACED), col("text"))).exclude(REPLACED)
 
 
-def _judge_blocks(table: pa.Table, judge: Judge, kind: pa.DataType) -> pa.Array:
+def _judge_blocks(batch: pa.RecordBatch, judge: Judge, kind: pa.DataType) -> pa.Array:
     done, parts = 0, []
-    for block in blocks(table["text"].combine_chunks()):
-        part = judge(table.slice(done, len(block)))
+    for block in blocks(batch["text"]):
+        part = judge(batch.slice(done, len(block)))
         arrays = [pa.array(part[field.name]).cast(field.type) for field in kind]
         parts.append(pa.StructArray.from_arrays(arrays, fields=list(kind)))
         done += len(block)

@@ -77,9 +77,9 @@ def _denser(density: float) -> daft.Expression:
     return col(TOTAL) * 1000 > col(CHARACTERS) * density
 
 
-def judge(table: pa.Table) -> dict[str, pa.Array]:
+def judge(batch: pa.RecordBatch) -> dict[str, pa.Array]:
     """What a few documents hold: how many of each kind, and the text without them where there are any."""
-    texts = table["text"].combine_chunks()
+    texts = batch["text"]
     counts = np.zeros((len(texts), len(COUNTS)), np.int64)
     replaced: list[str | None] = [None] * len(texts)
     examples: list[str | None] = [None] * len(texts)
@@ -89,7 +89,7 @@ def judge(table: pa.Table) -> dict[str, pa.Array]:
             counts[row, identifiers.KINDS.index(kind)] += 1
         example = lines[next(i for i, line in enumerate(lines) if f"<{spans[0]}>" in line)]
         examples[row] = _around(example, f"<{spans[0]}>")
-    origins = pc.extract_regex(table["origin"].combine_chunks(), r"^[a-z]+://(?P<host>[^/:?#]+)")
+    origins = pc.extract_regex(batch["origin"], r"^[a-z]+://(?P<host>[^/:?#]+)")
     return {
         marks.REPLACED: pa.array(replaced, pa.large_string()),
         TOTAL: pa.array(counts.sum(axis=1)),
@@ -110,8 +110,9 @@ def _changed(texts: pa.Array) -> Iterator[tuple[int, list[str], list[str]]]:
     flat, parents = pc.list_flatten(lines), np.asarray(pc.list_parent_indices(lines))
     hits = np.flatnonzero(pc.match_substring_regex(flat, identifiers.CANDIDATE))
     found: dict[int, list[tuple[int, str, list[str]]]] = {}
-    for hit, line in zip(hits, flat.take(pa.array(hits)).to_pylist()):
-        text, spans = identifiers.replace(line)
+    some = flat.take(pa.array(hits))
+    for hit, line, searches in zip(hits, some.to_pylist(), identifiers.triggered(some)):
+        text, spans = identifiers.replace(line, searches)
         if spans:
             found.setdefault(int(parents[hit]), []).append((int(hit), text, [span.kind for span in spans]))
     for parent, changes in found.items():

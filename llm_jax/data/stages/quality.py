@@ -174,13 +174,13 @@ class _Judge:
     folder: Path
     stamp: int  # a process may still have the models that an earlier run had there
 
-    def __call__(self, table: pa.Table) -> dict[str, pa.Array]:
+    def __call__(self, batch: pa.RecordBatch) -> dict[str, pa.Array]:
         """`FIELDS` of a few documents."""
         config, learnt = self.config, models.load(self.folder, self.stamp)
-        languages = table["language"].combine_chunks().fill_null("").dictionary_encode()
+        languages = batch["language"].fill_null("").dictionary_encode()
         names, language_N = languages.dictionary.to_pylist(), languages.indices.to_numpy()
-        code = np.asarray(pc.equal(table["format"], CODE)) | np.array([name == CODE for name in names])[language_N]
-        found = byte_ngrams.buffer(table["text"].combine_chunks())
+        code = np.asarray(pc.equal(batch["format"], CODE)) | np.array([name == CODE for name in names])[language_N]
+        found = byte_ngrams.buffer(batch["text"])
         parts = byte_ngrams.sentences(found)
         sizes_S = parts.stops - parts.starts
         sizes_N = np.maximum(found.stops - found.starts, 1)

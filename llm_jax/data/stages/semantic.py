@@ -138,10 +138,10 @@ class _Assign:
         learnt = _load(self.file, self.stamp)
         return embeddings.FOLDED + learnt.centroids.shape[1] - learnt.topics.components_SE.shape[1]
 
-    def __call__(self, table: pa.Table) -> dict[str, pa.Array]:
+    def __call__(self, batch: pa.RecordBatch) -> dict[str, pa.Array]:
         """CLUSTER and VECTOR of a few documents."""
         learnt = _load(self.file, self.stamp)
-        texts = table["text"].combine_chunks()
+        texts = batch["text"]
         sketches = embeddings.sketches(texts, learnt.rarity)
         encoded = _encoded(self.config, texts)
         topics = embeddings.joined(embeddings.topic_vectors(sketches, learnt.topics), encoded)
