@@ -55,18 +55,9 @@ def changed(settings, **training):
     return dataclasses.replace(settings, training=dataclasses.replace(settings.training, **training))
 
 
-def short_rows(settings):
-    """As many tokens in rows of half the length: most of what attention would compute in longer ones is masked."""
-    data = settings.data
-    return dataclasses.replace(
-        settings,
-        data=dataclasses.replace(data, sequence_length=data.sequence_length // 2, batch_size=2 * data.batch_size),
-    )
-
-
 def rewarded(settings, optimizer):
     held_out = dataclasses.replace(settings.preferences, holdout_fraction=0.3)  # a tenth behind the requests' two
-    return dataclasses.replace(short_rows(changed(settings, optimizer=optimizer, epochs=3.0)), preferences=held_out)
+    return dataclasses.replace(changed(settings, optimizer=optimizer, epochs=3.0), preferences=held_out)
 
 
 def rolled(settings):
@@ -92,7 +83,7 @@ def small_config(folder):
         texts=str(folder / "sentences.txt"),
         requests=600,
         holdout_fraction=0.2,
-        sft=dataclasses.replace(short_rows(changed(TINY.sft, optimizer=optimizer, epochs=6.0)), samples=0),
+        sft=dataclasses.replace(changed(TINY.sft, optimizer=optimizer, epochs=6.0), samples=0),
         raters=dataclasses.replace(
             TINY.raters, rollout=rolled(TINY.raters.rollout), batches=30, helpfulness_sharpness=20.0
         ),

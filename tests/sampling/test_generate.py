@@ -38,7 +38,6 @@ VARIANTS = {
 RANDOM = np.random.default_rng(0)
 PROMPTS = [RANDOM.integers(3, 61, length).tolist() for length in (5, 1, 17, 9, 2)]
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
-DRAWN = SamplingConfig(max_new_tokens=12, temperature=1.3, seed=3)  # where the processors are not what is looked at
 WARM = SamplingConfig(max_new_tokens=12, temperature=1.3, top_k=20, top_p=0.9, repetition_penalty=1.1, seed=3)
 
 forward = jax.jit(models.logits, static_argnums=1)
@@ -210,12 +209,12 @@ def test_parameters_laid_out_for_decoding_give_the_same(quantization):
         params, config = build(name)
         if quantization != "none":
             config, params = models.quantize(params, config, quantization)
-        stacked = generate(params, config, PROMPTS, DRAWN)
+        stacked = generate(params, config, PROMPTS, WARM)
         decoding, laid_out = models.for_decoding(params, config)
         assert decoding.decoding_layout and not models.is_stacked(laid_out)
         shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (laid_out, models.abstract(decoding))]
         assert sum(map(math.prod, shapes[0])) == sum(map(math.prod, shapes[1]))
-        apart = generate(laid_out, decoding, PROMPTS, DRAWN)
+        apart = generate(laid_out, decoding, PROMPTS, WARM)
         assert [row.tokens for row in apart] == [row.tokens for row in stacked]
         for row, other in zip(apart, stacked):
             np.testing.assert_allclose(row.logprobs, other.logprobs, rtol=1e-4, atol=1e-4)
