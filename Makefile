@@ -18,11 +18,14 @@ help:
 demo: .venv/.data
 	$(BIN)/python -m experiments.demo
 
+# A file's tests stay with one worker, so that what it compiles and trains for them is made once.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: .venv/.dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/.dev
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

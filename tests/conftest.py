@@ -10,7 +10,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 # Tests compile hundreds of small programs and run each a few times: half of LLVM's time is better spent elsewhere.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Modules forget what they compiled (see below), and most programs are small and the same in many modules.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
 os.environ["NUMBA_BOUNDSCHECK"] = "1"  # compiled loops that read beyond an array raise
 
 if (
