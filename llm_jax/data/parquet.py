@@ -29,7 +29,8 @@ def write(documents: daft.DataFrame, folder: Path, compression: str = "none", **
 
 def read(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of Parquet files, all in memory."""
-    return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+    names = None if columns is None else list(columns)
+    return pa.concat_tables([pq.read_table(path, columns=names) for path in paths])
 
 
 def replace(folder: Path, rows: pa.Table) -> None:
