@@ -67,10 +67,12 @@ def fetch_all(packages: Sequence[Package], cache: Path) -> dict[str, Path | Fetc
     Of several threads one goes after the other: nothing is downloaded twice, and there is one progress bar.
     """
     cache.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Path | FetchError] = {package.name: cache / package.file_name for package in packages}
     with ONE_AT_A_TIME:
         missing = [package for package in packages if _problem(package, cache / package.file_name) is not None]
-        found = {package.name: cache / package.file_name for package in packages if package not in missing}
-        return {**found, **_download_all(missing, cache)} if missing else {**found}
+        if missing:
+            found.update(_download_all(missing, cache))
+    return found
 
 
 def _download_all(packages: Sequence[Package], cache: Path) -> dict[str, Path | FetchError]:

@@ -41,7 +41,7 @@ ENDS[[ord("."), ord("!"), ord("?")]] = MARK
 ENDS[[0xE3, 0xEF]] = WIDE
 CODE = np.uint32((1 << CODE_BITS) - 1)
 CODE_PLACE = np.uint32(18)  # of a code's lowest bit in the float32 that it stands for, which has LEAST added to it
-LEAST_BITS, ONE_BITS = (int(np.float32(value).view(np.uint32)) for value in (LEAST, 1))
+LEAST_BITS, ONE_BITS = np.array([LEAST, 1], np.float32).view(np.uint32)
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -145,7 +145,7 @@ def hashes_of_keys(keys: npt.NDArray[np.uint64], order: int) -> Hashes:
 
 def encode(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint32]:
     """Numbers in [0, 1] in `CODE_BITS` bits, to 1 in 64; what is below `LEAST` becomes that."""
-    bits = np.maximum(values, LEAST).astype(np.float32).view(np.uint32) - np.uint32(LEAST_BITS)
+    bits = np.maximum(values, LEAST).astype(np.float32).view(np.uint32) - LEAST_BITS
     return (bits + np.uint32(1 << 17)) >> CODE_PLACE
 
 
@@ -184,8 +184,8 @@ def _probabilities(folded: Bytes, language_OR: Hashes, empty: float) -> Floats:
                 entry = entries_C[at]
                 known = ((entry ^ mixes_C[at]) & TAG) == 0
                 share, longer = entry >> np.uint32(32 - CODE_BITS), (entry >> np.uint32(TAG_BITS)) & CODE
-                share_bits_C[at] = (share << CODE_PLACE) + np.uint32(LEAST_BITS) if known else np.uint32(0)
-                longer_bits_C[at] = (longer << CODE_PLACE) + np.uint32(LEAST_BITS) if known else np.uint32(ONE_BITS)
+                share_bits_C[at] = (share << CODE_PLACE) + LEAST_BITS if known else np.uint32(0)
+                longer_bits_C[at] = (longer << CODE_PLACE) + LEAST_BITS if known else ONE_BITS
             for at in range(count):
                 of_chunk_C[at] = of_chunk_C[at] * before_C[at] + shares_C[at]
                 after_C[at + 1] = longer_C[at]
