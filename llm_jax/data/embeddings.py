@@ -80,12 +80,12 @@ def _sketches(
 
     The squares of the sums' roots are the sums again, so these give the length.
     """
-    sketches_NS, sums_S = np.empty((len(starts), DIMENSIONS), np.float32), np.empty(DIMENSIONS)
+    sketches_NS, sums_2S = np.empty((len(starts), DIMENSIONS), np.float32), np.empty(2 * DIMENSIONS)
     for text in range(len(starts)):
-        sums_S[:] = 0
+        sums_2S[:] = 0  # of what is to be taken off, then of what is to be added
         for mix in byte_ngrams.longest(folded, starts[text], stops[text]):
-            sign = 1 if mix & DIMENSIONS else -1
-            sums_S[mix % DIMENSIONS] += sign * rarity_R[mix >> np.uint32(TAG_BITS)]
+            sums_2S[mix % np.uint32(2 * DIMENSIONS)] += rarity_R[mix >> np.uint32(TAG_BITS)]
+        sums_S = sums_2S[DIMENSIONS:] - sums_2S[:DIMENSIONS]
         length = max(np.sqrt(np.sum(np.abs(sums_S))), 1e-12)
         for place in range(DIMENSIONS):
             sketches_NS[text, place] = np.copysign(np.sqrt(np.abs(sums_S[place])), sums_S[place]) / length

@@ -96,6 +96,23 @@ def utf8_buffer(texts: pa.Array) -> tuple[npt.NDArray[np.uint8], Integers]:
     return data, edges - edges[0]
 
 
+def strings(data: npt.NDArray[np.uint8], edges: Integers) -> pa.Array:
+    """The texts that `utf8_buffer` has the bytes of."""
+    return pa.LargeStringArray.from_buffers(len(edges) - 1, pa.py_buffer(edges), pa.py_buffer(data))
+
+
+@compiled
+def ascii_lower(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """UTF-8 with small letters for capitals of ASCII.
+
+    Arrow's own function takes the first offset of an array that is no slice for 0, which need not be so.
+    """
+    lower = data.copy()
+    for place in range(len(lower)):
+        lower[place] += np.uint8(32 if 65 <= lower[place] <= 90 else 0)
+    return lower
+
+
 def is_indented(data: npt.NDArray[np.uint8], starts: Integers) -> npt.NDArray[np.bool_]:
     """Whether what begins at each start, before the end of the data, does so with a tab or two spaces: as code may."""
     first, second = data[starts], data[np.minimum(starts + 1, len(data) - 1)]
@@ -154,7 +171,8 @@ def _lower(texts: pa.Array) -> pa.Array:
     if pc.sum(pc.binary_length(lower)) == pc.sum(pc.binary_length(texts)):
         return lower
     same = pc.equal(pc.binary_length(lower), pc.binary_length(texts))
-    return pc.if_else(same, lower, pc.ascii_lower(texts))
+    data, edges = utf8_buffer(texts)
+    return pc.if_else(same, lower, strings(ascii_lower(data), edges))
 
 
 @compiled
@@ -173,11 +191,15 @@ def _units(
             if kind == GAP:
                 place += width
                 continue
+            total, power = np.uint64(0), np.uint64(1)
             while place == start or (kind == WORD and place < end and kinds[point] == WORD):
+                for at in range(place, place + width):  # as in `hash_of_bytes`
+                    total += coefficients[data[at]] * power
+                    power *= np.uint64(BASE)
                 place += width
                 if place < end:
                     point, width = code_point(data, place)
-            hashes[count], is_cjk[count] = hash_of_bytes(data, start, place, coefficients), kind == ALONE
+            hashes[count], is_cjk[count] = mix(total), kind == ALONE
             starts[count], stops[count] = start - edges[text], place - edges[text]
             count += 1
         offsets[text + 1] = count

@@ -31,11 +31,12 @@ def find(phrases: tuple[str, ...], data: Bytes) -> Occurrences:
 def counts(phrases: tuple[str, ...], texts: pa.Array, within: int | None = None) -> Integers:
     """How many of the phrases' occurrences each text has, the first to end first, without those that overlap it.
 
-    They are looked for in all of a text, or in the first `within` bytes.
+    The phrases are in lower case, the texts may have capitals of ASCII. They are looked for in all of a text, or in
+    the first `within` bytes.
     """
     data, edges = ngrams.utf8_buffer(texts)
     limits = edges[1:] if within is None else np.minimum(edges[1:], edges[:-1] + within)
-    found = find(phrases, data)
+    found = find(phrases, ngrams.ascii_lower(data))
     text = np.searchsorted(edges, found.starts, side="right") - 1
     counted, done = np.zeros(len(texts), np.int64), np.int64(0)
     for place, start, stop in zip(text, found.starts, found.stops, strict=True):

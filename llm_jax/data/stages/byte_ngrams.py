@@ -89,10 +89,7 @@ def _padded(data: Bytes, edges: Integers) -> tuple[Bytes, Bytes]:
     for text in range(len(edges) - 1):
         start = edges[text] + len(PAD) * (text + 1)
         padded[start : start + edges[text + 1] - edges[text]] = data[edges[text] : edges[text + 1]]
-    folded = padded.copy()
-    for place in range(len(folded)):
-        folded[place] += np.uint8(32 if 65 <= folded[place] <= 90 else 0)
-    return padded, folded
+    return padded, ngrams.ascii_lower(padded)
 
 
 def whole(found: Buffer) -> Sentences:
@@ -125,7 +122,7 @@ def lengthen(folded: Bytes, start: int, first: int, last: int, group: int, total
 @compiled
 def longest(folded: Bytes, start: int, stop: int) -> Hashes:
     """The mixed hashes of the longest n-grams that end at the bytes from `start` to `stop`."""
-    totals_C, mixes_C = np.zeros((2, stop - start), np.uint32)
+    totals_C, mixes_C = np.zeros(stop - start, np.uint32), np.empty(stop - start, np.uint32)
     lengthen(folded, start, 0, WIDTH, 0, totals_C, mixes_C)
     return mixes_C
 
@@ -273,8 +270,7 @@ def without(found: Buffer, parts: Sentences, cut_S: npt.NDArray[np.bool_]) -> pa
     np.subtract.at(inside, parts.stops[~cut_S], 1)
     data = found.data[np.cumsum(inside[:-1], dtype=np.int8) > 0]
     offsets = np.concatenate([[0], np.cumsum(sizes.astype(np.int64))])
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
-    return pa.Array.from_buffers(pa.large_string(), len(sizes), buffers)
+    return ngrams.strings(data, offsets)
 
 
 def _ends(data: Bytes) -> npt.NDArray[np.bool_]:

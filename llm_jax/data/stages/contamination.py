@@ -136,24 +136,33 @@ class Search:
         return Result(marks.join(documents, found, marks.REPLACED, DROPPED, BECAUSE), _facts(self.index, touched))
 
 
+class _Rows(NamedTuple):
+    """Rows of units of some items; those of the items' n-grams are their own anchors, one array."""
+
+    anchors: Hashes
+    lengths: Integers
+    whole: Hashes
+    items: Integers
+
+
 def build(sets: Mapping[str, Sequence[str]], config: ContaminationConfig) -> Index:
     """The index of the items of some sets."""
     texts = pa.array([text for items in sets.values() for text in items], pa.large_string())
     widths = (config.words, config.characters, config.shortest, 2 * config.shortest)
-    rows: dict[int, list[Hashes]] = {width: [np.zeros((4, 0), np.uint64)] for width in widths}
+    hashes, numbers = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    rows = {width: [_Rows(hashes, numbers, hashes, numbers)] for width in widths}
     done = 0
     for block in blocks(texts):
         for width, part in _rows(units(block), config):
-            part[-1] += np.uint64(done)
-            rows[width].append(part)
+            rows[width].append(part._replace(items=part.items + done))
         done += len(block)
     bounds = np.cumsum([0, *(len(items) for items in sets.values())])
     ranges = {name: range(bounds[i], bounds[i + 1]) for i, name in enumerate(sets)}
-    return _index({width: np.concatenate(parts, axis=1) for width, parts in rows.items()}, ranges, config.common)
+    return _index({width: _joined(parts) for width, parts in rows.items()}, ranges, config.common)
 
 
-def _rows(found: Units, config: ContaminationConfig) -> Iterator[tuple[int, Hashes]]:
-    """For each width of anchors: anchor, length, whole and item of all that is looked for [4, rows]."""
+def _rows(found: Units, config: ContaminationConfig) -> Iterator[tuple[int, _Rows]]:
+    """For each width of anchors all that is looked for."""
     counts = np.diff(found.offsets)
     cjk = np.concatenate([[0], np.cumsum(found.is_cjk)])
     mostly_cjk = 2 * (cjk[found.offsets[1:]] - cjk[found.offsets[:-1]]) >= np.maximum(counts, 1)
@@ -162,42 +171,66 @@ def _rows(found: Units, config: ContaminationConfig) -> Iterator[tuple[int, Hash
     ):  # fmt: skip
         grams = ngrams(found, width)
         fits = (2 * (cjk[grams.first + width] - cjk[grams.first]) >= width) == is_cjk
-        item = np.repeat(np.arange(len(counts)), np.diff(grams.offsets))
-        parts = (grams.hashes, np.full(len(item), width), grams.hashes, item)
-        yield width, np.stack([part[fits].astype(np.uint64) for part in parts])
+        item = np.repeat(np.arange(len(counts)), np.diff(grams.offsets))[fits]
+        hashes = grams.hashes[fits]
+        yield width, _Rows(hashes, np.full(len(item), width), hashes, item)
         short = np.flatnonzero((mostly_cjk == is_cjk) & (counts < width) & (counts >= shortest))
         first, last = found.offsets[:-1][short], found.offsets[1:][short]
         anchors, whole = (hashes_of_parts(found.hashes, first, stop) for stop in (first + shortest, last))
-        yield shortest, np.stack([part.astype(np.uint64) for part in (anchors, counts[short], whole, short)])
+        yield shortest, _Rows(anchors, counts[short], whole, short)
 
 
-def _index(rows: dict[int, Hashes], sets: dict[str, range], common: int) -> Index:
-    anchors, lengths, whole, items = np.concatenate(list(rows.values()), axis=1)
-    order = np.argsort(whole, kind="stable")  # equal ones stay in the order of their items
-    sorted_whole, item = whole[order], items[order].astype(np.int64)
-    begins = np.append(True, sorted_whole[1:] != sorted_whole[:-1])[: len(order)]
-    once = begins | np.append(True, item[1:] != item[:-1])[: len(order)]
-    number = np.cumsum(begins) - 1
-    owners = np.bincount(number[once])  # of each different whole
-    few = owners <= common
-    offsets = np.concatenate([[0], np.cumsum(owners[few])])
-    firsts = order[begins][few]  # a row of each number
-    table = np.repeat(np.arange(len(rows)), [part.shape[1] for part in rows.values()])[firsts]
-    tables = []
-    for i, width in enumerate(rows):
-        numbers = np.flatnonzero(table == i)
-        of_table = firsts[numbers]
-        tables.append(_table(width, anchors[of_table], lengths[of_table], whole[of_table], numbers))
-    return Index(tuple(tables), offsets, item[once & few[number]], sets)
+def _joined(parts: Sequence[_Rows]) -> _Rows:
+    anchors, lengths, wholes, items = zip(*parts)
+    whole = np.concatenate(wholes)
+    own = all(anchor is its for anchor, its in zip(anchors, wholes))
+    return _Rows(whole if own else np.concatenate(anchors), np.concatenate(lengths), whole, np.concatenate(items))
 
 
-def _table(width: int, anchors: Hashes, lengths: Hashes, whole: Hashes, numbers: Integers) -> Table:
+def _index(rows: dict[int, _Rows], sets: dict[str, range], common: int) -> Index:
+    """Rows of different widths are never the same: they have other lengths, or more or fewer ideographs."""
+    tables, items, owners = [], [], []
+    done = 0
+    for width, these in rows.items():
+        order = np.argsort(these.whole, kind="stable")  # equal ones stay in the order of their items
+        firsts, counts, its_items = _owned(these.whole[order], these.items[order], common)
+        chosen = order[firsts]
+        numbers = np.arange(done, done + len(chosen))
+        tables.append(_table(width, these.anchors[chosen], these.lengths[chosen], these.whole[chosen], numbers))
+        owners.append(counts)
+        items.append(its_items)
+        done += len(chosen)
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(owners))])
+    return Index(tuple(tables), offsets, np.concatenate(items), sets)
+
+
+@compiled
+def _owned(whole: Hashes, items: Integers, common: int) -> tuple[Integers, Integers, Integers]:
+    """Of sorted rows: the first of each that at most `common` items have, how many have it, and which."""
+    firsts, owners, found = np.empty(len(whole), np.int64), np.empty(len(whole), np.int64), np.empty_like(items)
+    count, size, row = 0, 0, 0
+    while row < len(whole):
+        first, start = row, size
+        while row < len(whole) and whole[row] == whole[first]:
+            if size == start or items[row] != found[size - 1]:
+                found[size] = items[row]
+                size += 1
+            row += 1
+        if size - start <= common:
+            firsts[count], owners[count] = first, size - start
+            count += 1
+        else:
+            size = start
+    return firsts[:count], owners[:count], found[:size]
+
+
+def _table(width: int, anchors: Hashes, lengths: Integers, whole: Hashes, numbers: Integers) -> Table:
     """From the rows of a table [rows]."""
     order = np.argsort(anchors, kind="stable")
     anchors = np.append(anchors[order], np.uint64(0))
     bits = np.zeros((2, 1 << max(len(numbers).bit_length(), 13)), np.uint8)
     _set_bits(bits, anchors[:-1])
-    return Table(width, anchors, lengths[order].astype(np.int64), whole[order], numbers[order], bits)
+    return Table(width, anchors, lengths[order], whole[order], numbers[order], bits)
 
 
 @compiled

@@ -359,6 +359,5 @@ def _outside(data: npt.NDArray[np.uint8], ends: Integers, starts: Integers, stop
 
 def _tidy(data: npt.NDArray[np.uint8], ends: Integers) -> pa.Array:
     """Texts of these bytes without spaces at line ends and without more than one blank line in a row."""
-    texts = pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), pa.py_buffer(data))
-    texts = pc.replace_substring_regex(texts, r"[ \t]+\n", "\n")
+    texts = pc.replace_substring_regex(ngrams.strings(data, ends), r"[ \t]+\n", "\n")
     return pc.utf8_trim_whitespace(pc.replace_substring_regex(texts, r"\n{3,}", "\n\n"))

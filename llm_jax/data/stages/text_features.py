@@ -11,7 +11,6 @@ import unicodedata
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from llm_jax.data import phrases
 from llm_jax.data.loops import compiled
@@ -79,7 +78,7 @@ def of_prose(texts: pa.Array, languages: pa.Array) -> dict[str, Floats]:
     counts = _character_kinds(data, edges, _kind_table()).sum(axis=1)
     visible = np.maximum(counts[:, LETTER:].sum(axis=1), 1)
     found = units(texts)
-    boilerplate = phrases.counts(BOILERPLATE, pc.ascii_lower(texts))
+    boilerplate = phrases.counts(BOILERPLATE, texts)
     lines = _empty_table(int(np.count_nonzero(data == NEWLINE)) + len(texts))
     bullets, ellipses, repeated = _of_lines(data, edges, byte_coefficients(), *lines)
     number = np.diff(found.offsets)
@@ -108,7 +107,7 @@ def of_code(texts: pa.Array) -> dict[str, Floats]:
     counts = _character_kinds(data, edges, _kind_table()).sum(axis=1)
     visible = np.maximum(counts[:, LETTER:].sum(axis=1), 1)
     mean, longest, wordless = _of_code_lines(data, edges)
-    says_so = phrases.counts(GENERATED, pc.ascii_lower(texts), GENERATED_BYTES) > 0
+    says_so = phrases.counts(GENERATED, texts, GENERATED_BYTES) > 0
     return {
         "characters": visible.astype(np.float64),
         "line_length": mean,
