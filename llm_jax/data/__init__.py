@@ -6,4 +6,6 @@ import os
 os.environ.setdefault("DAFT_ANALYTICS_ENABLED", "0")
 # By default Daft's allocator gives back to the system what was freed a second ago, and large blocks at once: a
 # twentieth of the corpus factory's time went into getting them again. It costs some 0.1 GB.
-os.environ.setdefault("_RJEM_MALLOC_CONF", "oversize_threshold:0,dirty_decay_ms:10000,thp:always")
+os.environ.setdefault(
+    "_RJEM_MALLOC_CONF", f"oversize_threshold:0,dirty_decay_ms:30000,thp:always,narenas:{os.cpu_count()}"
+)

@@ -68,7 +68,7 @@ def runs(ends: Integers, limit: int) -> Iterator[tuple[int, int]]:
 
 def units(texts: pa.Array) -> Units:
     """The units of every text of an array of strings; a null has none."""
-    return Units(*_units(*utf8_buffer(_lower(texts)), _kinds(), byte_coefficients()))
+    return Units(*_units(*utf8_buffer(texts), _kinds(), *_small_letters()))
 
 
 def ngrams(found: Units, width: int | Integers) -> Ngrams:
@@ -165,21 +165,15 @@ def hash_of_bytes(data: npt.NDArray[np.uint8], start: int, stop: int, coefficien
     return mix(total)
 
 
-def _lower(texts: pa.Array) -> pa.Array:
-    """In lower case, but only ASCII letters of the rare texts whose length in bytes would change."""
-    lower = pc.utf8_lower(texts)
-    if pc.sum(pc.binary_length(lower)) == pc.sum(pc.binary_length(texts)):
-        return lower
-    same = pc.equal(pc.binary_length(lower), pc.binary_length(texts))
-    data, edges = utf8_buffer(texts)
-    return pc.if_else(same, lower, strings(ascii_lower(data), edges))
-
-
 @compiled
 def _units(
-    data: npt.NDArray[np.uint8], edges: Integers, kinds: npt.NDArray[np.uint8], coefficients: Hashes
+    data: npt.NDArray[np.uint8],
+    edges: Integers,
+    kinds: npt.NDArray[np.uint8],
+    values: Hashes,
+    powers: Hashes,
 ) -> tuple[Hashes, Integers, Integers, npt.NDArray[np.bool_], Integers]:
-    """The fields of `Units`."""
+    """The fields of `Units`; a unit's hash is what `hash_of_bytes` would give for its small letters."""
     hashes, is_cjk = np.empty(len(data), np.uint64), np.empty(len(data), np.bool_)
     starts, stops, offsets = np.empty(len(data), np.int64), np.empty(len(data), np.int64), np.zeros_like(edges)
     count = 0
@@ -193,9 +187,8 @@ def _units(
                 continue
             total, power = np.uint64(0), np.uint64(1)
             while place == start or (kind == WORD and place < end and kinds[point] == WORD):
-                for at in range(place, place + width):  # as in `hash_of_bytes`
-                    total += coefficients[data[at]] * power
-                    power *= np.uint64(BASE)
+                total += values[point] * power
+                power *= powers[point]
                 place += width
                 if place < end:
                     point, width = code_point(data, place)
@@ -235,6 +228,21 @@ def _kinds() -> npt.NDArray[np.uint8]:
     for start, stop in CJK:
         kinds[start:stop] = ALONE
     return kinds
+
+
+@functools.cache
+def _small_letters() -> tuple[Hashes, Hashes]:
+    """Of every code point in lower case: its bytes' share in `hash_of_bytes`, and the power after as many bytes.
+
+    The lower case of a character is one character here, whatever case rules of some languages add to it.
+    """
+    characters = [*(chr(point).lower()[0] for point in range(0x20000)), *map(chr, range(0x20000, 0x110000))]
+    data = np.frombuffer("".join(characters).encode(errors="surrogatepass"), np.uint8)
+    starts = np.flatnonzero(data & 0xC0 != 0x80)
+    sizes = np.diff(starts, append=len(data))
+    powers = np.array([pow(BASE, place, 1 << 64) for place in range(5)], np.uint64)
+    shares = byte_coefficients()[data] * powers[np.arange(len(data)) - np.repeat(starts, sizes)]
+    return np.add.reduceat(shares, starts), powers[sizes]
 
 
 @functools.cache

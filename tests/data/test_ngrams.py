@@ -12,6 +12,8 @@ from llm_jax.data.ngrams import BASE, CJK, Ngrams, Units, blocks, byte_coefficie
 
 ALPHABET = "aBß_9 \n.,-’“”éÉİ₂Ωжש้कि国語々〆はカー龜𠀀한국어😀①𝔸，。　Ａ９"
 
+CAPITALS = "aAÉéΩωЖжİiKkⱭɑⒶⓐ𐐀𐐨ẞ国 ，"  # of some, the small letter has fewer bytes
+
 
 def slow_units(text: str) -> list[str]:
     """The units of a lower-case text, character by character."""
@@ -56,6 +58,17 @@ def test_units_are_those_of_a_loop_over_characters(texts: list[str]) -> None:
     flat = [unit for row in rows for unit in row]
     assert found.is_cjk.tolist() == [any(a <= ord(unit[0]) < b for a, b in CJK) for unit in flat]
     assert len(set(zip(flat, found.hashes.tolist(), strict=True))) == len(set(flat)) == len(set(found.hashes.tolist()))
+
+
+@given(st.lists(st.text(CAPITALS, max_size=12), max_size=6))
+@settings(max_examples=150, deadline=None)
+def test_case_does_not_matter_whatever_it_does_to_sizes(texts: list[str]) -> None:
+    lower = ["".join(character.lower()[0] for character in text) for text in texts]
+    found, expected = (units(pa.array(some, pa.string())) for some in (texts, lower))
+    np.testing.assert_array_equal(found.hashes, expected.hashes)
+    assert [[unit.lower()[0] for unit in row] for row in spans(texts, found)] == [
+        [unit[0] for unit in row] for row in spans(lower, expected)
+    ]
 
 
 @given(st.lists(st.text("ab国 ", max_size=12), max_size=6), st.integers(1, 4))
