@@ -121,12 +121,13 @@ def hold_out(config: AblationConfig, workdir: Path) -> None:
             write_lines(folder / f"{source}.jsonl", ({"text": text} for text in texts))
 
 
-def _read(config: AblationConfig, corpus: CorpusConfig, folder: Path) -> dict[str, Any]:
+def _read(config: AblationConfig, corpus: CorpusConfig, folder: Path, compression: str) -> dict[str, Any]:
     """Read the corpus as prepare_data does, and spoil it as far as the config says."""
-    facts = reading.read(corpus, folder)
+    facts = reading.read(corpus, folder, compression)
     if config.spoiled:
         documents = parquet.read(parquet.files(folder), COLUMNS)
-        parquet.replace(folder, reading.identified(planting.with_spoiled(documents, config.spoiled, 0)))
+        spoiled = planting.with_spoiled(documents, config.spoiled, 0)
+        parquet.replace(folder, reading.identified(spoiled), compression)
     return facts
 
 

@@ -91,14 +91,14 @@ def run(config: PlantedTruthConfig, workdir: Path) -> dict[str, Any]:
     return found
 
 
-def _read(workdir: Path, config: CorpusConfig, folder: Path) -> dict[str, Any]:
+def _read(workdir: Path, config: CorpusConfig, folder: Path, compression: str) -> dict[str, Any]:
     """Read the corpus as prepare_data does, and plant in it."""
     assert isinstance(config, PlantedTruthConfig)
-    facts = reading.read(config, folder)
+    facts = reading.read(config, folder, compression)
     documents = parquet.read(parquet.files(folder), COLUMNS)
     planted, plants = planting.plant(documents, config.plant, material(config), config.lines.documents)
     planting.write(plants, workdir / TRUTH)
-    parquet.replace(folder, reading.identified(planted))
+    parquet.replace(folder, reading.identified(planted), compression)
     return facts | {"planted": len(plants)}
 
 

@@ -13,7 +13,6 @@ setting, only what follows from it is done again. --config.runner=ray computes o
 import dataclasses
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def main(config: PrepareConfig, workdir: Path) -> Summary:
     # What would be refused in the end is refused before hours of work.
     pipeline.check_output(config, tokenizer, StoredCorpus(factory.expected(config, workdir, stages), config.mixture))
     runner.save_in(given, workdir / "config.json")
-    corpus = factory.run(config, workdir, stages, partial(reading.read, compression=config.compression))
+    corpus = factory.run(config, workdir, stages, reading.read)
     stored = StoredCorpus(corpus, config.mixture)
     tokenising = time.monotonic()
     summary = pipeline.prepare(config, tokenizer, stored)

@@ -246,6 +246,10 @@ def save_in(config: Any, path: Path) -> None:
             config_lib.load(type(config), path)
         except UserError:
             raise UserError(f"{path.parent} holds another experiment's run: choose another --workdir") from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # such as in /proc
+        raise UserError(f"no folder can be made at {path.parent}: choose another --workdir") from None
     config_lib.save(config, path)
 
 

@@ -61,7 +61,7 @@ NO_CONTENT = {"cache", "tokenizer", "output", "holdout_fraction", "workers", "ru
 NO_CONTENT |= {"seed", "audit", "keep_stages", "compression"}
 FREED_BYTES = 64 << 20  # of NumPy's arrays, which a step allocates again and again, stay with the process
 FLOATS = (DataType.float32(), DataType.float64())
-Read = Callable[[CorpusConfig, Path], dict[str, Any]]
+Read = Callable[[CorpusConfig, Path, str], dict[str, Any]]
 
 
 class Corpus(NamedTuple):
@@ -91,8 +91,8 @@ def run(config: PrepareConfig, folder: Path, stages: Sequence[Stage], read: Read
         config: the corpus and the runner.
         folder: where `stages/` is written; on a cluster, one that all hosts see.
         stages: in the order of `prepare.ORDER`, which numbers them.
-        read: writes the raw documents as Parquet files into a folder, with `COLUMNS`, DOCUMENT_ID and BYTES, and
-            returns facts for the report.
+        read: writes the raw documents as Parquet files into a folder, with `COLUMNS`, DOCUMENT_ID and BYTES and
+            compressed as told, and returns facts for the report.
 
     Raises `UserError` for damaged sources, for a stage that fails or loses documents, and if nothing is kept.
     """
@@ -242,7 +242,7 @@ def _make(
 def _read_all(config: PrepareConfig, partial: Path, read: Read) -> tuple[dict[str, Any], dict[str, Any]]:
     """Have the raw documents written, and check that their ids differ."""
     (partial / KEPT).mkdir()
-    facts = read(config, partial / KEPT)
+    facts = read(config, partial / KEPT, config.compression)
     require(bool(parquet.files(partial / KEPT)), "the corpus is empty")
     written = parquet.scan(parquet.files(partial / KEPT))
     _check_columns(written, (*COLUMNS, DOCUMENT_ID, BYTES), ORDER[0])

@@ -33,11 +33,11 @@ def read(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Tabl
     return pa.concat_tables([pq.read_table(path, columns=names) for path in paths])
 
 
-def replace(folder: Path, rows: pa.Table) -> None:
+def replace(folder: Path, rows: pa.Table, compression: str) -> None:
     """Have a folder hold these rows in the place of those that it has."""
     for path in files(folder):
         path.unlink()
-    pq.write_table(rows, folder / "rows.parquet", row_group_size=ROWS)
+    pq.write_table(rows, folder / "rows.parquet", row_group_size=ROWS, compression=compression)
 
 
 def files(folder: Path) -> list[Path]:

@@ -62,11 +62,11 @@ def with_faults():
 def reader(rows, files=1):
     """Stands in for `reading.read`: writes the rows as so many Parquet files, and counts its calls in `.calls`."""
 
-    def read(config, folder):
+    def read(config, folder, compression):
         read.calls += 1
         for part in range(files):
             table = pa.table({name: [row[i] for row in rows[part::files]] for i, name in enumerate(COLUMNS)})
-            pq.write_table(reading.identified(table), folder / f"part-{part}.parquet")
+            pq.write_table(reading.identified(table), folder / f"part-{part}.parquet", compression=compression)
         return {"files": files}
 
     read.calls = 0

@@ -19,7 +19,7 @@ from daft import col, lit
 from daft import functions as F
 
 from experiments import runner
-from llm_jax.data import counts, embeddings, factory
+from llm_jax.data import counts, embeddings, factory, parquet
 from llm_jax.data.documents import text_hash
 from llm_jax.data.prepare import PrepareConfig
 from llm_jax.data.stages import COLUMNS, DROPPED, Result
@@ -159,7 +159,7 @@ def test_a_setting_that_fails_takes_nothing_of_what_was_done(tmp_path, applied):
     stages = [Short(100), Shout()]
     first = run(tmp_path, stages)
 
-    def missing(config, folder):
+    def missing(config, folder, compression):
         raise UserError("no such folder")
 
     with pytest.raises(UserError, match="no such folder"):
@@ -301,8 +301,9 @@ def test_what_cannot_be_prepared_is_refused_before_its_turn(tmp_path, applied):
 
 @pytest.mark.parametrize(("compression", "found"), [("none", "UNCOMPRESSED"), ("zstd", "ZSTD")])
 def test_documents_are_compressed_if_wanted(tmp_path, compression, found):
-    corpus = run(tmp_path, [Shout()], dataclasses.replace(CONFIG, compression=compression))
-    assert {of_texts(path) for path in corpus.documents} == {found}
+    corpus = run(tmp_path, [Shout()], dataclasses.replace(CONFIG, compression=compression, keep_stages=True))
+    raw = parquet.files(tmp_path / "stages" / "00_read" / "kept")
+    assert {of_texts(path) for path in [*raw, *corpus.documents]} == {found}
 
 
 def of_texts(path):

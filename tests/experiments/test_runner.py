@@ -182,6 +182,12 @@ def test_workdir_that_is_a_file_or_in_one_is_refused(config_file, tmp_path, insi
         parse(config_file, f"--workdir={tmp_path}/notes{inside}")
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc")
+def test_workdir_where_no_folder_can_be_made_is_refused():
+    with pytest.raises(UserError, match="no folder can be made at /proc/nowhere: choose another --workdir"):
+        runner.save_in(SamplingConfig(), Path("/proc/nowhere/config.json"))
+
+
 def test_config_keys_lists_groups_and_leaves():
     keys = dict(config_lib.keys(TrainConfig))
     assert keys["mesh"] is MeshConfig
