@@ -33,8 +33,9 @@ class Slow(corpora.Shout):
         @daft.func.batch(return_dtype=daft.DataType.string(), batch_size=8)
         def slow(texts):
             if not began.exists():
-                began.with_suffix(".partial").write_text(str(os.getpid()))
-                began.with_suffix(".partial").replace(began)
+                mine = began.with_suffix(f".{os.getpid()}_{threading.get_ident()}")  # others may begin meanwhile
+                mine.write_text(str(os.getpid()))
+                mine.replace(began)
             time.sleep(0.2)
             return texts
 
