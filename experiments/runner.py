@@ -247,10 +247,9 @@ def save_in(config: Any, path: Path) -> None:
         except UserError:
             raise UserError(f"{path.parent} holds another experiment's run: choose another --workdir") from None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        config_lib.save(config, path)
     except FileNotFoundError:  # such as in /proc
         raise UserError(f"no folder can be made at {path.parent}: choose another --workdir") from None
-    config_lib.save(config, path)
 
 
 def _check_override_keys(argv: Sequence[str], config_class: type) -> None:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from llm_jax.data.ngrams import BASE, CJK, Ngrams, Units, blocks, byte_coefficients, mix, ngrams, units, whole
 
 ALPHABET = "aBß_9 \n.,-’“”éÉİ₂Ωжש้कि国語々〆はカー龜𠀀한국어😀①𝔸，。　Ａ９"
-
 CAPITALS = "aAÉéΩωЖжİiKkⱭɑⒶⓐ𐐀𐐨ẞ国 ，"  # of some, the small letter has fewer bytes
 
 
